@@ -1,0 +1,81 @@
+//! The program that calls, as the server sees it.
+//!
+//! A command arrives with a pointer into somebody else's memory, names files by that program's descriptor numbers
+//! and may ask that the program's pages stay reachable after the call. Those three needs are [`Client`] (for the
+//! length of one call) and [`Process`] (for as long as any mapping of its memory lives). Each transport implements
+//! them its own way; [`InProcess`](crate::InProcess) does so for tests.
+//!
+//! The client is the hostile side. The server copies what it needs once, decides on the copy, and never holds a
+//! lock while it calls into these traits in a way that could wait for another client.
+
+use std::fmt::Debug;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::File;
+
+/// The program that makes one call.
+pub trait Client {
+    /// Fills `buffer` from the program's memory at `address`.
+    ///
+    /// # Errors
+    /// `EFAULT` unless every byte could be read; the buffer's content is then unspecified.
+    fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), Errno>;
+
+    /// Writes `bytes` to the program's memory at `address`.
+    ///
+    /// # Errors
+    /// `EFAULT` unless every byte could be written.
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno>;
+
+    /// What the program's descriptor number `fd` refers to.
+    ///
+    /// # Errors
+    /// `EBADF` if it is not open.
+    fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno>;
+
+    /// The address space that addresses of this call belong to: the same `Arc` as long as it is the same one.
+    ///
+    /// # Errors
+    /// `ESRCH` when the program is gone already.
+    fn process(&self) -> Result<Arc<dyn Process>, Errno>;
+}
+
+/// What a descriptor of the client refers to.
+#[derive(Debug)]
+pub enum Descriptor {
+    /// An open file of this server.
+    Ours(Arc<File>),
+    /// Any other file: a duplicate of the client's descriptor (a memfd, for example).
+    Foreign(OwnedFd),
+}
+
+/// One address space of a client. It outlives the call: mapped memory is reached through it later.
+///
+/// As [`LateBound`](crate::LateBound) memory its offsets are virtual addresses; once the address space has gone
+/// (exit or exec) every access answers [`MemoryGone`](crate::MemoryGone).
+pub trait Process: crate::LateBound + Debug {
+    /// A number that no other address space has had or will have while the server lives.
+    fn identity(&self) -> u64;
+
+    /// The process id, for people to read.
+    fn id(&self) -> u32;
+
+    /// The user id that is charged for memory.
+    fn user(&self) -> u32;
+
+    /// `RLIMIT_MEMLOCK` in bytes; `None` if unlimited or if the process may lock without limit (`CAP_IPC_LOCK`).
+    fn memory_lock_limit(&self) -> Option<u64>;
+
+    /// Whether the process may change who is charged (`CAP_SYS_RESOURCE`).
+    fn may_change_resource_mode(&self) -> bool;
+
+    /// Checks that every byte of `[address, address + length)` is mapped in the address space with read, and if
+    /// `write` also with write permission. Nothing is touched.
+    ///
+    /// # Errors
+    /// `EFAULT` if not.
+    fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno>;
+}
