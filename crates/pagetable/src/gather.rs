@@ -1,0 +1,134 @@
+//! What an operation leaves for its caller to finish.
+//!
+//! Removing a translation is not over when the entry is clear: IOTLBs may still hold it, a walker may still be
+//! reading a table that was unlinked, and pages may only be unpinned afterwards. So an operation writes down what
+//! it took away, and the caller invalidates once for a whole batch, waits, and only then frees the tables.
+
+use crate::address::{IovaRange, PageSize};
+use crate::atomic::AtomicEntry;
+use crate::format::TableLayout;
+use crate::memory::TableMemory;
+use alloc::vec::Vec;
+use core::ptr::NonNull;
+
+/// Ranges in ascending order, neighbours joined.
+///
+/// Nearly every operation produces one run, so the last one is kept in place and only earlier ones cost memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Runs {
+    earlier: Vec<IovaRange>,
+    last: Option<IovaRange>,
+}
+
+impl Runs {
+    /// Adds a range behind all others.
+    pub fn push(&mut self, range: IovaRange) {
+        match self.last {
+            Some(last) if last.last().checked_add(1) == Some(range.first()) => {
+                self.last = IovaRange::new(last.first(), range.last());
+            }
+            Some(last) => {
+                self.earlier.push(last);
+                self.last = Some(range);
+            }
+            None => self.last = Some(range),
+        }
+    }
+
+    /// The runs, ascending.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = IovaRange> + '_ {
+        self.earlier.iter().copied().chain(self.last)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.last.is_none()
+    }
+
+    /// All bytes together; saturates at 2^64 - 1.
+    pub fn bytes(&self) -> u64 {
+        self.iter().fold(0, |sum, run| run.length().map_or(u64::MAX, |length| length.saturating_add(sum)))
+    }
+}
+
+/// Collects what operations took away: which ranges, leaves of which sizes, which tables.
+#[derive(Debug)]
+pub struct Gather<M, A> {
+    /// Ranges whose translation is gone.
+    pub runs: Runs,
+    /// How many leaves that were.
+    pub leaves: u64,
+    /// Bit n: a leaf of 2^n bytes was among them.
+    pub leaf_sizes: u64,
+    /// Tables that are linked nowhere any more.
+    pub retired: Vec<RetiredTable<M, A>>,
+}
+
+impl<M, A> Gather<M, A> {
+    /// Nothing gathered yet.
+    pub const fn new() -> Gather<M, A> {
+        Gather {
+            runs: Runs { earlier: Vec::new(), last: None },
+            leaves: 0,
+            leaf_sizes: 0,
+            retired: Vec::new(),
+        }
+    }
+
+    pub(crate) fn removed(&mut self, range: IovaRange, size: PageSize) {
+        self.runs.push(range);
+        self.leaves += 1;
+        self.leaf_sizes |= size.bytes();
+    }
+}
+
+impl<M, A> Default for Gather<M, A> {
+    fn default() -> Gather<M, A> {
+        Gather::new()
+    }
+}
+
+/// A table page that nothing leads to any more, though walkers and hardware may still be in it.
+///
+/// Dropping it leaks the page, which is always sound; [`free`](Self::free) gives it back.
+#[derive(Debug)]
+#[must_use = "a retired table that is not freed after the flush leaks"]
+pub struct RetiredTable<M, A> {
+    pub(crate) table: NonNull<A>,
+    pub(crate) layout: TableLayout,
+    pub(crate) memory: M,
+}
+
+// SAFETY: the page is reachable through this value alone, apart from readers that only load atomics.
+unsafe impl<M: Send, A: Send + Sync> Send for RetiredTable<M, A> {}
+
+impl<M: TableMemory<A>, A: AtomicEntry> RetiredTable<M, A> {
+    /// Returns the page to its allocator.
+    ///
+    /// # Safety
+    ///
+    /// Every operation and every walk of the table that began before this one was retired has ended, cached
+    /// walks included, and hardware that walks the table has been invalidated.
+    pub unsafe fn free(self) {
+        // SAFETY: the page came from this allocator with this layout; the caller vouches for the rest.
+        unsafe { self.memory.free(self.table, self.layout) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_join_up_to_the_last_page() {
+        let mut runs = Runs::default();
+        let range = |first, last| IovaRange::new(first, last).unwrap();
+        runs.push(range(0, 0xfff));
+        runs.push(range(0x1000, 0x2fff));
+        runs.push(range(0x4000, 0x4fff));
+        runs.push(range(u64::MAX - 0xfff, u64::MAX));
+        let all: Vec<_> = runs.iter().collect();
+        assert_eq!(all, [range(0, 0x2fff), range(0x4000, 0x4fff), range(u64::MAX - 0xfff, u64::MAX)]);
+        assert_eq!(runs.bytes(), 0x5000);
+    }
+}

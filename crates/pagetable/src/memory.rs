@@ -1,0 +1,289 @@
+//! Where table pages come from.
+//!
+//! A walker wants three things of a table page: its entries, the address that goes into the entry above it, and a
+//! live count that stands *beside* the page. Hardware leaves no room in the page itself, and a count kept with
+//! the parent would be a word that operations below different parents' entries share.
+//!
+//! The allocator is told entries and alignment for each level, because a format may have a root of several pages
+//! (concatenated second stages) or tables smaller than a page.
+
+use crate::atomic::AtomicEntry;
+use crate::format::TableLayout;
+use core::ptr::NonNull;
+
+/// No memory for another table page. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no memory for another table page")]
+pub struct OutOfTables;
+
+/// An allocator of table pages.
+///
+/// # Safety
+///
+/// - [`allocate`](Self::allocate) returns `layout.entries` entries of value 0 at `layout.alignment`, used by
+///   nobody else and valid until [`free`](Self::free); the live count belonging to them is 0.
+/// - [`address`](Self::address) is below 2^56, a multiple of 64, and [`pointer`](Self::pointer) is its inverse.
+/// - [`live`](Self::live) always gives the same word for the same table, and different words for different ones.
+/// - Clones stand for the same allocator.
+pub unsafe trait TableMemory<A: AtomicEntry>: Clone + Send + Sync + 'static {
+    /// A fresh table of absent entries.
+    fn allocate(&self, layout: TableLayout) -> Result<NonNull<A>, OutOfTables>;
+
+    /// Takes a table back.
+    ///
+    /// # Safety
+    ///
+    /// `table` came from `allocate` with this `layout`, and nobody uses it or its live count any more.
+    unsafe fn free(&self, table: NonNull<A>, layout: TableLayout);
+
+    /// The word beside the table in which the walker counts its entries.
+    ///
+    /// # Safety
+    ///
+    /// `table` came from `allocate` with this `layout` and is not freed before the last use of the reference.
+    unsafe fn live<'a>(&self, table: NonNull<A>, layout: TableLayout) -> &'a A;
+
+    /// What the entry that leads to the table holds.
+    fn address(&self, table: NonNull<A>) -> u64;
+
+    /// The table at an address that [`address`](Self::address) gave.
+    fn pointer(&self, address: u64) -> NonNull<A>;
+}
+
+#[cfg(feature = "std")]
+pub use heap::HeapTables;
+
+#[cfg(feature = "std")]
+mod heap {
+    //! Table pages from the program's heap, in slabs.
+    //!
+    //! A 4 KiB table on its own would need a second, mostly empty page for its live count. So 64 pages are taken
+    //! together, aligned to their size: the first holds the counts of the other 63, found by masking the address.
+    //! A table costs 4 KiB and 1/63, and a slab whose pages are all free goes back to the heap.
+
+    use super::{OutOfTables, TableMemory};
+    use crate::format::TableLayout;
+    use core::ptr::NonNull;
+    use core::sync::atomic::AtomicU64;
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    const PAGE: usize = 4096;
+    const PAGES: usize = 64;
+    const SLAB: Layout = match Layout::from_size_align(PAGE * PAGES, PAGE * PAGES) {
+        Ok(layout) => layout,
+        Err(_) => panic!("a slab is a power of two"),
+    };
+    /// Every page but the header's.
+    const ALL_FREE: u64 = !1;
+
+    /// Table pages from the program's heap; the entry's address is the page's virtual address.
+    ///
+    /// All handles stand for one pool of the process, so that a million small address spaces share pages.
+    #[derive(Clone, Copy, Debug, Default)]
+    pub struct HeapTables;
+
+    /// The first page of a slab. `live` is shared with the walkers; the rest is only touched under the pool's lock.
+    #[repr(C)]
+    struct Header {
+        live: [AtomicU64; PAGES],
+        /// Bit n: page n is free.
+        free: u64,
+        /// Where the slab stands in the pool's list, while it has free pages.
+        position: usize,
+    }
+
+    /// Slabs that have free pages.
+    struct Pool {
+        slabs: Vec<NonNull<Header>>,
+    }
+
+    // SAFETY: the pointers name heap memory that is reached only under the pool's lock.
+    unsafe impl Send for Pool {}
+
+    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new() });
+
+    fn pool() -> MutexGuard<'static, Pool> {
+        // The lists are consistent between any two statements that can panic: there are none.
+        POOL.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_page(layout: TableLayout) -> bool {
+        layout.entries * 8 == PAGE && layout.alignment == PAGE
+    }
+
+    /// A table of another shape stands alone, with its count in front of it, `alignment` bytes before.
+    fn single(layout: TableLayout) -> Result<Layout, OutOfTables> {
+        let size = layout
+            .entries
+            .checked_mul(8)
+            .and_then(|size| size.checked_add(layout.alignment))
+            .ok_or(OutOfTables)?;
+        Layout::from_size_align(size, layout.alignment.max(64)).map_err(|_| OutOfTables)
+    }
+
+    impl Pool {
+        fn take(&mut self) -> Result<NonNull<AtomicU64>, OutOfTables> {
+            let slab = match self.slabs.last() {
+                Some(slab) => *slab,
+                None => {
+                    // SAFETY: the layout's size is not zero.
+                    let memory = unsafe { alloc_zeroed(SLAB) };
+                    let slab = NonNull::new(memory.cast::<Header>()).ok_or(OutOfTables)?;
+                    // SAFETY: zeroed memory is a valid header, and nobody else knows it yet.
+                    unsafe {
+                        (*slab.as_ptr()).free = ALL_FREE;
+                        (*slab.as_ptr()).position = 0;
+                    }
+                    self.slabs.push(slab);
+                    slab
+                }
+            };
+            // SAFETY: slabs in the list are allocated; these fields are only touched under the lock.
+            let free = unsafe { &mut (*slab.as_ptr()).free };
+            let page = free.trailing_zeros() as usize;
+            *free &= *free - 1;
+            if *free == 0 {
+                self.slabs.pop();
+            }
+            // SAFETY: `page` is below PAGES, so the result lies in the slab.
+            Ok(unsafe { slab.cast::<u8>().add(page * PAGE).cast() })
+        }
+
+        fn put(&mut self, table: NonNull<AtomicU64>) {
+            let (slab, page) = locate(table);
+            // SAFETY: the slab of a table in use is allocated; these fields are only touched under the lock.
+            let header = unsafe { &mut *(&raw mut (*slab.as_ptr()).free).cast::<HeaderTail>() };
+            if header.free == 0 {
+                header.position = self.slabs.len();
+                self.slabs.push(slab);
+            }
+            header.free |= 1 << page;
+            if header.free == ALL_FREE && self.slabs.len() > 1 {
+                let position = header.position;
+                self.slabs.swap_remove(position);
+                if let Some(moved) = self.slabs.get(position) {
+                    // SAFETY: as above; `moved` is another slab of the list.
+                    unsafe { (*moved.as_ptr()).position = position };
+                }
+                // SAFETY: allocated with this layout; all of its pages are free, so nobody uses it.
+                unsafe { dealloc(slab.cast().as_ptr(), SLAB) };
+            }
+        }
+    }
+
+    /// The part of the header that the lock guards, so that no exclusive reference ever covers the live counts.
+    #[repr(C)]
+    struct HeaderTail {
+        free: u64,
+        position: usize,
+    }
+
+    /// The slab of a table page, and which of its pages that is.
+    fn locate(table: NonNull<AtomicU64>) -> (NonNull<Header>, usize) {
+        let address = table.as_ptr().expose_provenance();
+        let offset = address & (SLAB.size() - 1);
+        // SAFETY: `offset` is how far the page stands in its slab, which is aligned to its size.
+        (unsafe { table.cast::<u8>().sub(offset).cast() }, offset / PAGE)
+    }
+
+    // SAFETY: pages are zeroed when handed out and owned by one table at a time; the count of page n is word n of
+    // its slab's header (for a single table, the word in front of it); addresses are exposed pointers, which on
+    // the supported 64-bit machines are below 2^56.
+    unsafe impl TableMemory<AtomicU64> for HeapTables {
+        fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
+            let table = if is_page(layout) {
+                pool().take()?
+            } else {
+                let single = single(layout)?;
+                // SAFETY: the size is not zero.
+                let memory = NonNull::new(unsafe { alloc_zeroed(single) }).ok_or(OutOfTables)?;
+                // SAFETY: the allocation is `alignment` bytes larger than the table.
+                return Ok(unsafe { memory.add(layout.alignment).cast() });
+            };
+            // SAFETY: the page is ours alone until it is returned; its count belongs to it.
+            unsafe {
+                table.cast::<u8>().write_bytes(0, PAGE);
+                self.live(table, layout).store(0, core::sync::atomic::Ordering::Relaxed);
+            }
+            Ok(table)
+        }
+
+        unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout) {
+            if is_page(layout) {
+                pool().put(table);
+            } else if let Ok(single) = single(layout) {
+                // SAFETY: allocated with this layout, `alignment` bytes further down.
+                unsafe { dealloc(table.cast::<u8>().sub(layout.alignment).as_ptr(), single) };
+            }
+        }
+
+        unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+            if is_page(layout) {
+                let (slab, page) = locate(table);
+                // SAFETY: `page` is below PAGES, and the header lives as long as the table does.
+                unsafe { &*(&raw const (*slab.as_ptr()).live).cast::<AtomicU64>().add(page) }
+            } else {
+                // SAFETY: the word lies in the same allocation, in front of the table.
+                unsafe { table.sub(8).as_ref() }
+            }
+        }
+
+        fn address(&self, table: NonNull<AtomicU64>) -> u64 {
+            table.as_ptr().expose_provenance() as u64
+        }
+
+        fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+            let pointer = core::ptr::with_exposed_provenance_mut(address as usize);
+            // An address that `address` gave is never null; a dangling pointer would be the caller's broken promise.
+            NonNull::new(pointer).unwrap_or(NonNull::dangling())
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        const LAYOUT: TableLayout = TableLayout { entries: 512, alignment: 4096 };
+
+        #[test]
+        fn pages_are_fresh_distinct_and_have_their_own_counts() {
+            use core::sync::atomic::Ordering::Relaxed;
+            let memory = HeapTables;
+            let tables: Vec<_> = (0..200).map(|_| memory.allocate(LAYOUT).unwrap()).collect();
+            for (number, &table) in tables.iter().enumerate() {
+                assert_eq!(memory.pointer(memory.address(table)), table);
+                // SAFETY: allocated above, freed below.
+                unsafe {
+                    assert_eq!(table.as_ref().swap(number as u64, Relaxed), 0);
+                    assert_eq!(memory.live(table, LAYOUT).swap(number as u64, Relaxed), 0);
+                }
+            }
+            for (number, &table) in tables.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe {
+                    assert_eq!(table.as_ref().load(Relaxed), number as u64);
+                    assert_eq!(memory.live(table, LAYOUT).load(Relaxed), number as u64);
+                }
+            }
+            for table in tables {
+                // SAFETY: allocated with this layout, used no more.
+                unsafe { memory.free(table, LAYOUT) };
+            }
+        }
+
+        #[test]
+        fn a_concatenated_root_has_its_alignment() {
+            let memory = HeapTables;
+            let layout = TableLayout { entries: 2048, alignment: 16384 };
+            let table = memory.allocate(layout).unwrap();
+            assert_eq!(memory.address(table) % 16384, 0);
+            // SAFETY: allocated above with this layout.
+            unsafe {
+                memory.live(table, layout).fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+                assert_eq!(table.as_ref().load(core::sync::atomic::Ordering::Relaxed), 0);
+                memory.free(table, layout);
+            }
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! A page table in memory: the one walker under all formats.
+//!
+//! # How it is built
+//!
+//! The root word holds the address of the top table and its level, so that a table can grow on top with one
+//! compare-exchange and an empty one costs nothing. Below it every entry is absent, a link, or a leaf. Links are
+//! installed by compare-exchange, so any number of operations may build tables at once.
+//!
+//! Every operation is a *visitor* that [`Radix::visit`] carries over the entries of a range, in ascending order;
+//! what differs between mapping, removing, cutting and looking is only what the visitor does at an entry that is
+//! not a link. The visitors are in the modules below this one.
+//!
+//! # Live counts, and how an empty table goes away
+//!
+//! Beside every table stands a count of its entries that are not absent. Whoever is about to fill an entry
+//! adds one *first*; whoever has emptied an entry subtracts one. A table whose count is 0 may be retired: the
+//! count is replaced by `DEAD` with a compare-exchange, and only the winner of that may change the link in the
+//! parent. An operation that adds to a dead count has come through a link that is going away; it starts again
+//! from the root.
+//!
+//! Not every empty table is retired at once, or a single page mapped and unmapped again and again would
+//! allocate a table each time. A few are kept, marked `KEPT`; a removal that covers the table's whole span, or
+//! finds the allowance used up, retires it.
+//!
+//! # When memory goes
+//!
+//! A retired table is handed to the caller in its [`Gather`]. It stays readable, and empty, until the caller frees
+//! it, which is allowed only when all operations and walks that might have seen it are over. This is why
+//! everything here can be a safe function on `&self`.
+
+use crate::address::{IovaRange, Oa, PageSize};
+use crate::atomic::AtomicEntry;
+use crate::format::{Attributes, Entry, Format, Native};
+use crate::gather::{Gather, RetiredTable};
+#[cfg(feature = "std")]
+use crate::memory::HeapTables;
+use crate::memory::{OutOfTables, TableMemory};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+mod claim;
+mod cut;
+mod map;
+mod unmap;
+mod walk;
+
+pub use claim::{ClaimError, RetractError};
+pub use cut::CutError;
+pub use map::MapError;
+pub use unmap::UnmapError;
+pub use walk::{CachedWalk, Leaf, WalkFault};
+
+/// The table is retired or about to be; nobody may add to it.
+const DEAD: u64 = 1 << 63;
+/// The table was empty once and is one of those that may stay.
+const KEPT: u64 = 1 << 62;
+/// How many entries are not absent.
+const COUNT: u64 = (1 << 32) - 1;
+/// How many empty tables may stay linked in one radix.
+const KEPT_LIMIT: u64 = 64;
+/// The part of the root word that holds the level; addresses of tables are multiples of 64.
+const ROOT_LEVEL: u64 = 0x3f;
+
+/// Gives every retirement in the process a number of its own, so that a [`CachedWalk`] of one table can never be
+/// taken for one of another.
+static GENERATIONS: AtomicU64 = AtomicU64::new(1);
+
+/// A page table of format `F`, with table pages from `M`.
+///
+/// See the [crate's documentation](crate) for an example.
+#[cfg(feature = "std")]
+pub struct Radix<F: Format, M: TableMemory<A> = HeapTables, A: AtomicEntry = AtomicU64> {
+    format: F,
+    memory: M,
+    /// Address and level of the top table; 0 as long as there is none.
+    root: A,
+    /// Changes whenever a table is retired.
+    generation: AtomicU64,
+    /// How many table pages are linked. Touched only when one comes or goes.
+    tables: AtomicU64,
+    /// How many tables carry the mark `KEPT`.
+    kept: AtomicU64,
+}
+
+/// A page table of format `F`, with table pages from `M`.
+#[cfg(not(feature = "std"))]
+pub struct Radix<F: Format, M: TableMemory<A>, A: AtomicEntry = AtomicU64> {
+    format: F,
+    memory: M,
+    root: A,
+    generation: AtomicU64,
+    tables: AtomicU64,
+    kept: AtomicU64,
+}
+
+/// A table that this operation reached.
+struct Node<A> {
+    table: NonNull<A>,
+    level: u8,
+}
+
+impl<A> Clone for Node<A> {
+    fn clone(&self) -> Node<A> {
+        *self
+    }
+}
+
+impl<A> Copy for Node<A> {}
+
+/// An entry that a visitor is shown.
+struct Slot<'a, A> {
+    node: Node<A>,
+    entry: &'a A,
+    /// What the entry held when it was read.
+    value: u64,
+    /// What that means.
+    decoded: Entry,
+    /// The first address of the visited range that the entry covers.
+    first: u64,
+    /// The last one.
+    last: u64,
+}
+
+/// Where the visit goes on.
+enum Next {
+    /// Behind this address.
+    After(u64),
+    /// The entry changed: read it again.
+    Again,
+}
+
+/// Why a visit ends early.
+enum Stop<E> {
+    /// A table on the way was retired: start again from the root at this address.
+    Stale(u64),
+    /// The operation is refused.
+    Error(E),
+}
+
+/// What an operation does at the entries of its range.
+trait Visitor<M, A: AtomicEntry> {
+    type Error;
+
+    /// At an entry that is no link.
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<Self::Error>>;
+
+    /// At a link, before the table below is entered. `Some` if it was dealt with.
+    fn link(&mut self, _slot: &Slot<'_, A>, _child: Node<A>) -> Option<Next> {
+        None
+    }
+
+    /// Where retired tables go, for a visitor that empties entries; `None`: leave empty tables alone.
+    fn gather(&mut self) -> Option<&mut Gather<M, A>> {
+        None
+    }
+}
+
+#[cfg(feature = "std")]
+impl Radix<Native> {
+    /// A native table with pages from the heap.
+    pub fn native(format: Native) -> Radix<Native> {
+        Radix::new(format, HeapTables)
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// An empty table. It takes memory when something is mapped.
+    pub fn new(format: F, memory: M) -> Radix<F, M, A> {
+        Radix {
+            format,
+            memory,
+            root: A::new(0),
+            generation: AtomicU64::new(GENERATIONS.fetch_add(1, Ordering::Relaxed)),
+            tables: AtomicU64::new(0),
+            kept: AtomicU64::new(0),
+        }
+    }
+
+    /// The format's facts.
+    pub fn format(&self) -> &F {
+        &self.format
+    }
+
+    /// How many table pages are in use.
+    pub fn table_count(&self) -> u64 {
+        self.tables.load(Ordering::Relaxed)
+    }
+
+    /// The bytes of those table pages.
+    pub fn table_bytes(&self) -> u64 {
+        // Only a root can have another size, and there is one.
+        let top = self.root().map_or(0, |root| self.format.table_layout(root.level).entries as u64 * 8);
+        let rest = self.format.table_layout(1).entries as u64 * 8;
+        top + rest * self.table_count().saturating_sub(1)
+    }
+
+    /// Address of the top table and its level, for whoever programs hardware with it; `None` as long as nothing
+    /// was ever mapped. A format that [grows](Format::top_levels) changes both.
+    pub fn top(&self) -> Option<(u64, u8)> {
+        self.root().map(|root| (self.memory.address(root.table), root.level))
+    }
+
+    fn root(&self) -> Option<Node<A>> {
+        self.decode_root(self.root.load())
+    }
+
+    fn decode_root(&self, word: u64) -> Option<Node<A>> {
+        (word != 0).then(|| Node {
+            table: self.memory.pointer(word & !ROOT_LEVEL),
+            level: (word & ROOT_LEVEL) as u8,
+        })
+    }
+
+    /// The last address that a top table at `level` covers.
+    fn top_last(&self, level: u8) -> u64 {
+        let bits = self.format.shift(level) + self.format.index_bits(level);
+        if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
+    }
+
+    /// The root, made or grown until it covers `last`.
+    fn root_covering(&self, last: u64) -> Result<Node<A>, OutOfTables> {
+        let levels = self.format.top_levels();
+        loop {
+            let word = self.root.load();
+            let old = self.decode_root(word);
+            let level = match old {
+                Some(node) if self.top_last(node.level) >= last || node.level == *levels.end() => {
+                    return Ok(node);
+                }
+                Some(node) => node.level + 1,
+                None => levels.clone().find(|&level| self.top_last(level) >= last).unwrap_or(*levels.end()),
+            };
+            let new = self.allocate(level)?;
+            if let Some(old) = old {
+                self.entry(new, 0).store(self.format.table_entry(level, self.memory.address(old.table)));
+                self.live(new).store(1);
+            }
+            if self.root.compare_exchange(word, self.memory.address(new.table) | u64::from(level)).is_err() {
+                // SAFETY: never published.
+                unsafe { self.discard(new) };
+            }
+        }
+    }
+
+    fn allocate(&self, level: u8) -> Result<Node<A>, OutOfTables> {
+        let table = self.memory.allocate(self.format.table_layout(level))?;
+        self.tables.fetch_add(1, Ordering::Relaxed);
+        Ok(Node { table, level })
+    }
+
+    /// Gives back a table that was never linked.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else has seen `node`.
+    unsafe fn discard(&self, node: Node<A>) {
+        self.tables.fetch_sub(1, Ordering::Relaxed);
+        // SAFETY: allocated with this layout; the caller vouches that nobody uses it.
+        unsafe { self.memory.free(node.table, self.format.table_layout(node.level)) };
+    }
+
+    #[inline(always)]
+    fn index(&self, level: u8, iova: u64) -> usize {
+        (iova >> self.format.shift(level)) as usize & ((1 << self.format.index_bits(level)) - 1)
+    }
+
+    #[inline(always)]
+    fn entry<'a>(&self, node: Node<A>, index: usize) -> &'a A {
+        debug_assert!(index < 1 << self.format.index_bits(node.level));
+        // SAFETY: `node` was reached through a link by an operation that is still running, or is not published
+        // yet. A linked table has one entry for every index of its level, and it is freed only when every
+        // operation that could have reached it has ended (the contract of `RetiredTable::free`).
+        unsafe { node.table.add(index).as_ref() }
+    }
+
+    #[inline(always)]
+    fn live<'a>(&self, node: Node<A>) -> &'a A {
+        // SAFETY: as for `entry`; the count lives as long as its table.
+        unsafe { self.memory.live(node.table, self.format.table_layout(node.level)) }
+    }
+
+    #[inline(always)]
+    fn child(&self, node: Node<A>, address: u64) -> Node<A> {
+        Node { table: self.memory.pointer(address), level: node.level - 1 }
+    }
+
+    /// Announces that an entry of `node` is about to be filled; `false` if the table is going away.
+    #[inline(always)]
+    fn add_live(&self, node: Node<A>, count: u64) -> bool {
+        // Adding to a dead count does no harm: nobody reads it any more.
+        self.live(node).fetch_add(count) & DEAD == 0
+    }
+
+    #[inline(always)]
+    fn subtract_live(&self, node: Node<A>, count: u64) {
+        self.live(node).fetch_sub(count);
+    }
+
+    /// Carries a visitor over those addresses of the range that the table covers today.
+    fn run<V: Visitor<M, A>>(&self, visitor: &mut V, range: IovaRange) -> Result<(), V::Error> {
+        let mut first = range.first();
+        loop {
+            let Some(root) = self.root() else { return Ok(()) };
+            let last = range.last().min(self.top_last(root.level));
+            if first > last {
+                return Ok(());
+            }
+            match self.visit(visitor, root, first, last) {
+                Ok(()) => return Ok(()),
+                Err(Stop::Stale(at)) => first = at,
+                Err(Stop::Error(error)) => return Err(error),
+            }
+        }
+    }
+
+    fn visit<V: Visitor<M, A>>(
+        &self,
+        visitor: &mut V,
+        node: Node<A>,
+        first: u64,
+        last: u64,
+    ) -> Result<(), Stop<V::Error>> {
+        let low = (1u64 << self.format.shift(node.level)) - 1;
+        let mut at = first;
+        loop {
+            let entry = self.entry(node, self.index(node.level, at));
+            let value = entry.load();
+            let decoded = self.format.decode(node.level, value);
+            let slot = Slot { node, entry, value, decoded, first: at, last: (at | low).min(last) };
+            let next = match decoded {
+                Entry::Table(address) if node.level > 1 => {
+                    let child = self.child(node, address);
+                    match visitor.link(&slot, child) {
+                        Some(next) => next,
+                        None => {
+                            self.visit(visitor, child, slot.first, slot.last)?;
+                            let whole = slot.first & low == 0 && slot.last & low == low;
+                            if let Some(gather) = visitor.gather() {
+                                self.prune(gather, &slot, child, whole);
+                            }
+                            Next::After(slot.last)
+                        }
+                    }
+                }
+                _ => visitor.slot(slot)?,
+            };
+            if let Next::After(done) = next {
+                if done >= last {
+                    return Ok(());
+                }
+                at = done + 1;
+            }
+        }
+    }
+
+    /// Retires `child`, to which `slot` leads, if it is empty and need not stay.
+    fn prune(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>, whole: bool) {
+        let live = self.live(child);
+        let word = live.load();
+        if word & (COUNT | DEAD) != 0 {
+            return;
+        }
+        if !whole {
+            if word & KEPT != 0 {
+                return;
+            }
+            if self.kept.fetch_add(1, Ordering::Relaxed) < KEPT_LIMIT
+                && live.compare_exchange(word, KEPT).is_ok()
+            {
+                return;
+            }
+            self.kept.fetch_sub(1, Ordering::Relaxed);
+        }
+        if self.bury(child, word) {
+            slot.entry.store(0);
+            self.subtract_live(slot.node, 1);
+            self.retire(gather, child);
+        }
+    }
+
+    /// Takes the right to unlink an empty table whose live count was read as `word`.
+    fn bury(&self, node: Node<A>, word: u64) -> bool {
+        let buried = word & (COUNT | DEAD) == 0 && self.live(node).compare_exchange(word, DEAD).is_ok();
+        if buried && word & KEPT != 0 {
+            self.kept.fetch_sub(1, Ordering::Relaxed);
+        }
+        buried
+    }
+
+    /// Hands over a table that has just been unlinked.
+    fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
+        self.generation.store(GENERATIONS.fetch_add(1, Ordering::Relaxed), Ordering::Release);
+        self.tables.fetch_sub(1, Ordering::Relaxed);
+        gather.retired.push(RetiredTable {
+            table: node.table,
+            layout: self.format.table_layout(node.level),
+            memory: self.memory.clone(),
+        });
+    }
+
+    /// Frees `node` and all below.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else uses the table.
+    unsafe fn free_tree(&self, node: Node<A>) {
+        if node.level > 1 {
+            for index in 0..1 << self.format.index_bits(node.level) {
+                if let Entry::Table(address) = self.format.decode(node.level, self.entry(node, index).load())
+                {
+                    // SAFETY: passed on; a table is linked from one place only.
+                    unsafe { self.free_tree(self.child(node, address)) };
+                }
+            }
+        }
+        // SAFETY: allocated with this layout; nobody uses it.
+        unsafe { self.memory.free(node.table, self.format.table_layout(node.level)) };
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Drop for Radix<F, M, A> {
+    fn drop(&mut self) {
+        if let Some(root) = self.root() {
+            // SAFETY: `&mut self`: no operation runs, and retired tables are not linked.
+            unsafe { self.free_tree(root) };
+        }
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> core::fmt::Debug for Radix<F, M, A> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Radix").field("format", &self.format).field("tables", &self.table_count()).finish()
+    }
+}
+
+/// Whether all of a mapping's addresses are such that some leaf of the format can hold each of them.
+fn check_mapping<F: Format>(format: &F, range: IovaRange, oa: Oa) -> Result<(), MapError> {
+    let granule = PageSize::from_log2(format.shift(1)).ok_or(MapError::OutOfRange { range })?;
+    if !range.is_aligned(granule) || !oa.is_aligned(granule) {
+        return Err(MapError::Misaligned { range, oa, granule });
+    }
+    if !format.accepts(&range) {
+        return Err(MapError::OutOfRange { range });
+    }
+    let last = oa.get().checked_add(range.last() - range.first()).ok_or(MapError::OutputOutOfRange { oa })?;
+    if last >> format.output_bits().min(63) != 0 {
+        return Err(MapError::OutputOutOfRange { oa });
+    }
+    Ok(())
+}
+
+/// A mapping to be made, and the best leaf for a place in it.
+#[derive(Clone, Copy)]
+struct Mapping {
+    range: IovaRange,
+    oa: u64,
+    attributes: Attributes,
+}
+
+impl Mapping {
+    #[inline(always)]
+    fn output(&self, iova: u64) -> u64 {
+        self.oa + (iova - self.range.first())
+    }
+
+    /// The largest leaf of the `sizes` that can begin at `iova`: the address, its output and what is left of the
+    /// range must all be multiples of it.
+    #[inline(always)]
+    fn best_size(&self, sizes: u64, iova: u64) -> Option<PageSize> {
+        let alignment = iova | self.output(iova);
+        let aligned = if alignment == 0 { u64::MAX } else { alignment ^ (alignment - 1) };
+        let left = self.range.last() - iova;
+        // Sizes up to `left + 1`; for the whole 2^64 every size fits.
+        let fits = match left.checked_add(1) {
+            Some(bytes) => u64::MAX >> bytes.leading_zeros(),
+            None => u64::MAX,
+        };
+        let usable = sizes & aligned & fits;
+        (usable != 0).then(|| PageSize(63 - usable.leading_zeros() as u8))
+    }
+}
+
+/// A leaf's first and last address, given any address in it.
+fn leaf_span(iova: u64, size: PageSize) -> (u64, u64) {
+    let low = size.bytes() - 1;
+    (iova & !low, iova | low)
+}

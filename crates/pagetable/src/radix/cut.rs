@@ -1,0 +1,132 @@
+//! Cutting: a leaf becomes a table of smaller leaves with the same translation.
+//!
+//! The table is filled before anybody can see it and then published with one compare-exchange against the leaf as
+//! it was read. Walkers see the old leaf or the new table, which say the same. If hardware sets a dirty bit in
+//! between, or another operation cuts the same leaf, the compare-exchange fails and the loser looks again.
+
+use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
+use crate::address::{IovaRange, PageSize};
+use crate::atomic::AtomicEntry;
+use crate::format::{Entry, Format, Split};
+use crate::memory::{OutOfTables, TableMemory};
+
+/// Why a leaf was not cut. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CutError {
+    /// The format does not allow it while walkers run: the leaf has to be unmapped whole, invalidated, and mapped
+    /// again in parts.
+    #[error("the leaf of {size} at {at:#x} must be absent before it can be cut")]
+    NeedsBreak {
+        /// Where the leaf begins.
+        at: u64,
+        /// Its size.
+        size: PageSize,
+    },
+    /// Another operation owns the leaf.
+    #[error("another operation owns the leaf at {at:#x}")]
+    Contended {
+        /// An address in the leaf.
+        at: u64,
+    },
+    /// The cut is not on a boundary of the smallest page.
+    #[error("{at:#x} is not a boundary between pages")]
+    Misaligned {
+        /// Where to cut.
+        at: u64,
+    },
+    /// No memory for a table.
+    #[error(transparent)]
+    OutOfTables(#[from] OutOfTables),
+}
+
+/// Cuts whatever leaf has `at` inside, until a leaf begins there.
+struct CutAt<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
+    radix: &'a Radix<F, M, A>,
+    at: u64,
+    software: SoftwareBits,
+}
+
+/// Bits of a leaf that the format's own facts do not know.
+#[derive(Clone, Copy)]
+pub(super) struct SoftwareBits {
+    /// A leaf with one of these may not be cut.
+    pub(super) busy: u64,
+    /// Only the first of the pieces inherits these.
+    pub(super) first: u64,
+}
+
+impl SoftwareBits {
+    /// In exclusive mode there are none.
+    pub(super) const NONE: SoftwareBits = SoftwareBits { busy: 0, first: 0 };
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F, M, A> {
+    type Error = CutError;
+
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<CutError>> {
+        match slot.decoded {
+            Entry::Leaf { size, .. } if leaf_span(self.at, size).0 != self.at => {
+                self.radix.cut_leaf(&slot, self.software).map_err(Stop::Error)?;
+                Ok(Next::Again)
+            }
+            _ => Ok(Next::After(slot.last)),
+        }
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// Makes `at` a boundary between leaves. Changes no translation, and may run beside any other operation.
+    pub fn cut(&self, at: u64) -> Result<(), CutError> {
+        self.cut_at(at, SoftwareBits::NONE)
+    }
+
+    pub(super) fn cut_at(&self, at: u64, software: SoftwareBits) -> Result<(), CutError> {
+        if at & ((1 << self.format.shift(1)) - 1) != 0 {
+            return Err(CutError::Misaligned { at });
+        }
+        let Some(range) = IovaRange::new(at, at) else { return Ok(()) };
+        self.run(&mut CutAt { radix: self, at, software }, range)
+    }
+
+    /// Makes both ends of `range` boundaries between leaves.
+    pub(super) fn cut_ends(&self, range: IovaRange, software: SoftwareBits) -> Result<(), CutError> {
+        self.cut_at(range.first(), software)?;
+        match range.last().checked_add(1) {
+            Some(end) => self.cut_at(end, software),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces the leaf in `slot` by a table one level down, unless somebody else changes the entry first.
+    pub(super) fn cut_leaf(&self, slot: &Slot<'_, A>, software: SoftwareBits) -> Result<(), CutError> {
+        let Entry::Leaf { oa, size, attributes } = slot.decoded else { return Ok(()) };
+        let level = slot.node.level;
+        if slot.value & software.busy != 0 {
+            return Err(CutError::Contended { at: slot.first });
+        }
+        let needs_break = CutError::NeedsBreak { at: leaf_span(slot.first, size).0, size };
+        // A leaf of several entries cannot be replaced in one step.
+        if self.format.split() == Split::NeedsBreak || level == 1 || size.log2() != self.format.shift(level) {
+            return Err(needs_break);
+        }
+        let piece = PageSize(self.format.shift(level - 1) as u8);
+        if self.format.leaf_sizes(level - 1) & piece.bytes() == 0 {
+            return Err(needs_break);
+        }
+        let child: Node<A> = self.allocate(level - 1)?;
+        let count = 1u64 << self.format.index_bits(level - 1);
+        // What the entry holds beyond the format's own bits goes on with the pieces.
+        let extra = slot.value & !self.format.leaf_entry(level, size, oa, attributes) & software.first;
+        for index in 0..count {
+            let leaf = self.format.leaf_entry(level - 1, piece, oa + (index << piece.log2()), attributes);
+            self.entry(child, index as usize).store(if index == 0 { leaf | extra } else { leaf });
+        }
+        self.live(child).store(count);
+        let link = self.format.table_entry(level, self.memory.address(child.table));
+        if slot.entry.compare_exchange(slot.value, link).is_err() {
+            // SAFETY: never linked.
+            unsafe { self.discard(child) };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,249 @@
+//! Mapping: filling absent entries with the largest leaves that fit.
+//!
+//! One visitor serves both modes. A claiming operation takes each entry with a compare-exchange from 0 and leaves
+//! the leaf busy and not yet present; an exclusive one stores the finished leaf. Where a smaller table stands in
+//! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
+//! once in small pages can be mapped with large ones again.
+
+use super::{COUNT, DEAD, Mapping, Next, Node, Radix, Slot, Stop, Visitor, check_mapping, leaf_span};
+use crate::address::{IovaRange, Oa, PageSize};
+use crate::atomic::AtomicEntry;
+use crate::format::{Attributes, Entry, Format};
+use crate::gather::Gather;
+use crate::memory::{OutOfTables, TableMemory};
+
+/// Why nothing was mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// Something else is mapped there.
+    #[error("something is mapped at {at:#x} already")]
+    Occupied {
+        /// The first address in the way.
+        at: u64,
+    },
+    /// The format cannot look these addresses up.
+    #[error("{range} lies outside what the table can translate")]
+    OutOfRange {
+        /// The range asked for.
+        range: IovaRange,
+    },
+    /// The output would need more address bits than the format has.
+    #[error("the output addresses from {oa} on do not fit the table's entries")]
+    OutputOutOfRange {
+        /// The first output address.
+        oa: Oa,
+    },
+    /// An end of the range or the output address is not a multiple of the smallest page.
+    #[error("{range} to {oa} is not a whole number of {granule} pages")]
+    Misaligned {
+        /// The range asked for.
+        range: IovaRange,
+        /// The output address asked for.
+        oa: Oa,
+        /// The smallest page.
+        granule: PageSize,
+    },
+    /// No memory for a table.
+    #[error(transparent)]
+    OutOfTables(#[from] OutOfTables),
+}
+
+/// What a claiming mapper may meet besides.
+pub(super) enum InstallError {
+    Map(MapError),
+    /// Another operation owns the entry.
+    Contended(u64),
+}
+
+impl From<MapError> for InstallError {
+    fn from(error: MapError) -> InstallError {
+        InstallError::Map(error)
+    }
+}
+
+/// Fills the entries of a mapping.
+pub(super) struct Install<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
+    pub(super) radix: &'a Radix<F, M, A>,
+    pub(super) mapping: Mapping,
+    /// Claiming mode: added to the first leaf, to the others, and removed from both until they are published.
+    pub(super) claim: Option<ClaimBits>,
+    /// A leaf with the same translation is what we came for, not something in the way.
+    pub(super) accept_equal: bool,
+    /// The last address of what is installed so far.
+    pub(super) installed_to: Option<u64>,
+    /// Takes the empty tables that made room for large leaves.
+    pub(super) gather: &'a mut Gather<M, A>,
+}
+
+/// The software bits of a claimed, not yet published leaf.
+#[derive(Clone, Copy)]
+pub(super) struct ClaimBits {
+    pub(super) present: u64,
+    pub(super) busy: u64,
+    pub(super) first: u64,
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
+    fn leaf(&self, level: u8, size: PageSize, iova: u64) -> u64 {
+        let leaf =
+            self.radix.format.leaf_entry(level, size, self.mapping.output(iova), self.mapping.attributes);
+        match self.claim {
+            Some(bits) if iova == self.mapping.range.first() => {
+                (leaf & !bits.present) | bits.busy | bits.first
+            }
+            Some(bits) => (leaf & !bits.present) | bits.busy,
+            None => leaf,
+        }
+    }
+
+    /// Writes the leaf into its entries. `None`: lost a race.
+    fn install(&self, slot: &Slot<'_, A>, size: PageSize, count: u64) -> Option<()> {
+        let leaf = self.leaf(slot.node.level, size, slot.first);
+        if self.claim.is_some() {
+            return slot.entry.compare_exchange(slot.value, leaf).ok();
+        }
+        slot.entry.store(leaf);
+        let index = self.radix.index(slot.node.level, slot.first);
+        for replica in 1..count as usize {
+            self.radix.entry(slot.node, index + replica).store(leaf);
+        }
+        Some(())
+    }
+
+    /// Puts an empty table into an absent entry.
+    fn link_child(&self, slot: &Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
+        let radix = self.radix;
+        let child = radix
+            .allocate(slot.node.level - 1)
+            .map_err(|error| Stop::Error(InstallError::Map(error.into())))?;
+        let link = radix.format.table_entry(slot.node.level, radix.memory.address(child.table));
+        if !radix.add_live(slot.node, 1) {
+            // SAFETY: never linked.
+            unsafe { radix.discard(child) };
+            return Err(Stop::Stale(slot.first));
+        }
+        if slot.entry.compare_exchange(slot.value, link).is_err() {
+            radix.subtract_live(slot.node, 1);
+            // SAFETY: never linked.
+            unsafe { radix.discard(child) };
+        }
+        Ok(Next::Again)
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_, F, M, A> {
+    type Error = InstallError;
+
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
+        match slot.decoded {
+            Entry::Absent if self.claim.is_none() || slot.value == 0 => {}
+            Entry::Absent => return Err(Stop::Error(InstallError::Contended(slot.first))),
+            Entry::Leaf { oa, size, attributes } if self.accept_equal => {
+                let (leaf_first, leaf_last) = leaf_span(slot.first, size);
+                let used = Attributes::ACCESSED | Attributes::DIRTY;
+                let equal = oa.checked_add(slot.first - leaf_first) == Some(self.mapping.output(slot.first))
+                    && (attributes ^ self.mapping.attributes).difference(used).is_empty();
+                if !equal {
+                    return Err(Stop::Error(MapError::Occupied { at: slot.first }.into()));
+                }
+                let last = leaf_last.min(self.mapping.range.last());
+                self.installed_to = Some(last);
+                return Ok(Next::After(last));
+            }
+            _ => return Err(Stop::Error(MapError::Occupied { at: slot.first }.into())),
+        }
+        let radix = self.radix;
+        let Some(size) = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first) else {
+            if slot.node.level == 1 {
+                // Alignment was checked, so this is a format whose facts contradict each other.
+                let range = self.mapping.range;
+                return Err(Stop::Error(MapError::OutOfRange { range }.into()));
+            }
+            return self.link_child(&slot);
+        };
+        let count = size.bytes() >> radix.format.shift(slot.node.level);
+        if !radix.add_live(slot.node, count) {
+            return Err(Stop::Stale(slot.first));
+        }
+        if self.install(&slot, size, count).is_none() {
+            radix.subtract_live(slot.node, count);
+            return Ok(Next::Again);
+        }
+        let (_, leaf_last) = leaf_span(slot.first, size);
+        self.installed_to = Some(leaf_last);
+        Ok(Next::After(leaf_last))
+    }
+
+    fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
+        let radix = self.radix;
+        let word = radix.live(child).load();
+        if word & (COUNT | DEAD) != 0 {
+            return None;
+        }
+        let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
+        if size.log2() != radix.format.shift(slot.node.level) || !radix.bury(child, word) {
+            return None;
+        }
+        // The link is ours alone now, and the parent's count stays: one entry for another.
+        slot.entry.store(self.leaf(slot.node.level, size, slot.first));
+        radix.retire(self.gather, child);
+        self.installed_to = Some(slot.last);
+        Some(Next::After(slot.last))
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// Maps `range` to the output addresses from `oa` on, with the largest leaves that fit.
+    ///
+    /// Exclusive mode: nobody else changes the range meanwhile. Other ranges may be changed and everything may be
+    /// walked at the same time.
+    ///
+    /// `gather` takes the empty tables that made room for large leaves. On an error nothing is mapped, and it
+    /// also holds what had become visible and was taken back.
+    pub fn map(
+        &self,
+        range: IovaRange,
+        oa: Oa,
+        attributes: Attributes,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), MapError> {
+        self.install(range, oa, attributes, false, gather)
+    }
+
+    /// Like [`map`](Self::map), but leaves that translate the same way already may stand in the range and stay.
+    ///
+    /// This is how a new table is filled beside running operations, which may have been there first.
+    pub fn fill(
+        &self,
+        range: IovaRange,
+        oa: Oa,
+        attributes: Attributes,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), MapError> {
+        self.install(range, oa, attributes, true, gather)
+    }
+
+    fn install(
+        &self,
+        range: IovaRange,
+        oa: Oa,
+        attributes: Attributes,
+        accept_equal: bool,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), MapError> {
+        check_mapping(&self.format, range, oa)?;
+        self.root_covering(range.last())?;
+        let mapping = Mapping { range, oa: oa.get(), attributes };
+        let mut install =
+            Install { radix: self, mapping, claim: None, accept_equal, installed_to: None, gather };
+        let Err(error) = self.run(&mut install, range) else { return Ok(()) };
+        if let Some(done) = install.installed_to.and_then(|last| IovaRange::new(range.first(), last)) {
+            // Nothing has to be cut for it: the range ends with a leaf of this operation.
+            let _ = self.unmap(done, gather);
+        }
+        Err(match error {
+            InstallError::Map(error) => error,
+            InstallError::Contended(at) => MapError::Occupied { at },
+        })
+    }
+}

@@ -1,0 +1,205 @@
+//! Looking: one address, with or without a cache, and all leaves of a range.
+
+use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
+use crate::address::{IovaRange, Oa, PageSize};
+use crate::atomic::AtomicEntry;
+use crate::format::{Attributes, Entry, Format};
+use crate::memory::TableMemory;
+use core::ops::ControlFlow;
+use core::ptr::NonNull;
+use core::sync::atomic::Ordering;
+
+/// A leaf that was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// The first address that it maps.
+    pub iova: u64,
+    /// What that is mapped to.
+    pub oa: Oa,
+    /// How much it maps.
+    pub size: PageSize,
+    /// What it allows.
+    pub attributes: Attributes,
+}
+
+impl Leaf {
+    /// What an address in the leaf is mapped to.
+    #[inline(always)]
+    pub fn output(&self, iova: u64) -> Oa {
+        Oa::new(self.oa.get() + (iova & (self.size.bytes() - 1)))
+    }
+
+    /// The addresses that it maps.
+    pub fn range(&self) -> IovaRange {
+        let (first, last) = leaf_span(self.iova, self.size);
+        IovaRange::new(first, last).unwrap_or(IovaRange::ALL)
+    }
+}
+
+/// Why an address does not translate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WalkFault {
+    /// Nothing is mapped there.
+    #[error("nothing is mapped at {0:#x}")]
+    NotMapped(u64),
+    /// The table cannot hold such an address.
+    #[error("{0:#x} lies outside what the table can translate")]
+    OutOfRange(u64),
+    /// An entry on the way has reserved bits set.
+    #[error("an entry on the way to {0:#x} is malformed")]
+    Malformed(u64),
+}
+
+/// A remembered way to one leaf table.
+///
+/// It holds no translation, only the address of the table in which the last one was found; the leaf itself is read
+/// again each time. So unmapping a page need not find and clear any cache. Only the retirement of a table makes
+/// the remembered address useless, and the table's generation tells.
+#[derive(Debug)]
+pub struct CachedWalk<A> {
+    generation: u64,
+    /// The addresses below the table, without the bits that index it.
+    tag: u64,
+    node: Option<Node<A>>,
+}
+
+// SAFETY: the table behind the address is only reached through a `Radix` that confirms that it is still linked,
+// and then only its atomics are loaded.
+unsafe impl<A: Send + Sync> Send for CachedWalk<A> {}
+// SAFETY: as above; shared references allow no change.
+unsafe impl<A: Send + Sync> Sync for CachedWalk<A> {}
+
+impl<A> CachedWalk<A> {
+    /// Nothing remembered yet.
+    pub const fn new() -> CachedWalk<A> {
+        CachedWalk { generation: 0, tag: 0, node: None }
+    }
+}
+
+impl<A> Default for CachedWalk<A> {
+    fn default() -> CachedWalk<A> {
+        CachedWalk::new()
+    }
+}
+
+impl<A> core::fmt::Debug for Node<A> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let table: NonNull<A> = self.table;
+        write!(f, "level {} at {table:p}", self.level)
+    }
+}
+
+/// Calls back for every entry that is not empty.
+struct Look<C> {
+    callback: C,
+}
+
+impl<M, A: AtomicEntry, C: FnMut(&Slot<'_, A>) -> ControlFlow<()>> Visitor<M, A> for Look<C> {
+    type Error = ();
+
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
+        let last = match slot.decoded {
+            Entry::Leaf { size, .. } => leaf_span(slot.first, size).1.max(slot.last),
+            _ => slot.last,
+        };
+        match (self.callback)(&slot) {
+            ControlFlow::Continue(()) => Ok(Next::After(last)),
+            ControlFlow::Break(()) => Err(Stop::Error(())),
+        }
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// Translates one address.
+    #[inline]
+    pub fn walk(&self, iova: u64) -> Result<Leaf, WalkFault> {
+        let root = self.root().ok_or(WalkFault::NotMapped(iova))?;
+        if iova > self.top_last(root.level) {
+            // A table that could grow just has not been asked to; one that cannot will never translate this.
+            let can_grow = root.level < *self.format.top_levels().end();
+            return Err(if can_grow { WalkFault::NotMapped(iova) } else { WalkFault::OutOfRange(iova) });
+        }
+        self.walk_below(root, iova).0
+    }
+
+    /// Translates one address and remembers the way in `cache`, which may have served other tables before.
+    #[inline]
+    pub fn walk_cached(&self, iova: u64, cache: &mut CachedWalk<A>) -> Result<Leaf, WalkFault> {
+        let generation = self.generation.load(Ordering::Acquire);
+        if let Some(node) = cache.node {
+            if cache.generation == generation && cache.tag == self.tag(node.level, iova) {
+                let value = self.entry(node, self.index(node.level, iova)).load();
+                if let Entry::Leaf { oa, size, attributes } = self.format.decode(node.level, value) {
+                    return Ok(Leaf { iova: leaf_span(iova, size).0, oa: Oa::new(oa), size, attributes });
+                }
+                // Absent there: the table may have been retired a moment ago and another one be in its place.
+                // Only the walk from the root can say that nothing is mapped.
+            }
+        }
+        let Some(root) = self.root() else { return Err(WalkFault::NotMapped(iova)) };
+        if iova > self.top_last(root.level) {
+            return self.walk(iova);
+        }
+        let (leaf, node) = self.walk_below(root, iova);
+        if leaf.is_ok() {
+            // The generation was read before the walk: a table retired since then is not taken for a linked one.
+            *cache = CachedWalk { generation, tag: self.tag(node.level, iova), node: Some(node) };
+        }
+        leaf
+    }
+
+    #[inline(always)]
+    fn tag(&self, level: u8, iova: u64) -> u64 {
+        let bits = self.format.shift(level) + self.format.index_bits(level);
+        // The level takes part: tables of two levels may span the same address.
+        if bits >= 64 { u64::from(level) } else { (iova >> bits << bits) | u64::from(level) }
+    }
+
+    #[inline(always)]
+    fn walk_below(&self, mut node: Node<A>, iova: u64) -> (Result<Leaf, WalkFault>, Node<A>) {
+        loop {
+            let value = self.entry(node, self.index(node.level, iova)).load();
+            match self.format.decode(node.level, value) {
+                Entry::Table(address) if node.level > 1 => node = self.child(node, address),
+                Entry::Leaf { oa, size, attributes } => {
+                    let iova = leaf_span(iova, size).0;
+                    return (Ok(Leaf { iova, oa: Oa::new(oa), size, attributes }), node);
+                }
+                Entry::Absent => return (Err(WalkFault::NotMapped(iova)), node),
+                Entry::Table(_) | Entry::Malformed => return (Err(WalkFault::Malformed(iova)), node),
+            }
+        }
+    }
+
+    /// Shows the leaves that have an address in `range`, ascending, until the callback breaks. What other
+    /// operations change meanwhile may or may not be seen.
+    pub fn leaves(&self, range: IovaRange, mut callback: impl FnMut(Leaf) -> ControlFlow<()>) {
+        let mut look = Look {
+            callback: |slot: &Slot<'_, A>| match slot.decoded {
+                Entry::Leaf { oa, size, attributes } => {
+                    callback(Leaf { iova: leaf_span(slot.first, size).0, oa: Oa::new(oa), size, attributes })
+                }
+                _ => ControlFlow::Continue(()),
+            },
+        };
+        // The only error is the callback's wish to end.
+        let _ = self.run(&mut look, range);
+    }
+
+    /// Shows the ranges that are not free to be mapped, ascending: leaves, and entries that an operation owns.
+    pub fn occupied(&self, range: IovaRange, mut callback: impl FnMut(IovaRange) -> ControlFlow<()>) {
+        let mut look = Look {
+            callback: |slot: &Slot<'_, A>| {
+                if slot.value == 0 {
+                    return ControlFlow::Continue(());
+                }
+                let span = match slot.decoded {
+                    Entry::Leaf { size, .. } => leaf_span(slot.first, size),
+                    _ => (slot.first, slot.last),
+                };
+                IovaRange::new(span.0, span.1).map_or(ControlFlow::Continue(()), &mut callback)
+            },
+        };
+        let _ = self.run(&mut look, range);
+    }
+}
