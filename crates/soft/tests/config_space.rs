@@ -47,7 +47,7 @@ fn command_keeps_its_bits_and_ignores_others() {
     assert_eq!(read32(&space, 0x04), 0x0000_0547);
     space.write(0x05, &[0]).unwrap();
     assert_eq!(read32(&space, 0x04), 0x0000_0047);
-    space.set_command(Command::MEMORY_DECODE);
+    space.set_command(Command::MEMORY_SPACE);
     assert_eq!(read32(&space, 0x04), 0x0000_0002);
     space.reset();
     assert_eq!(space.command(), Command::empty());
@@ -178,7 +178,7 @@ proptest! {
         let mut space = with_bars(&[]).unwrap();
         let mut model = Vec::new();
         for (index, layout) in layouts.iter().enumerate() {
-            space.define(index as u16 * 4, *layout).unwrap();
+            space.define(index * 4, *layout).unwrap();
             let (reset, writable, clear) = (
                 layout.reset.to_le_bytes(),
                 layout.writable.to_le_bytes(),

@@ -120,7 +120,7 @@ impl Engine {
     pub(super) fn write_bar(self: &Arc<Self>, offset: u64, bytes: &[u8]) -> Result<(), AccessError> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        if !state.config.command().contains(Command::MEMORY_DECODE) {
+        if !state.config.command().contains(Command::MEMORY_SPACE) {
             return Err(AccessError::MemoryDecodeOff);
         }
         let mut has_work = false;

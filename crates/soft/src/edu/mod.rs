@@ -208,7 +208,7 @@ impl PciDevice for Edu {
     fn read_bar(&self, bar: u32, offset: u64, buffer: &mut [u8]) -> Result<usize, AccessError> {
         let length = self.regions.cut_bar_access(bar, offset, buffer.len())?;
         let state = self.engine.lock();
-        if !state.config.command().contains(Command::MEMORY_DECODE) {
+        if !state.config.command().contains(Command::MEMORY_SPACE) {
             return Err(AccessError::MemoryDecodeOff);
         }
         // Only BAR 0 has a size, so whatever passed the cut is there.
@@ -223,7 +223,7 @@ impl PciDevice for Edu {
     }
 
     fn open(&self) {
-        self.restart(Command::MEMORY_DECODE);
+        self.restart(Command::MEMORY_SPACE);
     }
 
     fn close(&self) {

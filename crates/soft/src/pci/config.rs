@@ -10,7 +10,10 @@
 
 use super::device::AccessError;
 use super::header::{HeaderError, Type0Header};
-use super::spec::{self, Command};
+use ioasid_uapi::pci::{self, Command};
+
+/// The dword whose low half is COMMAND.
+const COMMAND_REGISTER: usize = pci::COMMAND / 4;
 
 /// How much configuration space a function has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,10 +26,10 @@ pub enum ConfigSpaceSize {
 
 impl ConfigSpaceSize {
     /// The size in bytes.
-    pub const fn bytes(self) -> u16 {
+    pub const fn bytes(self) -> usize {
         match self {
-            Self::Conventional => 256,
-            Self::Extended => 4096,
+            Self::Conventional => pci::CONFIG_SPACE_SIZE,
+            Self::Extended => pci::EXPRESS_CONFIG_SPACE_SIZE,
         }
     }
 }
@@ -90,16 +93,16 @@ struct Lane {
 impl ConfigSpace {
     /// A space with the header given and no capabilities. Everything else reads zero and ignores writes.
     pub fn new(size: ConfigSpaceSize, header: &Type0Header) -> Result<Self, HeaderError> {
-        let mut space = Self { registers: vec![Register::default(); usize::from(size.bytes() / 4)] };
-        for (offset, layout) in header.registers()? {
-            space.define(offset, layout)?;
+        let mut space = Self { registers: vec![Register::default(); size.bytes() / 4] };
+        for (index, layout) in header.registers()?.into_iter().enumerate() {
+            space.define(index * 4, layout)?;
         }
         Ok(space)
     }
 
     /// Gives the dword at `offset` (bytes, a multiple of 4) a layout, and its reset value.
-    pub fn define(&mut self, offset: u16, layout: RegisterLayout) -> Result<(), HeaderError> {
-        let register = if offset % 4 == 0 { self.registers.get_mut(usize::from(offset / 4)) } else { None };
+    pub fn define(&mut self, offset: usize, layout: RegisterLayout) -> Result<(), HeaderError> {
+        let register = if offset % 4 == 0 { self.registers.get_mut(offset / 4) } else { None };
         *register.ok_or(HeaderError::NoSuchRegister { offset })? = Register { value: layout.reset, layout };
         Ok(())
     }
@@ -134,13 +137,13 @@ impl ConfigSpace {
 
     /// The COMMAND register.
     pub fn command(&self) -> Command {
-        let value = self.registers[usize::from(spec::COMMAND_AND_STATUS / 4)].value;
+        let value = self.registers[COMMAND_REGISTER].value;
         Command::from_bits_truncate(value as u16)
     }
 
     /// Sets the COMMAND register as the function's owner would.
     pub fn set_command(&mut self, command: Command) {
-        self.registers[usize::from(spec::COMMAND_AND_STATUS / 4)].write(command.bits().into(), 0xffff);
+        self.registers[COMMAND_REGISTER].write(command.bits().into(), 0xffff);
     }
 
     /// Cuts an access at dwords, after checking that all of it is inside the space.

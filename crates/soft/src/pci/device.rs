@@ -1,34 +1,16 @@
 //! What a software PCI device is to the server.
 //!
-//! Regions are numbered as VFIO numbers them: 0 to 5 the BARs, 6 the ROM, 7 configuration space, 8 the
-//! legacy VGA ranges. The rules for accesses are those that Linux keeps for a program that reads or
+//! Regions are numbered as VFIO numbers them (`PCI_*_REGION_INDEX` in [`ioasid_uapi::vfio`]): 0 to 5 the
+//! BARs, 6 the ROM, 7 configuration space, 8 the legacy VGA ranges. The rules for accesses are those that Linux keeps for a program that reads or
 //! writes a VFIO device file, so that a server has only to turn an [`AccessError`] into a number.
 
 use super::config::ConfigSpaceSize;
 use super::header::{Bar, Type0Header};
-use super::spec::BAR_COUNT;
-use bitflags::bitflags;
-
-/// How many regions a PCI device has under VFIO.
-pub const REGION_COUNT: usize = 9;
-/// The index of the ROM.
-const ROM: u32 = 6;
-/// The index of configuration space.
-const CONFIG: u32 = 7;
-
-bitflags! {
-    /// What a program may do with a region. The values are those of `VFIO_REGION_INFO_FLAG_*`.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-    pub struct RegionFlags: u32 {
-        /// It may be read.
-        const READ = 1 << 0;
-        /// It may be written.
-        const WRITE = 1 << 1;
-    }
-}
+use ioasid_uapi::pci::BAR_COUNT;
+use ioasid_uapi::vfio::{PCI_CONFIG_REGION_INDEX, PCI_ROM_REGION_INDEX, RegionFlags};
 
 /// One region of a device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Region {
     /// Size in bytes; 0 if the device does not have it.
     pub size: u64,
@@ -53,8 +35,8 @@ impl RegionTable {
     /// all, or the VGA ranges, is refused.
     pub fn get(&self, index: u32) -> Result<Region, AccessError> {
         let size = match index {
-            ROM => 0,
-            CONFIG => self.config.bytes().into(),
+            PCI_ROM_REGION_INDEX => 0,
+            PCI_CONFIG_REGION_INDEX => self.config.bytes() as u64,
             bar => self.bars.get(bar as usize).ok_or(AccessError::NoSuchRegion { index })?.size(),
         };
         let flags = if size == 0 { RegionFlags::empty() } else { RegionFlags::READ | RegionFlags::WRITE };
@@ -160,8 +142,8 @@ pub trait PciDevice: std::fmt::Debug + Send + Sync {
         }
         let region = self.regions().get(index)?;
         match index {
-            CONFIG => self.read_config(offset, buffer).map(|()| buffer.len()),
-            ROM => Err(AccessError::BeyondRegion { index, offset, size: region.size }),
+            PCI_CONFIG_REGION_INDEX => self.read_config(offset, buffer).map(|()| buffer.len()),
+            PCI_ROM_REGION_INDEX => Err(AccessError::BeyondRegion { index, offset, size: region.size }),
             bar => self.read_bar(bar, offset, buffer),
         }
     }
@@ -173,8 +155,8 @@ pub trait PciDevice: std::fmt::Debug + Send + Sync {
         }
         self.regions().get(index)?;
         match index {
-            CONFIG => self.write_config(offset, bytes).map(|()| bytes.len()),
-            ROM => Err(AccessError::ReadOnly { index }),
+            PCI_CONFIG_REGION_INDEX => self.write_config(offset, bytes).map(|()| bytes.len()),
+            PCI_ROM_REGION_INDEX => Err(AccessError::ReadOnly { index }),
             bar => self.write_bar(bar, offset, bytes),
         }
     }

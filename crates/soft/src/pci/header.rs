@@ -4,7 +4,25 @@
 //! the sizes of its regions, so the two cannot disagree.
 
 use super::config::RegisterLayout;
-use super::spec::{self, BAR_COUNT, Command};
+use ioasid_uapi::pci::{self, BAR_COUNT, Command, Status};
+
+/// The bits of a memory BAR below the address; an address bit more is its smallest size.
+const MEMORY_ATTRIBUTES: u64 = 0xf;
+/// The same for an I/O BAR.
+const IO_ATTRIBUTES: u64 = 0x3;
+/// The most that an I/O BAR may ask for, in bytes (PCI Local Bus Specification 3.0, section 6.2.5.1).
+const IO_MAXIMUM: u64 = 256;
+
+/// How many dwords the header has.
+const HEADER_REGISTERS: usize = pci::HEADER_END / 4;
+
+/// The bits of STATUS that are cleared by writing 1: those that report errors.
+const STATUS_ERRORS: Status = Status::MASTER_DATA_PARITY_ERROR
+    .union(Status::SIGNALED_TARGET_ABORT)
+    .union(Status::RECEIVED_TARGET_ABORT)
+    .union(Status::RECEIVED_MASTER_ABORT)
+    .union(Status::SIGNALED_SYSTEM_ERROR)
+    .union(Status::DETECTED_PARITY_ERROR);
 
 /// The constant part of a type 0 header (an endpoint).
 ///
@@ -67,23 +85,22 @@ impl Bar {
 
     /// The range of sizes that the specification allows for this kind of BAR.
     fn size_limits(self) -> std::ops::RangeInclusive<u64> {
-        let memory_minimum = u64::from(spec::BAR_MEMORY_ATTRIBUTES) + 1;
         match self {
             Self::Absent => 0..=0,
-            Self::Memory32 { .. } => memory_minimum..=1 << 31,
-            Self::Memory64 { .. } => memory_minimum..=1 << 63,
-            Self::Io { .. } => u64::from(spec::BAR_IO_ATTRIBUTES) + 1..=spec::BAR_IO_MAXIMUM.into(),
+            Self::Memory32 { .. } => MEMORY_ATTRIBUTES + 1..=1 << 31,
+            Self::Memory64 { .. } => MEMORY_ATTRIBUTES + 1..=1 << 63,
+            Self::Io { .. } => IO_ATTRIBUTES + 1..=IO_MAXIMUM,
         }
     }
 
     /// The register's bits below the address.
     fn attributes(self) -> u32 {
-        let prefetch = |prefetchable| if prefetchable { spec::BAR_PREFETCHABLE } else { 0 };
+        let prefetch = |prefetchable| if prefetchable { pci::BAR_PREFETCHABLE } else { 0 };
         match self {
             Self::Absent => 0,
-            Self::Memory32 { prefetchable, .. } => prefetch(prefetchable),
-            Self::Memory64 { prefetchable, .. } => spec::BAR_MEMORY_64 | prefetch(prefetchable),
-            Self::Io { .. } => spec::BAR_IO,
+            Self::Memory32 { prefetchable, .. } => pci::BAR_MEMORY_32 | prefetch(prefetchable),
+            Self::Memory64 { prefetchable, .. } => pci::BAR_MEMORY_64 | prefetch(prefetchable),
+            Self::Io { .. } => pci::BAR_IO,
         }
     }
 }
@@ -115,64 +132,51 @@ pub enum HeaderError {
     #[error("configuration space has no dword at offset {offset:#x}")]
     NoSuchRegister {
         /// The offset in bytes.
-        offset: u16,
+        offset: usize,
     },
 }
 
 impl Type0Header {
-    /// The registers of the header, with their offsets.
-    pub(super) fn registers(&self) -> Result<Vec<(u16, RegisterLayout)>, HeaderError> {
+    /// The dwords of the header, in order.
+    pub(super) fn registers(&self) -> Result<[RegisterLayout; HEADER_REGISTERS], HeaderError> {
         if self.class_code >> 24 != 0 {
             return Err(HeaderError::ClassCode { class_code: self.class_code });
         }
-        let constant = |low: u16, high: u16| RegisterLayout {
-            reset: u32::from(low) | u32::from(high) << 16,
-            ..RegisterLayout::default()
-        };
-        let mut registers = vec![
-            (spec::IDENTIFICATION, constant(self.vendor_id, self.device_id)),
-            (
-                spec::COMMAND_AND_STATUS,
-                RegisterLayout {
-                    reset: 0,
-                    writable: Command::all().bits().into(),
-                    write_one_to_clear: u32::from(spec::STATUS_ERRORS) << 16,
-                },
-            ),
-            (
-                spec::REVISION_AND_CLASS,
-                RegisterLayout {
-                    reset: u32::from(self.revision) | self.class_code << 8,
-                    ..RegisterLayout::default()
-                },
-            ),
-            (spec::SUBSYSTEM, constant(self.subsystem_vendor_id, self.subsystem_id)),
-            // The line is a scratch register for software; the pin above it is 0: no interrupt pin.
-            (spec::INTERRUPT, RegisterLayout { writable: 0xff, ..RegisterLayout::default() }),
-        ];
-        let mut offset = spec::BAR_0;
+        let mut registers = [RegisterLayout::default(); HEADER_REGISTERS];
+        let mut constant =
+            |offset: usize, value: u32| registers[offset / 4].reset |= value << (offset % 4 * 8);
+        constant(pci::VENDOR_ID, self.vendor_id.into());
+        constant(pci::DEVICE_ID, self.device_id.into());
+        constant(pci::REVISION_ID, self.revision.into());
+        constant(pci::CLASS_CODE, self.class_code);
+        constant(pci::SUBSYSTEM_VENDOR_ID, self.subsystem_vendor_id.into());
+        constant(pci::SUBSYSTEM_ID, self.subsystem_id.into());
+
+        registers[pci::COMMAND / 4].writable = Command::all().bits().into();
+        registers[pci::STATUS / 4].write_one_to_clear =
+            u32::from(STATUS_ERRORS.bits()) << (pci::STATUS % 4 * 8);
+        // A scratch register for software.
+        registers[pci::INTERRUPT_LINE / 4].writable = 0xff;
+
         for (index, bar) in self.bars.into_iter().enumerate() {
+            if bar == Bar::Absent {
+                continue;
+            }
             let size = bar.size();
-            if bar != Bar::Absent && (!size.is_power_of_two() || !bar.size_limits().contains(&size)) {
+            if !size.is_power_of_two() || !bar.size_limits().contains(&size) {
                 return Err(HeaderError::BarSize { bar: index, size });
             }
-            let attributes = bar.attributes();
-            if bar != Bar::Absent {
-                // The address bits from the size upwards, in both halves.
-                let address = !(size - 1);
-                let layout =
-                    RegisterLayout { reset: attributes, writable: address as u32, write_one_to_clear: 0 };
-                registers.push((offset, layout));
-                if let Bar::Memory64 { .. } = bar {
-                    if self.bars.get(index + 1) != Some(&Bar::Absent) {
-                        return Err(HeaderError::NoUpperHalf { bar: index });
-                    }
-                    let upper =
-                        RegisterLayout { writable: (address >> 32) as u32, ..RegisterLayout::default() };
-                    registers.push((offset + 4, upper));
+            // The address bits from the size upwards can be set, in both halves.
+            let address = !(size - 1);
+            let lower = &mut registers[pci::BAR0 / 4 + index];
+            lower.reset = bar.attributes();
+            lower.writable = address as u32;
+            if let Bar::Memory64 { .. } = bar {
+                if self.bars.get(index + 1) != Some(&Bar::Absent) {
+                    return Err(HeaderError::NoUpperHalf { bar: index });
                 }
+                registers[pci::BAR0 / 4 + index + 1].writable = (address >> 32) as u32;
             }
-            offset += 4;
         }
         Ok(registers)
     }

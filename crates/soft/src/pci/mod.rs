@@ -8,15 +8,16 @@
 //!
 //! Real hardware has these layers too: software issues any access, the host bridge cuts it into bus
 //! transactions, and the device decodes one transaction at a time. Keeping the cut outside of devices
-//! means that none of them has to think about odd lengths.
+//! means that none of them has to think about odd lengths. The offsets and bits themselves are data of
+//! [`ioasid_uapi::pci`].
 
 pub mod access;
 mod config;
 mod device;
 mod header;
-pub mod spec;
 
 pub use config::{ConfigSpace, ConfigSpaceSize, RegisterLayout};
-pub use device::{AccessError, PciDevice, REGION_COUNT, Region, RegionFlags, RegionTable};
+pub use device::{AccessError, PciDevice, Region, RegionTable};
 pub use header::{Bar, HeaderError, Type0Header};
-pub use spec::Command;
+pub use ioasid_uapi::pci::Command;
+pub use ioasid_uapi::vfio::RegionFlags;
