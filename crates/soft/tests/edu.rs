@@ -356,13 +356,15 @@ fn transfers_out_of_range_move_nothing_and_end() {
 #[test]
 fn faults_move_nothing_and_are_counted() {
     let (edu, memory) = device();
+    memory.write(MEMORY_BASE, &[0x55; 16]).unwrap();
+    transfer(&edu, MEMORY_BASE, spec::BUFFER_ADDRESS, 16, 0);
     memory.write(MEMORY_BASE + 0x3ff8, &[0x77; 8]).unwrap();
     transfer(&edu, MEMORY_BASE + 0x3ff8, spec::BUFFER_ADDRESS, 16, INTERRUPT);
     assert_eq!(read32(&edu, spec::INTERRUPT_STATUS), 0x100);
     let fault = DmaFault { iova: MEMORY_BASE + 0x4000, write: false, reason: DmaFaultReason::NotMapped };
     let diagnostics = edu.diagnostics();
     assert_eq!((diagnostics.faults, diagnostics.last_fault), (1, Some(fault)));
-    assert_eq!(buffer_contents(&edu, &memory, MEMORY_BASE, 16), [0; 16]);
+    assert_eq!(buffer_contents(&edu, &memory, MEMORY_BASE, 16), [0x55; 16]);
     transfer(&edu, spec::BUFFER_ADDRESS, 0x1000, 16, TO_MEMORY);
     assert_eq!(edu.diagnostics().last_fault, Some(DmaFault { iova: 0x1000, write: true, ..fault }));
 }
