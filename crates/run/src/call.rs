@@ -1,0 +1,190 @@
+//! One request, as the server's [`Client`]: the memory, descriptors and address space of the thread that waits.
+//!
+//! Memory is copied by `process_vm_readv` and `process_vm_writev`, which respect page protections as a system call
+//! of the client's own would. They name the thread by its id, so the request is checked to be still waiting: before a
+//! write, because the id must not have become a stranger's, and after a read, because what was read must be the
+//! client's.
+
+use std::cell::RefCell;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use ioasid_server::{Client, Descriptor, Process};
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+
+use crate::files::{Inode, OpenFile, OpenFiles};
+use crate::listener::{Listener, Notification};
+use crate::process::{Processes, Thread};
+use crate::sys::memory;
+
+/// A request and what is needed to look into its client.
+#[derive(Debug)]
+pub(crate) struct Call<'a> {
+    pub(crate) notification: Notification,
+    listener: &'a Listener,
+    processes: &'a Processes,
+    files: &'a OpenFiles,
+    thread: RefCell<Option<Arc<Thread>>>,
+}
+
+/// What a descriptor number of the client refers to.
+#[derive(Debug)]
+pub(crate) enum Resolved {
+    Ours(Arc<OpenFile>),
+    Foreign(rustix::fs::Stat),
+}
+
+impl<'a> Call<'a> {
+    pub(crate) fn new(
+        notification: Notification,
+        listener: &'a Listener,
+        processes: &'a Processes,
+        files: &'a OpenFiles,
+    ) -> Self {
+        Self { notification, listener, processes, files, thread: RefCell::new(None) }
+    }
+
+    /// The thread that waits, as it is remembered: lookups through it fail if it is another that had the same id.
+    pub(crate) fn thread(&self) -> Result<Arc<Thread>, Errno> {
+        if let Some(thread) = self.thread.borrow().as_ref() {
+            return Ok(Arc::clone(thread));
+        }
+        let thread = self.processes.thread(self.listener, self.notification.id, self.notification.thread)?;
+        Ok(Arc::clone(self.thread.borrow_mut().insert(thread)))
+    }
+
+    /// The thread that waits, certainly.
+    pub(crate) fn current_thread(&self) -> Result<Arc<Thread>, Errno> {
+        let thread = self.thread()?;
+        if thread.directory.is_alive() { Ok(thread) } else { self.renewed_thread() }
+    }
+
+    fn renewed_thread(&self) -> Result<Arc<Thread>, Errno> {
+        let thread = self.processes.renew(self.listener, self.notification.id, self.notification.thread)?;
+        Ok(Arc::clone(self.thread.borrow_mut().insert(thread)))
+    }
+
+    /// What descriptor `fd` of the client is.
+    ///
+    /// # Errors
+    /// `EBADF` if it is not open, `EFAULT` if the client may not be looked into, `ESRCH` if it has gone.
+    pub(crate) fn resolve(&self, fd: i32) -> Result<Resolved, Errno> {
+        if fd < 0 {
+            return Err(Errno::BADF);
+        }
+        let status = match self.thread()?.directory.descriptor_status(fd) {
+            // No such descriptor; or what was remembered under this thread id is a thread that has died.
+            Err(Errno::NOENT | Errno::SRCH) => self.renewed_thread()?.directory.descriptor_status(fd),
+            other => other,
+        };
+        match status {
+            Ok(status) => Ok(match self.files.get(Inode::from(&status)) {
+                Some(open_file) => Resolved::Ours(open_file),
+                None => Resolved::Foreign(status),
+            }),
+            Err(Errno::NOENT) => Err(Errno::BADF),
+            Err(errno) => Err(self.unreachable("descriptors", errno)),
+        }
+    }
+
+    /// The errno for a client that cannot be looked into, with a line in the log the first time.
+    fn unreachable(&self, what: &str, errno: Errno) -> Errno {
+        if matches!(errno, Errno::PERM | Errno::ACCESS) {
+            let first = match self.thread() {
+                Ok(thread) => !thread.complained.swap(true, Ordering::Relaxed),
+                Err(_) => true,
+            };
+            if first {
+                tracing::warn!(
+                    thread = self.notification.thread,
+                    %errno,
+                    "cannot reach the {what} of a client: it is not dumpable (prctl PR_SET_DUMPABLE, or a program \
+                     file that may not be read), or ptrace is restricted; its calls fail with EFAULT"
+                );
+            }
+        }
+        Errno::FAULT
+    }
+
+    /// A duplicate of descriptor `fd`, which is not ours and has this status.
+    fn duplicate(&self, fd: i32, status: &rustix::fs::Stat) -> Result<OwnedFd, Errno> {
+        match self.duplicate_by_pidfd(fd) {
+            Ok(duplicate) => return Ok(duplicate),
+            Err(Errno::BADF) => return Err(Errno::BADF),
+            // Containers often deny it, and threads other than the first are no processes before Linux 6.9.
+            Err(_) => {}
+        }
+        // Opening anew instead is harmless for files; for a FIFO or a device it might not be.
+        if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+            return Err(self.unreachable("descriptors", Errno::PERM));
+        }
+        let thread = self.thread()?;
+        let directory = &thread.directory;
+        let name = format!("fd/{fd}");
+        directory
+            .file(&name, OFlags::RDWR)
+            .or_else(|_| directory.file(&name, OFlags::RDONLY))
+            .map_err(|errno| self.unreachable("descriptors", errno))
+    }
+
+    fn duplicate_by_pidfd(&self, fd: i32) -> Result<OwnedFd, Errno> {
+        /// A pidfd for a thread that is not the first of its process.
+        const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
+        let thread = Pid::from_raw(self.notification.thread as i32).ok_or(Errno::SRCH)?;
+        let pidfd = match rustix::process::pidfd_open(thread, PIDFD_THREAD) {
+            Err(Errno::INVAL) => rustix::process::pidfd_open(thread, PidfdFlags::empty()),
+            other => other,
+        }?;
+        if !self.listener.is_valid(self.notification.id) {
+            return Err(Errno::SRCH);
+        }
+        rustix::process::pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty())
+    }
+}
+
+impl Client for Call<'_> {
+    fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        match memory::read(self.notification.thread, address, buffer) {
+            Ok(count) if count == buffer.len() => {}
+            Ok(_) => return Err(Errno::FAULT),
+            Err(errno) => return Err(self.unreachable("memory", errno)),
+        }
+        if self.listener.is_valid(self.notification.id) { Ok(()) } else { Err(Errno::FAULT) }
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if !self.listener.is_valid(self.notification.id) {
+            return Err(Errno::FAULT);
+        }
+        match memory::write(self.notification.thread, address, bytes) {
+            Ok(count) if count == bytes.len() => Ok(()),
+            Ok(_) => Err(Errno::FAULT),
+            Err(errno) => Err(self.unreachable("memory", errno)),
+        }
+    }
+
+    fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno> {
+        match self.resolve(fd)? {
+            Resolved::Ours(open_file) => Ok(Descriptor::Ours(Arc::clone(&open_file.file))),
+            Resolved::Foreign(status) => self.duplicate(fd, &status).map(Descriptor::Foreign),
+        }
+    }
+
+    fn process(&self) -> Result<Arc<dyn Process>, Errno> {
+        let thread = self.current_thread()?;
+        match self.processes.address_space(self.listener, self.notification.id, &thread) {
+            Ok(space) => Ok(space),
+            Err(Errno::SRCH) => Err(Errno::SRCH),
+            Err(errno) => Err(self.unreachable("memory", errno)),
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! Client threads and the address spaces they run in, told apart for as long as someone needs them.
+//!
+//! A request carries a thread id, a number that is reused once the thread has died. So the first request of a thread
+//! opens its `/proc/TID` directory and then asks the kernel whether that request is still waiting: if so, the thread
+//! had lived all along and the directory is its own. From then on the *directory* is the thread's identity: lookups
+//! through it fail once this very thread is gone, whatever its number is used for later.
+//!
+//! An address space ([`AddressSpace`]) is found the same way, with a handle on `/proc/TID/mem`, which stays bound to
+//! the memory it was opened on: after exec or exit it reads nothing, and never another program's memory. A thread of
+//! a live process changes its memory only by exec, and exec gives every new image 16 fresh random bytes at a random
+//! place (`AT_RANDOM`); as long as a thread sees the same bytes at the same place, it runs in the same image. That is
+//! one small read per question instead of opening and comparing handles. (A program that overwrites these bytes
+//! becomes a new address space to us once, and can only confuse itself.)
+//!
+//! Processes that share memory without being threads of each other (`vfork`, `CLONE_VM`) count as different address
+//! spaces here, although both handles reach the same memory.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use ioasid_server::{LateBound, MemoryGone, Process};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::listener::Listener;
+use crate::maps;
+use crate::sys::memory;
+
+/// More threads than this are not remembered: they are looked up anew.
+const REMEMBERED_THREADS: usize = 1024;
+
+const CAP_IPC_LOCK: u32 = 14;
+const CAP_SYS_RESOURCE: u32 = 24;
+
+/// `/proc/ID` of one certain task.
+#[derive(Debug)]
+pub(crate) struct TaskDirectory(OwnedFd);
+
+impl TaskDirectory {
+    /// Opens the directory of the task that has this id now.
+    fn open(id: u32) -> Result<Self, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(format!("/proc/{id}"), flags, Mode::empty()).map(Self)
+    }
+
+    /// Opens a file of the task.
+    pub(crate) fn file(&self, name: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+        rustix::fs::openat(&self.0, name, flags | OFlags::CLOEXEC, Mode::empty())
+    }
+
+    /// What the link `name` points to: `cwd`, `root` or `fd/N`, as text.
+    pub(crate) fn link(&self, name: &str) -> Result<std::path::PathBuf, Errno> {
+        use std::os::unix::ffi::OsStringExt;
+        let target = rustix::fs::readlinkat(&self.0, name, Vec::new())?;
+        Ok(std::ffi::OsString::from_vec(target.into_bytes()).into())
+    }
+
+    /// The status of the file behind descriptor `fd` of the task.
+    pub(crate) fn descriptor_status(&self, fd: i32) -> Result<rustix::fs::Stat, Errno> {
+        rustix::fs::statat(&self.0, format!("fd/{fd}"), AtFlags::empty())
+    }
+
+    /// Whether this very task still exists.
+    pub(crate) fn is_alive(&self) -> bool {
+        rustix::fs::statat(&self.0, "comm", AtFlags::empty()).is_ok()
+    }
+
+    /// Reads a small text file of the task.
+    fn text(&self, name: &str) -> Result<String, Errno> {
+        let mut text = String::new();
+        let file = std::fs::File::from(self.file(name, OFlags::RDONLY)?);
+        file.take(1 << 16)
+            .read_to_string(&mut text)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok(text)
+    }
+
+    /// The value of one `Name:` line of `status`.
+    fn status_field(&self, name: &str) -> Result<String, Errno> {
+        let status = self.text("status")?;
+        let value = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.map(|value| value.trim().to_owned()).ok_or(Errno::SRCH)
+    }
+}
+
+/// One thread of a client.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    id: u32,
+    pub(crate) directory: TaskDirectory,
+    address_space: Mutex<Option<Arc<AddressSpace>>>,
+    /// Whether it was said that this thread's memory cannot be reached; once is enough.
+    pub(crate) complained: AtomicBool,
+}
+
+/// The threads and address spaces that are known.
+#[derive(Debug, Default)]
+pub(crate) struct Processes {
+    threads: Mutex<HashMap<u32, Arc<Thread>>>,
+    /// By process id. The server keeps those alive whose memory it still needs.
+    address_spaces: Mutex<HashMap<u32, Weak<AddressSpace>>>,
+    identities: AtomicU64,
+}
+
+impl Processes {
+    /// The thread that waits for the answer to request `request`. What is remembered under its id may be a thread
+    /// that has died since; then lookups through its directory fail, and [`Processes::renew`] finds the right one.
+    pub(crate) fn thread(&self, listener: &Listener, request: u64, id: u32) -> Result<Arc<Thread>, Errno> {
+        if let Some(thread) = self.threads().get(&id) {
+            return Ok(Arc::clone(thread));
+        }
+        self.renew(listener, request, id)
+    }
+
+    /// The thread that waits for the answer to request `request`, looked up anew.
+    ///
+    /// # Errors
+    /// `ESRCH` if it has gone, or is not visible in our pid namespace.
+    pub(crate) fn renew(&self, listener: &Listener, request: u64, id: u32) -> Result<Arc<Thread>, Errno> {
+        if id == 0 {
+            return Err(Errno::SRCH);
+        }
+        let directory = TaskDirectory::open(id).map_err(|_| Errno::SRCH)?;
+        if !listener.is_valid(request) {
+            return Err(Errno::SRCH);
+        }
+        let thread = Arc::new(Thread {
+            id,
+            directory,
+            address_space: Mutex::new(None),
+            complained: AtomicBool::new(false),
+        });
+        let mut threads = self.threads();
+        if threads.len() >= REMEMBERED_THREADS {
+            threads.retain(|_, thread| thread.directory.is_alive());
+        }
+        if threads.len() >= REMEMBERED_THREADS {
+            threads.clear();
+        }
+        threads.insert(id, Arc::clone(&thread));
+        Ok(thread)
+    }
+
+    /// Forgets the threads that have died.
+    pub(crate) fn forget_dead(&self) {
+        self.threads().retain(|_, thread| thread.directory.is_alive());
+        self.address_spaces().retain(|_, space| space.strong_count() != 0);
+    }
+
+    /// The address space that `thread` runs in, which waits for the answer to `request`.
+    ///
+    /// # Errors
+    /// `ESRCH` if the thread has gone, `EACCES` if its memory may not be reached.
+    pub(crate) fn address_space(
+        &self,
+        listener: &Listener,
+        request: u64,
+        thread: &Thread,
+    ) -> Result<Arc<AddressSpace>, Errno> {
+        let mut remembered = thread.address_space.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(space) = remembered.as_ref() {
+            if space.is_that_of(thread.id) {
+                return Ok(Arc::clone(space));
+            }
+        }
+        let group: u32 = thread.directory.status_field("Tgid")?.parse().map_err(|_| Errno::SRCH)?;
+        // One lock for finding and making, so that two threads of a process do not make two.
+        let mut spaces = self.address_spaces();
+        let space = match spaces.entry(group) {
+            Entry::Occupied(mut entry) => match entry.get().upgrade() {
+                Some(space) if space.group.is_alive() && space.is_that_of(thread.id) => space,
+                _ => {
+                    let space = self.open_address_space(listener, request, thread, group)?;
+                    entry.insert(Arc::downgrade(&space));
+                    space
+                }
+            },
+            Entry::Vacant(entry) => {
+                let space = self.open_address_space(listener, request, thread, group)?;
+                entry.insert(Arc::downgrade(&space));
+                space
+            }
+        };
+        if spaces.len() > REMEMBERED_THREADS {
+            spaces.retain(|_, space| space.strong_count() != 0);
+        }
+        *remembered = Some(Arc::clone(&space));
+        Ok(space)
+    }
+
+    fn open_address_space(
+        &self,
+        listener: &Listener,
+        request: u64,
+        thread: &Thread,
+        group: u32,
+    ) -> Result<Arc<AddressSpace>, Errno> {
+        let directory = TaskDirectory::open(group)?;
+        let memory = thread.directory.file("mem", OFlags::RDWR)?;
+        let maps = thread.directory.file("maps", OFlags::RDONLY)?;
+        let random_address = random_address(&thread.directory)?;
+        let mut random = [0; 16];
+        read_exactly(&memory, random_address, &mut random).map_err(|_| Errno::SRCH)?;
+        // The request still waits, so the thread was alive and did not exec while these were opened.
+        if !listener.is_valid(request) {
+            return Err(Errno::SRCH);
+        }
+        Ok(Arc::new(AddressSpace {
+            identity: self.identities.fetch_add(1, Ordering::Relaxed) + 1,
+            group_id: group,
+            group: directory,
+            memory,
+            maps: Mutex::new(maps.into()),
+            random_address,
+            random,
+        }))
+    }
+
+    fn threads(&self) -> MutexGuard<'_, HashMap<u32, Arc<Thread>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn address_spaces(&self) -> MutexGuard<'_, HashMap<u32, Weak<AddressSpace>>> {
+        self.address_spaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where exec put the image's random bytes, by the auxiliary vector.
+fn random_address(directory: &TaskDirectory) -> Result<u64, Errno> {
+    const AT_RANDOM: u64 = 25;
+    let mut vector = [0u8; 1024];
+    let file = directory.file("auxv", OFlags::RDONLY)?;
+    let length = rustix::io::pread(&file, &mut vector, 0)?;
+    let word = |bytes: &[u8]| bytes.try_into().map(u64::from_ne_bytes).unwrap_or(0);
+    vector[..length]
+        .chunks_exact(16)
+        .find(|entry| word(&entry[..8]) == AT_RANDOM)
+        .map(|entry| word(&entry[8..]))
+        .ok_or(Errno::SRCH)
+}
+
+/// One address space of a client.
+#[derive(Debug)]
+pub(crate) struct AddressSpace {
+    identity: u64,
+    group_id: u32,
+    group: TaskDirectory,
+    memory: OwnedFd,
+    /// Bound to the address space like `memory`. Locked because reading it as text moves through it.
+    maps: Mutex<std::fs::File>,
+    random_address: u64,
+    random: [u8; 16],
+}
+
+impl AddressSpace {
+    /// Whether the thread with this id, which waits for an answer and is therefore alive, runs in this address space.
+    fn is_that_of(&self, thread: u32) -> bool {
+        let mut random = [0; 16];
+        memory::read(thread, self.random_address, &mut random) == Ok(random.len()) && random == self.random
+            // A fork has the same bytes in the same place; but then ours, with another id, is asked about only
+            // because that id was given again, and the process it belonged to has died.
+            && self.group.is_alive()
+    }
+
+    /// Whether the process holds a capability that counts outside of user namespaces of its own.
+    fn has_capability(&self, number: u32) -> bool {
+        let same_namespace =
+            match (self.group.link("ns/user"), rustix::fs::readlink("/proc/self/ns/user", Vec::new())) {
+                (Ok(theirs), Ok(ours)) => theirs.as_os_str().as_encoded_bytes() == ours.as_bytes(),
+                _ => false,
+            };
+        same_namespace
+            && self
+                .group
+                .status_field("CapEff")
+                .ok()
+                .and_then(|set| u64::from_str_radix(&set, 16).ok())
+                .is_some_and(|set| set >> number & 1 == 1)
+    }
+}
+
+fn read_exactly(memory: impl AsFd, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let at = offset.checked_add(done as u64).ok_or(MemoryGone { offset })?;
+        match rustix::io::pread(&memory, &mut buffer[done..], at) {
+            Ok(0) => return Err(MemoryGone { offset: at }),
+            Ok(count) => done += count,
+            Err(Errno::INTR) => {}
+            Err(_) => return Err(MemoryGone { offset: at }),
+        }
+    }
+    Ok(())
+}
+
+impl LateBound for AddressSpace {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+        read_exactly(&self.memory, offset, buffer)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset.checked_add(done as u64).ok_or(MemoryGone { offset })?;
+            match rustix::io::pwrite(&self.memory, &bytes[done..], at) {
+                Ok(0) => return Err(MemoryGone { offset: at }),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(MemoryGone { offset: at }),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Process for AddressSpace {
+    fn identity(&self) -> u64 {
+        self.identity
+    }
+
+    fn id(&self) -> u32 {
+        self.group_id
+    }
+
+    fn user(&self) -> u32 {
+        // Real, effective, saved and file system ids; memory is charged to the real one.
+        let overflow_user = 65_534;
+        let ids = self.group.status_field("Uid").unwrap_or_default();
+        ids.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(overflow_user)
+    }
+
+    fn memory_lock_limit(&self) -> Option<u64> {
+        if self.has_capability(CAP_IPC_LOCK) {
+            return None;
+        }
+        let limits = self.group.text("limits").unwrap_or_default();
+        let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
+        match line.and_then(|line| line.split_whitespace().next()) {
+            Some("unlimited") => None,
+            // A process that has gone may lock nothing.
+            soft => Some(soft.and_then(|soft| soft.parse().ok()).unwrap_or(0)),
+        }
+    }
+
+    fn may_change_resource_mode(&self) -> bool {
+        self.has_capability(CAP_SYS_RESOURCE)
+    }
+
+    fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {
+        maps::check_access(&self.maps, address, length, write)
+    }
+}
