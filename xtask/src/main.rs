@@ -1,0 +1,69 @@
+//! The developers' chores, as one command: `cargo xtask CHORE`.
+//!
+//! What `cargo build` and `cargo test` cannot do alone is here: fetching a kernel's sources and headers, comparing our
+//! layouts with them, running the kernel's own test program against us, checking the dependencies' Rust versions. Each
+//! chore is one module with a `run`; the continuous integration calls the same chores that people do.
+//!
+//! Chores write below the build directory only. What they tell on the way goes to standard error, results to standard
+//! output, and the exit status is 0 only if everything held.
+
+#![forbid(unsafe_code)]
+
+mod command;
+mod kernel_selftest;
+mod kernel_source;
+mod msrv;
+mod uapi_check;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+
+/// Chores of the ioasid developers.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 110)]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Fetch a Linux kernel's headers and the parts of its source that other chores need
+    ///
+    /// Takes the newest linux-source-X.Y and the linux-libc-dev of the same version from a suite of Debian, by the
+    /// mirror that this machine's apt uses, and unpacks them below the build directory. Does nothing if they are there
+    /// already. No root needed, apart from --install.
+    KernelSource(kernel_source::Arguments),
+
+    /// Compare ioasid-uapi with the kernel's headers: every size, offset, number and flag
+    UapiCheck(uapi_check::Arguments),
+
+    /// Check that no dependency needs a newer Rust than this workspace says it needs
+    Msrv,
+
+    /// Run the kernel's own iommufd self-test under `ioasid run`
+    ///
+    /// Builds tools/testing/selftests/iommu/iommufd.c, runs each instance (a test of a fixture's variant) by itself,
+    /// prints the results, and compares them with docs/conformance.md. The exit status is 0 only if every instance
+    /// ended as that list says: an instance that is not listed has to pass, one that is listed must not.
+    KernelSelftest(kernel_selftest::Arguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().chore {
+        Chore::KernelSource(arguments) => kernel_source::run(&arguments),
+        Chore::UapiCheck(arguments) => uapi_check::run(&arguments),
+        Chore::Msrv => msrv::run(),
+        Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}
