@@ -10,8 +10,9 @@
 //!                     version   of the packages, written last: what is here is complete
 //! ```
 //!
-//! The mirror is read from the machine's own apt configuration. The private apt has an empty package database, so what
-//! the machine has installed plays no part, and nothing but the network and this directory is touched.
+//! The mirror is read from the machine's own apt configuration, whose settings (a proxy, say) hold for the private apt
+//! too. That has an empty package database, so what the machine has installed plays no part, and it writes nothing
+//! outside of its directory. Root is not needed; hooks of the machine's configuration may complain without it.
 
 use std::{
     fs,
@@ -43,7 +44,7 @@ pub(crate) const BUILDING_TESTS: &[&str] = &["gcc", "libc6-dev", "libcap-dev"];
 #[group(skip)]
 pub(crate) struct Arguments {
     /// Suite of Debian to take the kernel from
-    #[arg(long, default_value = "trixie-backports")]
+    #[arg(long, value_name = "SUITE", default_value = "trixie-backports")]
     suite: String,
 
     /// Look for a newer kernel although one is there
