@@ -1,0 +1,147 @@
+//! The bus address space: every page of memory has one output address (OA).
+//!
+//! A page table maps I/O virtual addresses to output addresses, and something has to say what those are. Here they
+//! are addresses on an imaginary bus below 2^48. An object that memory comes from ([`Backing`](crate::Backing))
+//! gets *windows* of it, one for each GiB of the object that is in use, aligned so that a leaf of a GiB is
+//! possible; a small object gets a small one. So the same page has the same OA in every space, whether two
+//! mappings name the same page is an integer comparison, and a table's entries say nothing about processes,
+//! files or pointers.
+//!
+//! # From an OA to memory
+//!
+//! The bus is a directory of chunks of 1 GiB, each cut into windows of one size. The size of a chunk's windows
+//! is chosen when the first one is needed and stays. Finding the window of an address is two loads and a shift;
+//! a radix table would find it in four loads and could merge and split free space, which windows do not need:
+//! objects are either large, and whole chunks are all alike, or small and of few sizes.
+//!
+//! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
+//! in it any more, after all mappings of that memory are gone.
+
+use crate::backing::Source;
+use arc_swap::ArcSwapOption;
+use ioasid_pagetable::Oa;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// Logarithm of the largest window and of the size of a chunk.
+pub(crate) const CHUNK_BITS: u32 = 30;
+/// Logarithm of the smallest window.
+pub(crate) const SMALLEST_WINDOW_BITS: u32 = 12;
+/// Addresses on the bus are below 2^48.
+const ADDRESS_BITS: u32 = 48;
+const DIRECTORY_BITS: u32 = 9;
+const DIRECTORY: usize = 1 << DIRECTORY_BITS;
+const CHUNKS: u64 = 1 << (ADDRESS_BITS - CHUNK_BITS);
+
+/// Places that are filled when they are needed and then stay.
+type Directory<T> = Box<[OnceLock<T>]>;
+
+/// A bus address space. Memory, spaces and devices that shall meet share one.
+pub struct Bus {
+    /// Chunks by the upper and the lower half of their number.
+    directory: Directory<Directory<Chunk>>,
+    free: Mutex<Free>,
+}
+
+/// A GiB of the bus, cut into windows of 2^`window_bits` bytes.
+struct Chunk {
+    window_bits: u32,
+    windows: Box<[ArcSwapOption<Window>]>,
+}
+
+/// Which part of which object stands at a piece of the bus.
+#[derive(Debug)]
+pub(crate) struct Window {
+    pub(crate) source: Arc<Source>,
+    /// Where in the object the window begins, in bytes.
+    pub(crate) offset: u64,
+}
+
+struct Free {
+    /// The lowest chunk that was never used. Chunk 0 is left out, so that no memory has the OA 0.
+    next_chunk: u64,
+    /// Free windows by the logarithm of their size.
+    windows: [Vec<u64>; (CHUNK_BITS + 1) as usize],
+}
+
+/// No addresses are left on the bus for windows of this size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the bus address space is full")]
+pub struct BusFull;
+
+impl Bus {
+    /// An empty bus.
+    pub fn new() -> Arc<Bus> {
+        Arc::new(Bus {
+            directory: (0..DIRECTORY).map(|_| OnceLock::new()).collect(),
+            free: Mutex::new(Free {
+                next_chunk: 1,
+                windows: [const { Vec::new() }; (CHUNK_BITS + 1) as usize],
+            }),
+        })
+    }
+
+    fn chunk(&self, number: u64) -> Option<&Chunk> {
+        let upper = self.directory.get((number >> DIRECTORY_BITS) as usize)?.get()?;
+        upper.get(number as usize & (DIRECTORY - 1))?.get()
+    }
+
+    /// The window at an address, and how far into the window it points.
+    #[inline]
+    pub(crate) fn find(&self, oa: u64) -> Option<(arc_swap::Guard<Option<Arc<Window>>>, u64)> {
+        let chunk = self.chunk(oa >> CHUNK_BITS)?;
+        let within = oa & ((1 << CHUNK_BITS) - 1);
+        let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load();
+        window.is_some().then_some((window, within & ((1 << chunk.window_bits) - 1)))
+    }
+
+    /// Gives a part of an object 2^`bits` bytes of the bus.
+    pub(crate) fn add_window(&self, bits: u32, window: Window) -> Result<Oa, BusFull> {
+        let bits = bits.clamp(SMALLEST_WINDOW_BITS, CHUNK_BITS);
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let oa = match free.windows[bits as usize].pop() {
+            Some(oa) => oa,
+            None => {
+                let number = free.next_chunk;
+                if number >= CHUNKS {
+                    return Err(BusFull);
+                }
+                free.next_chunk += 1;
+                let first = number << CHUNK_BITS;
+                let count = 1u64 << (CHUNK_BITS - bits);
+                // The lowest address is used first.
+                free.windows[bits as usize].extend((1..count).rev().map(|index| first + (index << bits)));
+                first
+            }
+        };
+        drop(free);
+        let number = oa >> CHUNK_BITS;
+        let upper = self.directory[(number >> DIRECTORY_BITS) as usize]
+            .get_or_init(|| (0..DIRECTORY).map(|_| OnceLock::new()).collect());
+        let chunk = upper[number as usize & (DIRECTORY - 1)].get_or_init(|| Chunk {
+            window_bits: bits,
+            windows: (0..1usize << (CHUNK_BITS - bits)).map(|_| ArcSwapOption::empty()).collect(),
+        });
+        let within = oa & ((1 << CHUNK_BITS) - 1);
+        chunk.windows[(within >> bits) as usize].store(Some(Arc::new(window)));
+        Ok(Oa::new(oa))
+    }
+
+    /// Takes a window back. Nothing maps it any more.
+    pub(crate) fn remove_window(&self, oa: Oa) {
+        let Some(chunk) = self.chunk(oa.get() >> CHUNK_BITS) else { return };
+        let within = oa.get() & ((1 << CHUNK_BITS) - 1);
+        if let Some(window) = chunk.windows.get((within >> chunk.window_bits) as usize) {
+            if window.swap(None).is_some() {
+                let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+                free.windows[chunk.window_bits as usize].push(oa.get());
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Bus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        f.debug_struct("Bus").field("chunks", &(free.next_chunk - 1)).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,81 @@
+//! A derived table in the memory of this process, in any format of `ioasid-pagetable`.
+//!
+//! This is what an IOMMU that is modelled or programmed here hands to the engine: the format's entries are exactly
+//! what hardware of that kind would read.
+
+use crate::epoch;
+use crate::iommu::{DerivedTable, TableError};
+use ioasid_pagetable::{Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, Radix, Runs};
+use std::any::Any;
+
+/// A radix table that follows a space's native one.
+#[derive(Debug)]
+pub struct RadixTable<F: Format> {
+    radix: Radix<F>,
+}
+
+impl<F: Format> RadixTable<F> {
+    /// An empty table.
+    pub fn new(format: F) -> RadixTable<F> {
+        RadixTable { radix: Radix::new(format, ioasid_pagetable::HeapTables) }
+    }
+
+    /// The table itself, for walkers.
+    pub fn radix(&self) -> &Radix<F> {
+        &self.radix
+    }
+}
+
+fn map_error(error: MapError, range: IovaRange) -> TableError {
+    match error {
+        MapError::OutOfTables(_) => TableError::OutOfTables,
+        _ => TableError::DoesNotFit { range },
+    }
+}
+
+impl<F: Format> DerivedTable for RadixTable<F> {
+    fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let mut gather = Gather::new();
+        let result = self.radix.map(range, oa, attributes, &mut gather);
+        epoch::retire(gather.retired);
+        result.map_err(|error| map_error(error, range))
+    }
+
+    fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let mut gather = Gather::new();
+        let result = self.radix.fill(range, oa, attributes, &mut gather);
+        epoch::retire(gather.retired);
+        result.map_err(|error| map_error(error, range))
+    }
+
+    fn cut(&self, range: IovaRange) -> Result<(), TableError> {
+        let ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
+        for at in ends {
+            self.radix.cut(at).map_err(|error| match error {
+                CutError::OutOfTables(_) => TableError::OutOfTables,
+                _ => TableError::CannotCut { at },
+            })?;
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange) {
+        let mut gather = Gather::new();
+        // The ends were cut, so there is nothing left that could fail.
+        let result = self.radix.unmap(range, &mut gather);
+        debug_assert!(result.is_ok());
+        epoch::retire(gather.retired);
+    }
+
+    fn invalidate(&self, _runs: &Runs) {
+        // Walkers in software read the leaves anew each time, and the engine waits for the DMA that is running.
+    }
+
+    fn table_bytes(&self) -> Option<u64> {
+        Some(self.radix.table_bytes())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

@@ -1,0 +1,90 @@
+//! Waiting for what is already running, at no cost to those who run.
+//!
+//! Two kinds of activity have to be waited for. A DMA that looked a page up may still be copying when the page is
+//! unmapped: *strict* unmap returns only when it is done. An operation that reached a table, or that read which
+//! tables a space has, may still be using it when it is retired. Both happen far more often than anyone waits
+//! for them, so all of the cost is on the side of the waiter (see [`domain`]).
+//!
+//! They are two domains, because a DMA copy is short and never blocks, while an operation may sleep in the driver
+//! of a real IOMMU, and the first must never wait for the second. An operation may wait for DMA. Nobody inside a
+//! section waits for its own domain, and nobody inside a DMA section waits for anything.
+
+use ioasid_pagetable::RetiredTable;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
+
+mod domain;
+
+pub use domain::Section;
+use domain::{Domain, Local, Ticket};
+
+static DMA: Domain = Domain::new();
+static OPERATIONS: Domain = Domain::new();
+
+thread_local! {
+    static DMA_LOCAL: Local = Local::new(&DMA);
+    static OPERATIONS_LOCAL: Local = Local::new(&OPERATIONS);
+}
+
+/// Begins a DMA: until the section ends, memory and tables found in it stay valid, and strict unmaps wait.
+///
+/// Keep it short, at most 64 KiB of copying, and never block in it.
+pub fn dma() -> Section {
+    DMA_LOCAL.with(Local::enter)
+}
+
+/// Returns when every DMA section that had begun has ended.
+pub fn wait_for_dma() {
+    DMA.synchronize();
+}
+
+/// Begins an operation on a space.
+pub(crate) fn operation() -> Section {
+    OPERATIONS_LOCAL.with(Local::enter)
+}
+
+/// Returns when every operation that had begun has ended. Not to be called inside one.
+pub(crate) fn wait_for_operations() {
+    OPERATIONS.synchronize();
+}
+
+/// Table pages of this process.
+pub(crate) type Retired = RetiredTable<ioasid_pagetable::HeapTables, AtomicU64>;
+
+/// Retired tables that somebody may still be looking at, oldest first.
+struct Queue {
+    /// Retired since the last ticket was taken.
+    fresh: Vec<Retired>,
+    /// Waiting for all that ran when their tickets were taken.
+    waiting: Vec<(Ticket, Ticket, Vec<Retired>)>,
+}
+
+static QUEUE: Mutex<Queue> = Mutex::new(Queue { fresh: Vec::new(), waiting: Vec::new() });
+
+/// How many tables are collected before the price of a ticket is paid.
+const BATCH: usize = 32;
+
+/// Takes tables that are linked nowhere any more and frees them when nobody can be using them. Never waits.
+pub(crate) fn retire(tables: Vec<Retired>) {
+    if tables.is_empty() {
+        return;
+    }
+    let mut queue = QUEUE.lock().unwrap_or_else(PoisonError::into_inner);
+    queue.fresh.extend(tables);
+    if queue.fresh.len() >= BATCH {
+        let batch = std::mem::take(&mut queue.fresh);
+        queue.waiting.push((DMA.ticket(), OPERATIONS.ticket(), batch));
+    }
+    let passed = queue
+        .waiting
+        .iter()
+        .take_while(|(dma, operations, _)| DMA.passed(*dma) && OPERATIONS.passed(*operations))
+        .count();
+    for (_, _, batch) in queue.waiting.drain(..passed) {
+        for table in batch {
+            // SAFETY: the tables were unlinked before the tickets were taken, and every DMA and every operation
+            // that had begun by then has ended. Tables of this process are walked by nobody else.
+            unsafe { table.free() };
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What an IOMMU is to the engine.
+//!
+//! The engine owns spaces and decides who may map what; an IOMMU moves devices between tables and, if it cannot
+//! walk the native table, keeps a derived one. Everything the engine knows of it is in the two traits here. They
+//! have to bear very different implementations: a software IOMMU that walks memory of this process, a test
+//! double, and the kernel's, whose calls sleep, whose tables cannot be cut, and which finds out late that it is out
+//! of memory.
+
+use crate::table::Table;
+use ioasid_pagetable::{Attributes, IovaRange, Oa, Runs};
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// A PCI requester ID: bus, device and function of a device, as it stands on every request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rid(pub u16);
+
+impl fmt::Display for Rid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}:{:02x}.{}", self.0 >> 8, (self.0 >> 3) & 0x1f, self.0 & 7)
+    }
+}
+
+/// Which devices can share a table: those whose class is equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TableClass {
+    /// The space's own table.
+    Native,
+    /// A table of its own kind.
+    Derived {
+        /// The IOMMU that walks it, by a number that differs between IOMMUs that cannot share tables.
+        iommu: u64,
+        /// The name of the format.
+        format: &'static str,
+        /// Whatever else makes tables of the format differ: levels, page sizes, coherency.
+        variant: u64,
+    },
+}
+
+impl TableClass {
+    /// The space's own table.
+    pub const NATIVE: TableClass = TableClass::Native;
+}
+
+/// What a device asks of a space before it can be attached.
+#[derive(Clone, Debug)]
+pub struct Requirements {
+    /// The kind of table it is served by.
+    pub class: TableClass,
+    /// The addresses that the table can translate.
+    pub aperture: IovaRange,
+    /// Addresses that nothing may be mapped at while the device is attached, such as the interrupt window.
+    pub reserved: Vec<IovaRange>,
+    /// Whether the device's accesses snoop the CPU's caches.
+    pub coherent: bool,
+}
+
+/// Why a device was not attached, or a table not made. Everything is as before.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The IOMMU does not know the device.
+    #[error("the IOMMU has no device {0}")]
+    NoDevice(Rid),
+    /// The device cannot use that table.
+    #[error("the table is of a kind that the device cannot use")]
+    Incompatible,
+    /// Something is mapped where the device or its table cannot have a mapping.
+    #[error("{range} is mapped, but the device cannot have a mapping there")]
+    Mapped {
+        /// The addresses in question.
+        range: IovaRange,
+    },
+    /// The addresses are set aside as allowed for mappings.
+    #[error("{range} must stay free for the device, but is among the allowed addresses")]
+    Allowed {
+        /// The addresses in question.
+        range: IovaRange,
+    },
+    /// The table could not be filled.
+    #[error(transparent)]
+    Table(#[from] TableError),
+}
+
+/// Why a derived table did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// No memory for table pages.
+    #[error("no memory for another table page")]
+    OutOfTables,
+    /// The table cannot cut its leaf there.
+    #[error("a device's table cannot be cut at {at:#x}")]
+    CannotCut {
+        /// Where.
+        at: u64,
+    },
+    /// The mapping does not fit the table.
+    #[error("{range} does not fit a device's table")]
+    DoesNotFit {
+        /// The range.
+        range: IovaRange,
+    },
+    /// The machine's IOMMU refused.
+    #[error("the machine's IOMMU refused")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A table that follows the native one, for devices that cannot walk that.
+///
+/// The engine calls from many threads. For any one address it makes no two calls at the same time, except for
+/// [`cut`](Self::cut), which changes no translation. Every call may sleep.
+pub trait DerivedTable: Send + Sync + fmt::Debug {
+    /// Maps a range that nothing is mapped in. All or nothing.
+    fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError>;
+
+    /// Maps a range in which the very same translation may stand already, wholly or in part: the table is being
+    /// filled while operations run, and they may have been there first. On an error anything may be mapped; the
+    /// table is thrown away.
+    fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError>;
+
+    /// Makes both ends of the range boundaries between leaves, so that unmapping it will need no memory and
+    /// cannot fail. All or nothing; changes no translation.
+    fn cut(&self, range: IovaRange) -> Result<(), TableError>;
+
+    /// Unmaps exactly the range, whose ends were cut before. Parts may not be mapped.
+    fn unmap(&self, range: IovaRange);
+
+    /// Returns when no translation of these ranges is cached anywhere any more.
+    fn invalidate(&self, runs: &Runs);
+
+    /// How many bytes of table pages it has, if anybody knows.
+    fn table_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The implementation itself, for the IOMMU that made it.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// An IOMMU: a set of devices and where their DMA goes.
+pub trait Iommu: Send + Sync + fmt::Debug {
+    /// What the device asks for; `None` if there is no such device.
+    fn requirements(&self, device: Rid) -> Option<Requirements>;
+
+    /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named, other than the native
+    /// one.
+    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError>;
+
+    /// Sends the device's DMA through `table`, in one step: there is no moment at which it goes nowhere or through
+    /// two tables. When it returns, no DMA that went through the former table is running. On an error the device
+    /// stays where it was.
+    ///
+    /// The engine makes no two calls for one device at the same time.
+    fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
+
+    /// Refuses all DMA of the device. When it returns, none is running.
+    fn block(&self, device: Rid);
+}

@@ -1,0 +1,91 @@
+//! Waiting for copies that may block.
+//!
+//! Memory of another process is copied by system calls, and such a call can sleep for as long as that process
+//! likes: it may have put a fault handler of its own under the page. A DMA section must never sleep, so such a
+//! copy leaves its section and counts itself here instead. The counts belong to one space, so that a program that
+//! blocks its own memory makes only its own unmaps wait.
+
+use std::collections::BTreeSet;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Knows the blocking copies that are running; a waiter waits for those that began before it did.
+#[derive(Debug, Default)]
+pub(crate) struct SleepingCopies {
+    state: Mutex<State>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The number of the next copy.
+    next: u64,
+    running: BTreeSet<u64>,
+}
+
+impl SleepingCopies {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a copy.
+    pub(crate) fn begin(&self) -> SleepingCopy<'_> {
+        let mut state = self.lock();
+        let number = state.next;
+        state.next += 1;
+        state.running.insert(number);
+        SleepingCopy { copies: self, number }
+    }
+
+    /// Returns when every copy that had begun has ended. Copies that begin meanwhile are not waited for.
+    pub(crate) fn wait(&self) {
+        let mut state = self.lock();
+        let now = state.next;
+        while state.running.first().is_some_and(|&oldest| oldest < now) {
+            state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A copy that is running.
+#[derive(Debug)]
+pub(crate) struct SleepingCopy<'a> {
+    copies: &'a SleepingCopies,
+    number: u64,
+}
+
+impl Drop for SleepingCopy<'_> {
+    fn drop(&mut self) {
+        self.copies.lock().running.remove(&self.number);
+        self.copies.ended.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    #[test]
+    fn waits_for_what_began_before_and_for_nothing_else() {
+        let copies = SleepingCopies::default();
+        copies.wait();
+        let old = copies.begin();
+        let waited = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                copies.wait();
+                waited.store(true, Ordering::SeqCst);
+            });
+            // Whether it has begun to wait or not: it must not have returned.
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!waited.load(Ordering::SeqCst));
+            // Begun after the waiter (or else the test shows less, but does not fail).
+            let young = copies.begin();
+            drop(old);
+            waiter.join().unwrap();
+            drop(young);
+        });
+        copies.wait();
+    }
+}

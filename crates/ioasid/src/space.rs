@@ -1,0 +1,194 @@
+//! The I/O address space.
+//!
+//! A [`Space`] is its native page table, plus a *layout*: which ranges are reserved or allowed, and which tables
+//! follow the native one. The layout changes rarely and is read by every operation, so it is an immutable value
+//! behind one pointer. Whoever changes it publishes a new value, waits until the operations that may have
+//! read the old one have ended, and then looks whether the change agrees with what is mapped. Mapping and
+//! unmapping never take a lock for it.
+//!
+//! The operations themselves are in the modules below: [`map`] and [`unmap`] follow the protocol of the native
+//! table's entries step by step, [`layout`] is all that goes with reserved ranges and tables.
+
+use crate::bus::Bus;
+use crate::epoch;
+use crate::sleeping::SleepingCopies;
+use arc_swap::ArcSwap;
+use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+mod layout;
+mod map;
+mod unmap;
+
+use layout::Layout;
+pub use layout::{ReservationOwner, ReserveError};
+pub use map::MapError;
+pub use unmap::{UnmapError, Unmapped};
+
+static SPACES: AtomicU64 = AtomicU64::new(0);
+
+/// What devices may do with a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Permissions(Attributes);
+
+impl Permissions {
+    /// Devices may read.
+    pub const READ: Permissions = Permissions(Attributes::READ);
+    /// Devices may write.
+    pub const WRITE: Permissions = Permissions(Attributes::WRITE);
+    /// Devices may read and write.
+    pub const READ_WRITE: Permissions = Permissions(Attributes::READ.union(Attributes::WRITE));
+
+    /// Whether all of `other` is allowed.
+    pub fn contains(self, other: Permissions) -> bool {
+        self.0.contains(other.0)
+    }
+
+    pub(crate) fn of(attributes: Attributes) -> Permissions {
+        Permissions(attributes & (Attributes::READ | Attributes::WRITE))
+    }
+
+    pub(crate) fn attributes(self) -> Attributes {
+        self.0
+    }
+}
+
+impl std::ops::BitOr for Permissions {
+    type Output = Permissions;
+
+    fn bitor(self, other: Permissions) -> Permissions {
+        Permissions(self.0 | other.0)
+    }
+}
+
+/// An I/O address space.
+///
+/// See the [crate's documentation](crate) for an example.
+pub struct Space {
+    id: u64,
+    bus: Arc<Bus>,
+    native: Radix<Native>,
+    layout: ArcSwap<Layout>,
+    /// Held by whoever changes the layout.
+    changing: Mutex<()>,
+    /// Copies to and from late-bound memory that went through this space.
+    sleeping: SleepingCopies,
+}
+
+/// Figures about a space, for people and tests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpaceStatistics {
+    /// How many leaves of each size the native table has, smallest first.
+    pub leaves: Vec<(PageSize, u64)>,
+    /// Mapped bytes; saturates at 2^64 - 1.
+    pub mapped_bytes: u64,
+    /// Bytes of the native table's pages.
+    pub native_table_bytes: u64,
+    /// Bytes of the derived tables' pages, as far as they are known.
+    pub derived_table_bytes: u64,
+    /// How many tables devices may be attached to, the native one included if any is.
+    pub tables: usize,
+}
+
+impl Space {
+    /// An empty space with a granule of 4 KiB. It takes no memory for tables until something is mapped.
+    pub fn new(bus: &Arc<Bus>) -> Arc<Space> {
+        Space::with_format(bus, Native::new())
+    }
+
+    /// An empty space with another granule, or with a limit to the size of leaves: the *cut granule*. Tables that
+    /// cannot be cut are filled with leaves that need not be.
+    pub fn with_format(bus: &Arc<Bus>, format: Native) -> Arc<Space> {
+        Arc::new(Space {
+            id: SPACES.fetch_add(1, Ordering::Relaxed),
+            bus: bus.clone(),
+            native: Radix::native(format),
+            layout: ArcSwap::from_pointee(Layout::default()),
+            changing: Mutex::new(()),
+            sleeping: SleepingCopies::default(),
+        })
+    }
+
+    /// The bus on which its output addresses lie.
+    pub fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// The smallest page that can be mapped.
+    pub fn granule(&self) -> PageSize {
+        self.native.format().granule()
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn native(&self) -> &Radix<Native> {
+        &self.native
+    }
+
+    pub(crate) fn sleeping(&self) -> &SleepingCopies {
+        &self.sleeping
+    }
+
+    /// The leaf that translates `iova`.
+    pub fn walk(&self, iova: Iova) -> Option<Leaf> {
+        let _operation = epoch::operation();
+        self.native.walk(iova.get()).ok()
+    }
+
+    /// The leaves that have an address in the range, ascending.
+    pub fn leaves(&self, range: IovaRange) -> Vec<Leaf> {
+        let _operation = epoch::operation();
+        let mut leaves = Vec::new();
+        self.native.leaves(range, |leaf| {
+            leaves.push(leaf);
+            ControlFlow::Continue(())
+        });
+        leaves
+    }
+
+    /// Counts what there is.
+    pub fn statistics(&self) -> SpaceStatistics {
+        let _operation = epoch::operation();
+        let layout = self.layout.load();
+        let mut leaves: Vec<(PageSize, u64)> = Vec::new();
+        let mut mapped_bytes = 0u64;
+        self.native.leaves(IovaRange::ALL, |leaf| {
+            mapped_bytes = mapped_bytes.saturating_add(leaf.size.bytes());
+            match leaves.binary_search_by_key(&leaf.size, |(size, _)| *size) {
+                Ok(index) => leaves[index].1 += 1,
+                Err(index) => leaves.insert(index, (leaf.size, 1)),
+            }
+            ControlFlow::Continue(())
+        });
+        SpaceStatistics {
+            leaves,
+            mapped_bytes,
+            native_table_bytes: self.native.table_bytes(),
+            derived_table_bytes: layout.derived().filter_map(|table| table.table_bytes()).sum(),
+            tables: layout.table_count(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Space {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Space")
+            .field("id", &self.id)
+            .field("layout", &self.layout.load())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Waits for another operation to get on, outside of any section.
+fn step_aside(tries: &mut u32) {
+    *tries = tries.saturating_add(1);
+    match *tries {
+        0..64 => std::hint::spin_loop(),
+        64..256 => std::thread::yield_now(),
+        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+    }
+}

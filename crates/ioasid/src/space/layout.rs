@@ -1,0 +1,313 @@
+//! Where mappings may be, and the tables that follow the native one.
+//!
+//! A change is made in three steps, under the space's one lock for changes: publish the new layout, wait for the
+//! operations that may still be using the old one, then check it against what is mapped. If the check fails, the
+//! old layout is published again. So a mapper that has seen no reservation is found by the one who reserves, and
+//! a table misses no mapping: what was mapped before it was published is copied, what is mapped afterwards is
+//! mapped in it by the mapper, and where both happen the copy finds an equal leaf.
+
+use super::{Space, step_aside};
+use crate::epoch;
+use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
+use crate::table::Table;
+use ioasid_pagetable::{IovaRange, RetractError};
+use std::ops::ControlFlow;
+use std::sync::{Arc, PoisonError, Weak};
+
+/// On whose behalf a range is reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ReservationOwner {
+    /// The user of the space, with a number of its choice.
+    User(u64),
+    /// A table that cannot translate these addresses.
+    Table(u64),
+    /// An attached device.
+    Device(u64),
+}
+
+/// Why a range was not reserved, or ranges not allowed. Everything is as before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// Something is mapped there.
+    #[error("{range} cannot be reserved: something is mapped there")]
+    Mapped {
+        /// What was to be reserved.
+        range: IovaRange,
+    },
+    /// The addresses are among the allowed ones.
+    #[error("{range} cannot be reserved: it is among the allowed addresses")]
+    Allowed {
+        /// What was to be reserved.
+        range: IovaRange,
+    },
+    /// The addresses are reserved.
+    #[error("{range} cannot be allowed: it is reserved")]
+    Reserved {
+        /// What was to be allowed.
+        range: IovaRange,
+    },
+    /// The allowed ranges overlap each other.
+    #[error("{range} is named twice")]
+    Overlapping {
+        /// One of them.
+        range: IovaRange,
+    },
+}
+
+/// What every operation has to know of a space besides its table.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layout {
+    /// By first address; may overlap each other.
+    reserved: Vec<(IovaRange, ReservationOwner)>,
+    /// By first address; do not overlap. None: everywhere.
+    allowed: Vec<IovaRange>,
+    tables: Vec<Follower>,
+}
+
+/// A table that devices may be attached to.
+#[derive(Clone, Debug)]
+struct Follower {
+    id: u64,
+    class: TableClass,
+    /// Whether devices that come later may share it.
+    shared: bool,
+    derived: Option<Arc<dyn DerivedTable>>,
+    table: Weak<Table>,
+}
+
+impl Layout {
+    /// A reserved range that overlaps this one, the one that reaches furthest.
+    pub(super) fn reserved_in(&self, range: IovaRange) -> Option<IovaRange> {
+        let until = self.reserved.partition_point(|(reserved, _)| reserved.first() <= range.last());
+        let overlapping = self.reserved[..until].iter().map(|(reserved, _)| *reserved);
+        overlapping.filter(|reserved| reserved.overlaps(&range)).max_by_key(IovaRange::last)
+    }
+
+    /// Where mappings may be placed.
+    pub(super) fn windows(&self) -> &[IovaRange] {
+        const EVERYWHERE: &[IovaRange] = &[IovaRange::ALL];
+        if self.allowed.is_empty() { EVERYWHERE } else { &self.allowed }
+    }
+
+    pub(super) fn derived(&self) -> impl Iterator<Item = &Arc<dyn DerivedTable>> {
+        self.tables.iter().filter_map(|follower| follower.derived.as_ref())
+    }
+
+    pub(super) fn table_count(&self) -> usize {
+        self.tables.len()
+    }
+
+    fn reserve(&mut self, range: IovaRange, owner: ReservationOwner) {
+        let index = self.reserved.partition_point(|(reserved, _)| reserved.first() <= range.first());
+        self.reserved.insert(index, (range, owner));
+    }
+}
+
+impl Space {
+    /// Keeps mappings out of the range until [`unreserve`](Self::unreserve). Fails where something is mapped or
+    /// explicitly allowed.
+    pub fn reserve(&self, range: IovaRange, owner: ReservationOwner) -> Result<(), ReserveError> {
+        self.reserve_all(&[range], owner)
+    }
+
+    /// Reserves several ranges or none.
+    pub(crate) fn reserve_all(
+        &self,
+        ranges: &[IovaRange],
+        owner: ReservationOwner,
+    ) -> Result<(), ReserveError> {
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = self.layout.load_full();
+        let mut new = Layout::clone(&old);
+        for range in ranges {
+            if old.allowed.iter().any(|allowed| allowed.overlaps(range)) {
+                return Err(ReserveError::Allowed { range: *range });
+            }
+            new.reserve(*range, owner);
+        }
+        self.layout.store(Arc::new(new));
+        epoch::wait_for_operations();
+        let mapped = {
+            let _operation = epoch::operation();
+            ranges.iter().find(|range| self.occupied_in(**range).is_some())
+        };
+        if let Some(range) = mapped {
+            self.layout.store(old);
+            return Err(ReserveError::Mapped { range: *range });
+        }
+        Ok(())
+    }
+
+    /// Gives back all that was reserved for this owner.
+    pub fn unreserve(&self, owner: ReservationOwner) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layout = Layout::clone(&self.layout.load());
+        layout.reserved.retain(|(_, of)| *of != owner);
+        self.layout.store(Arc::new(layout));
+    }
+
+    /// Sets the ranges in which [`map_anywhere`](Self::map_anywhere) places mappings and which cannot be reserved
+    /// from now on; none: everywhere. Mappings at addresses of the caller's choice are not limited.
+    pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), ReserveError> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_unstable();
+        if let Some(pair) = sorted.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
+            return Err(ReserveError::Overlapping { range: pair[1] });
+        }
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layout = Layout::clone(&self.layout.load());
+        if let Some(range) = sorted.iter().find(|range| layout.reserved_in(**range).is_some()) {
+            return Err(ReserveError::Reserved { range: *range });
+        }
+        layout.allowed = sorted;
+        self.layout.store(Arc::new(layout));
+        Ok(())
+    }
+
+    /// The allowed ranges, ascending.
+    pub fn allowed_ranges(&self) -> Vec<IovaRange> {
+        self.layout.load().allowed.clone()
+    }
+
+    /// The reserved ranges by first address; they may overlap.
+    pub fn reserved_ranges(&self) -> Vec<IovaRange> {
+        self.layout.load().reserved.iter().map(|(range, _)| *range).collect()
+    }
+
+    /// The addresses that are not reserved, ascending.
+    pub fn usable_ranges(&self) -> Vec<IovaRange> {
+        let layout = self.layout.load();
+        let mut usable = Vec::new();
+        let mut next = Some(0u64);
+        for (reserved, _) in &layout.reserved {
+            let Some(first) = next else { break };
+            if let Some(hole) = reserved.first().checked_sub(1).and_then(|last| IovaRange::new(first, last)) {
+                usable.push(hole);
+            }
+            next = reserved.last().checked_add(1).map(|end| end.max(first));
+        }
+        usable.extend(next.and_then(|first| IovaRange::new(first, u64::MAX)));
+        usable
+    }
+
+    /// Something in the range that is mapped or being mapped. Inside an operation.
+    pub(super) fn occupied_in(&self, range: IovaRange) -> Option<IovaRange> {
+        let mut found = None;
+        self.native.occupied(range, |occupied| {
+            found = Some(occupied);
+            ControlFlow::Break(())
+        });
+        found
+    }
+
+    /// The table that devices of a class share, if there is one.
+    pub(crate) fn shared_table(&self, class: TableClass) -> Option<Arc<Table>> {
+        let layout = self.layout.load();
+        layout.tables.iter().find(|table| table.shared && table.class == class)?.table.upgrade()
+    }
+
+    /// Lets a table follow the space from now on, and fills it with what is mapped already.
+    pub(crate) fn add_table(
+        &self,
+        table: &Weak<Table>,
+        id: u64,
+        class: TableClass,
+        shared: bool,
+        derived: Option<&Arc<dyn DerivedTable>>,
+    ) -> Result<(), AttachError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layout = Layout::clone(&self.layout.load());
+        layout.tables.push(Follower { id, class, shared, derived: derived.cloned(), table: table.clone() });
+        self.layout.store(Arc::new(layout));
+        epoch::wait_for_operations();
+        if let Some(derived) = derived {
+            if let Err(error) = self.fill(&**derived) {
+                self.drop_follower(id);
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies all leaves into a new table, while operations go on.
+    fn fill(&self, table: &dyn DerivedTable) -> Result<(), TableError> {
+        let mut first = Some(0);
+        let mut tries = 0;
+        while let Some(range) = first.and_then(|first| IovaRange::new(first, u64::MAX)) {
+            let operation = epoch::operation();
+            match self.native.hold(range) {
+                Ok(None) => break,
+                Ok(Some(leaf)) => {
+                    let result = table.fill(leaf.range(), leaf.oa, leaf.attributes);
+                    self.native.let_go(&leaf);
+                    result?;
+                    first = leaf.range().last().checked_add(1);
+                    tries = 0;
+                }
+                Err(RetractError::Contended { at }) => {
+                    drop(operation);
+                    first = Some(at);
+                    step_aside(&mut tries);
+                }
+                Err(RetractError::Cut(_)) => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what [`add_table`](Self::add_table) began: no operation uses the table any more.
+    pub(crate) fn remove_table(&self, id: u64) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.drop_follower(id);
+    }
+
+    fn drop_follower(&self, id: u64) {
+        let mut layout = Layout::clone(&self.layout.load());
+        layout.tables.retain(|follower| follower.id != id);
+        self.layout.store(Arc::new(layout));
+        epoch::wait_for_operations();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Bus;
+
+    fn range(first: u64, last: u64) -> IovaRange {
+        IovaRange::new(first, last).unwrap()
+    }
+
+    #[test]
+    fn usable_is_what_is_not_reserved() {
+        let space = Space::new(&Bus::new());
+        assert_eq!(space.usable_ranges(), [IovaRange::ALL]);
+        space.reserve(range(0x2000, 0x4fff), ReservationOwner::User(1)).unwrap();
+        space.reserve(range(0x3000, 0x3fff), ReservationOwner::User(2)).unwrap();
+        space.reserve(range(0, 0xfff), ReservationOwner::User(2)).unwrap();
+        assert_eq!(space.usable_ranges(), [range(0x1000, 0x1fff), range(0x5000, u64::MAX)]);
+        space.reserve(range(0x8000, u64::MAX), ReservationOwner::User(1)).unwrap();
+        assert_eq!(space.usable_ranges(), [range(0x1000, 0x1fff), range(0x5000, 0x7fff)]);
+        space.unreserve(ReservationOwner::User(1));
+        assert_eq!(space.usable_ranges(), [range(0x1000, 0x2fff), range(0x4000, u64::MAX)]);
+    }
+
+    #[test]
+    fn allowed_and_reserved_exclude_each_other() {
+        let space = Space::new(&Bus::new());
+        space.set_allowed(&[range(0x4000, 0x4fff), range(0x1000, 0x1fff)]).unwrap();
+        assert_eq!(space.allowed_ranges(), [range(0x1000, 0x1fff), range(0x4000, 0x4fff)]);
+        let refused = space.reserve(range(0x4fff, 0x5fff), ReservationOwner::User(1));
+        assert_eq!(refused, Err(ReserveError::Allowed { range: range(0x4fff, 0x5fff) }));
+        space.reserve(range(0x2000, 0x2fff), ReservationOwner::User(1)).unwrap();
+        let twice = [range(0, 1), range(1, 2)];
+        assert_eq!(space.set_allowed(&twice), Err(ReserveError::Overlapping { range: range(1, 2) }));
+        let over = range(0x2800, 0x3000);
+        assert_eq!(space.set_allowed(&[over]), Err(ReserveError::Reserved { range: over }));
+        space.set_allowed(&[]).unwrap();
+        space.reserve(range(0x4000, 0x4fff), ReservationOwner::User(1)).unwrap();
+    }
+}

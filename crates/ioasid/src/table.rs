@@ -1,0 +1,104 @@
+//! A page table of a space, as one class of devices sees it.
+//!
+//! A [`Table`] is what devices are attached to (Linux calls it a hardware page table, HWPT). For devices that walk
+//! the native table it is that table; for others it owns a derived one, which follows the space from the moment
+//! the `Table` is made until the last reference to it goes. Devices of equal class share one unless asked not to.
+//! Afterwards the space's leaves are as if the table had never been.
+
+use crate::device::Device;
+use crate::epoch;
+use crate::iommu::{AttachError, DerivedTable, TableClass};
+use crate::space::{ReservationOwner, ReserveError, Space};
+use ioasid_pagetable::IovaRange;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+static TABLES: AtomicU64 = AtomicU64::new(0);
+
+/// A page table of a space that devices can be attached to.
+#[derive(Debug)]
+pub struct Table {
+    id: u64,
+    space: Arc<Space>,
+    class: TableClass,
+    derived: Option<Arc<dyn DerivedTable>>,
+}
+
+impl From<ReserveError> for AttachError {
+    fn from(error: ReserveError) -> AttachError {
+        match error {
+            ReserveError::Allowed { range } => AttachError::Allowed { range },
+            ReserveError::Mapped { range }
+            | ReserveError::Reserved { range }
+            | ReserveError::Overlapping { range } => AttachError::Mapped { range },
+        }
+    }
+}
+
+impl Table {
+    /// The table of the space that devices like this one share, made if there is none yet.
+    pub fn for_device(space: &Arc<Space>, device: &Device) -> Result<Arc<Table>, AttachError> {
+        // Two devices that come at the same time shall not get two tables.
+        static SHARING: Mutex<()> = Mutex::new(());
+        let _sharing = SHARING.lock().unwrap_or_else(PoisonError::into_inner);
+        match space.shared_table(device.requirements().class) {
+            Some(table) => Ok(table),
+            None => Table::make(space, device, true),
+        }
+    }
+
+    /// A table of the space of its own for this device, and whoever else is attached to it by name.
+    pub fn new(space: &Arc<Space>, device: &Device) -> Result<Arc<Table>, AttachError> {
+        Table::make(space, device, false)
+    }
+
+    fn make(space: &Arc<Space>, device: &Device, shared: bool) -> Result<Arc<Table>, AttachError> {
+        let requirements = device.requirements();
+        let class = requirements.class;
+        let derived = match class {
+            TableClass::Native => None,
+            TableClass::Derived { .. } => Some(device.iommu().new_table(class)?),
+        };
+        let id = TABLES.fetch_add(1, Ordering::Relaxed);
+        let aperture = requirements.aperture;
+        let below = aperture.first().checked_sub(1).and_then(|last| IovaRange::new(0, last));
+        let above = aperture.last().checked_add(1).and_then(|first| IovaRange::new(first, u64::MAX));
+        let outside: Vec<IovaRange> = below.into_iter().chain(above).collect();
+        space.reserve_all(&outside, ReservationOwner::Table(id))?;
+        let mut added = Ok(());
+        let table = Arc::new_cyclic(|table: &Weak<Table>| {
+            added = space.add_table(table, id, class, shared, derived.as_ref());
+            Table { id, space: space.clone(), class, derived }
+        });
+        // On an error the drop of `table` takes the reservation back.
+        added.map(|()| table)
+    }
+
+    /// The space whose mappings it holds.
+    pub fn space(&self) -> &Arc<Space> {
+        &self.space
+    }
+
+    /// The kind of table it is.
+    pub fn class(&self) -> TableClass {
+        self.class
+    }
+
+    /// The derived table, for the IOMMU that made it; `None`: devices walk the native one.
+    pub fn derived(&self) -> Option<&Arc<dyn DerivedTable>> {
+        self.derived.as_ref()
+    }
+
+    /// Returns when no DMA that began through this table is running.
+    pub fn wait_for_dma(&self) {
+        epoch::wait_for_dma();
+        self.space.sleeping().wait();
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        self.space.remove_table(self.id);
+        self.space.unreserve(ReservationOwner::Table(self.id));
+    }
+}
