@@ -54,9 +54,9 @@ pub enum Descriptor {
 
 /// One address space of a client. It outlives the call: mapped memory is reached through it later.
 ///
-/// As [`LateBound`](crate::LateBound) memory its offsets are virtual addresses; once the address space has gone
-/// (exit or exec) every access answers [`MemoryGone`](crate::MemoryGone).
-pub trait Process: crate::LateBound + Debug {
+/// As [`LateBound`](ioasid::LateBound) memory its offsets are virtual addresses; once the address space has gone
+/// (exit or exec) every access answers [`MemoryGone`](ioasid::MemoryGone).
+pub trait Process: ioasid::LateBound + Debug {
     /// A number that no other address space has had or will have while the server lives.
     fn identity(&self) -> u64;
 

@@ -1,40 +1,79 @@
 //! What `/dev/iommu` and `/dev/vfio` of one imaginary machine answer, as an in-process API that knows no transport.
 //!
-//! (skeleton: the architecture goes here)
+//! A [`Server`] has software devices behind a software IOMMU. Programs reach it through a transport, which turns their
+//! system calls into calls of [`Server::open`], [`File::ioctl`], [`File::read_at`] and [`File::write_at`], and which
+//! implements [`Client`] and [`Process`] so that the server can reach back into the calling program. [`InProcess`] is a
+//! client without a program, for tests and fuzzers.
+//!
+//! The interface is Linux's: numbers, layouts (in `ioasid-uapi`), error codes and the order of checks are those that a
+//! kernel has, so that programs cannot tell, except that some capabilities are absent.
+//!
+//! ```text
+//!   transport ──► Server::open ──► File ┬─ iommufd: Context ─ objects: IOAS, HWPT, device
+//!                                       └─ vfio:    DeviceFile ─ Binding ──┘        │
+//!                                                        │                          ▼
+//!                                       ioasid-soft: device model, IOMMU      ioasid: Space, Table, Memory
+//! ```
+//!
+//! A `File` is one open file (not one descriptor: those that `dup` and `fork` make share it). Dropping it is the last
+//! close. Nothing else ends anything: a client that is killed closes its files, and that is all the server notices.
+//!
+//! # Example
+//!
+//! ```
+//! use ioasid_server::{InProcess, Opened, Server, ServerOptions};
+//! use std::path::Path;
+//!
+//! let server = Server::new(ServerOptions::default())?;
+//! let client = InProcess::new(1000);
+//! let Some(Ok(Opened::File(iommu))) = server.open(&client, Path::new("/dev/iommu")) else { panic!() };
+//! let iommu = client.insert(iommu);
+//!
+//! // IOMMU_IOAS_ALLOC: size, flags, and out comes the number of an address space.
+//! let mut command = [12_u32, 0, 0].map(u32::to_ne_bytes).concat();
+//! client.call(iommu, 0x3b81, &mut command)?;
+//! assert_eq!(command[8..], 1_u32.to_ne_bytes());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Threads and locks
+//!
+//! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
+//! is read or written: a device file's state and attachment, an address space's areas, a context's table of objects,
+//! the registry of memory, an account. The engine's own locks are innermost.
 
 #![forbid(unsafe_code)]
 
+mod argument;
 mod client;
 mod in_process;
+mod iommufd;
+mod machine;
+mod memory;
 mod options;
+mod poison;
 mod status;
+mod vfio;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
+
+use ioasid::Bus;
+
+use crate::iommufd::Context;
+use crate::memory::MemoryRegistry;
+use crate::poison::lock;
+use crate::vfio::{DeviceFile, MachineDevice};
 
 pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
+pub use ioasid::{LateBound, MemoryGone};
 pub use options::{DeviceOptions, OptionsError, ServerOptions, TableKind};
 pub use rustix::io::Errno;
-pub use status::Status;
-
-/// Stand-ins until the engine has these.
-mod stand_in {
-    /// Memory that is not mapped in this process and is reached by copying calls.
-    pub trait LateBound: Send + Sync + std::fmt::Debug {
-        /// Fills `buffer` from `offset`.
-        fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone>;
-        /// Writes `bytes` at `offset`.
-        fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone>;
-    }
-    /// The memory cannot be reached (any more).
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub struct MemoryGone {
-        /// The first offset that could not be reached.
-        pub offset: u64,
-    }
-}
-pub use stand_in::{LateBound, MemoryGone};
+pub use status::{
+    AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, Status,
+    TableStatus,
+};
 
 /// High bits of the offset of every device region, so that a transport's filter can recognise `pread`/`pwrite` on
 /// our devices by offset alone: `offset = REGION_MAGIC | index << 40`, which is below 2^63.
@@ -46,7 +85,15 @@ pub const REGION_MAGIC_MASK: u64 = 0xffff_0000_0000_0000;
 /// The devices and open files of one imaginary machine.
 #[derive(Debug)]
 pub struct Server {
-    options: ServerOptions,
+    memory: Arc<MemoryRegistry>,
+    devices: Vec<Arc<MachineDevice>>,
+    contexts: Mutex<Contexts>,
+}
+
+#[derive(Debug, Default)]
+struct Contexts {
+    opened: u64,
+    living: Vec<Weak<Context>>,
 }
 
 /// Why a server could not be made.
@@ -54,8 +101,16 @@ pub struct Server {
 #[non_exhaustive]
 pub enum ServerError {
     /// More devices than one PCI bus has room for.
-    #[error("{0} devices are more than the {1} that fit on the bus")]
-    TooManyDevices(usize, usize),
+    #[error("{asked} devices are more than the {most} that fit on the bus")]
+    TooManyDevices {
+        /// How many the options have.
+        asked: usize,
+        /// How many fit.
+        most: usize,
+    },
+    /// A device cannot be made.
+    #[error("a device cannot be made: {0}")]
+    Device(String),
 }
 
 /// The result of a successful open.
@@ -67,9 +122,18 @@ pub enum Opened {
     Text(String),
 }
 
-/// One open file; dropping it is the last close.
+/// One open file; dropping it is the last close: a device is reset, unbound and blocked, address spaces go, and what
+/// was charged for them is given back.
 #[derive(Debug)]
-pub struct File;
+pub struct File {
+    kind: FileKind,
+}
+
+#[derive(Debug)]
+enum FileKind {
+    Iommufd(Arc<Context>),
+    Device(DeviceFile),
+}
 
 impl Server {
     /// Makes a machine.
@@ -77,53 +141,97 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        Ok(Arc::new(Self { options }))
+        let bus = Bus::new();
+        let devices = machine::devices(&bus, &options.devices)?;
+        let memory = Arc::new(MemoryRegistry::new(bus));
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
+    ///
+    /// Ours are `/dev/iommu`, `/dev/vfio/devices/vfioN`, and `/dev/ioasid`, a read-only text: [`Server::status`] as
+    /// JSON. Everything else beneath `/dev/vfio` is answered with `ENOENT`.
     pub fn open(self: &Arc<Self>, _client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
+        let file = |kind| Some(Ok(Opened::File(File { kind })));
         let path = path.to_str()?;
         if path == "/dev/iommu" {
-            return Some(Ok(Opened::File(File)));
-        }
-        if let Some(number) = path.strip_prefix("/dev/vfio/devices/vfio") {
-            let known = number.parse::<usize>().is_ok_and(|number| number < self.options.devices.len());
-            return Some(if known { Ok(Opened::File(File)) } else { Err(Errno::NOENT) });
+            return file(FileKind::Iommufd(self.new_context()));
         }
         if path == "/dev/ioasid" {
             return Some(Ok(Opened::Text(self.status().to_json())));
         }
-        (path == "/dev/vfio" || path.starts_with("/dev/vfio/")).then_some(Err(Errno::NOENT))
+        if path != "/dev/vfio" && !path.starts_with("/dev/vfio/") {
+            return None;
+        }
+        let number = path
+            .strip_prefix("/dev/vfio/devices/vfio")
+            .filter(|number| !number.starts_with(['+', '0']) || *number == "0");
+        let device = number.and_then(|number| self.devices.get(number.parse::<usize>().ok()?));
+        match device {
+            Some(device) => file(FileKind::Device(DeviceFile::new(Arc::clone(device)))),
+            None => Some(Err(Errno::NOENT)),
+        }
+    }
+
+    fn new_context(&self) -> Arc<Context> {
+        let mut contexts = lock(&self.contexts);
+        contexts.opened += 1;
+        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory)));
+        contexts.living.retain(|context| context.strong_count() > 0);
+        contexts.living.push(Arc::downgrade(&context));
+        context
     }
 
     /// A snapshot of what is mapped, attached and charged.
     pub fn status(&self) -> Status {
-        Status::default()
+        let contexts: Vec<_> = lock(&self.contexts).living.iter().filter_map(Weak::upgrade).collect();
+        Status {
+            contexts: contexts.iter().map(|context| context.status()).collect(),
+            accounts: self.memory.accounts().iter().map(|account| account.status()).collect(),
+        }
     }
 }
 
 impl File {
-    /// Performs one `ioctl`.
+    /// Performs one `ioctl`. `command` is the system call's second argument, of which only the low 32 bits exist, and
+    /// `argument` its third.
     ///
     /// # Errors
     /// The `errno` that the client shall see.
-    pub fn ioctl(&self, _client: &dyn Client, _command: u32, _argument: u64) -> Result<u32, Errno> {
-        Err(Errno::NOTTY)
+    pub fn ioctl(&self, client: &dyn Client, command: u32, argument: u64) -> Result<u32, Errno> {
+        match &self.kind {
+            FileKind::Iommufd(context) => context.ioctl(client, command, argument),
+            FileKind::Device(device) => device.ioctl(client, command, argument),
+        }
     }
 
-    /// Performs one `pread`; returns the count of bytes.
+    /// Performs one `pread` on a device region; returns the count of bytes.
     ///
     /// # Errors
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
-    pub fn read_at(&self, _offset: u64, _buffer: &mut [u8]) -> Result<usize, Errno> {
-        Err(Errno::INVAL)
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+        match &self.kind {
+            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Device(device) => device.read_at(offset, buffer),
+        }
     }
 
-    /// Performs one `pwrite`; returns the count of bytes.
+    /// Performs one `pwrite` on a device region; returns the count of bytes.
     ///
     /// # Errors
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
-    pub fn write_at(&self, _offset: u64, _bytes: &[u8]) -> Result<usize, Errno> {
-        Err(Errno::INVAL)
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
+        match &self.kind {
+            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Device(device) => device.write_at(offset, bytes),
+        }
+    }
+
+    /// The context, if this is an open `/dev/iommu`.
+    pub(crate) fn context(&self) -> Option<Arc<Context>> {
+        match &self.kind {
+            FileKind::Iommufd(context) => Some(Arc::clone(context)),
+            FileKind::Device(_) => None,
+        }
     }
 }

@@ -1,10 +1,117 @@
 //! A snapshot for people and programs of what is mapped, attached and charged: the content of `/dev/ioasid`.
+//!
+//! The structures are the JSON's shape; every number's name ends in its unit. Addresses are text in hexadecimal, since
+//! JSON numbers above 2^53 are read wrongly by many programs. Contexts, then each address space, are looked at one after the other,
+//! so a snapshot taken while clients work is true of each part, not of one instant.
 
 use serde::Serialize;
 
 /// Everything the server holds at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Status {}
+pub struct Status {
+    /// The opens of `/dev/iommu` that live.
+    pub contexts: Vec<ContextStatus>,
+    /// Who is charged for registered memory.
+    pub accounts: Vec<AccountStatus>,
+}
+
+/// One open of `/dev/iommu`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ContextStatus {
+    /// Counts the opens from 1.
+    pub number: u64,
+    /// Its I/O address spaces.
+    pub address_spaces: Vec<AddressSpaceStatus>,
+    /// The devices that are bound to it.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// One I/O address space (IOAS).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct AddressSpaceStatus {
+    /// Its object number.
+    pub id: u32,
+    /// How many areas are mapped; the first of them are in `areas`.
+    pub area_count: usize,
+    /// Bytes that the areas cover together.
+    pub mapped_bytes: u128,
+    /// Areas in order of IOVA, at most [`AddressSpaceStatus::AREAS_SHOWN`].
+    pub areas: Vec<AreaStatus>,
+    /// The leaves of the address space's own table, by size.
+    pub leaves: Vec<LeafStatus>,
+    /// Bytes of the pages of the address space's own table.
+    pub native_table_bytes: u64,
+    /// Bytes of the pages of tables in other formats, as far as they are known.
+    pub derived_table_bytes: u64,
+    /// Its page tables (HWPT), by object number.
+    pub tables: Vec<TableStatus>,
+}
+
+impl AddressSpaceStatus {
+    /// How many areas of one address space are listed.
+    pub const AREAS_SHOWN: usize = 64;
+}
+
+/// One area: what one call mapped.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct AreaStatus {
+    /// First IOVA.
+    pub first: String,
+    /// Last IOVA.
+    pub last: String,
+    /// `r`, `w` or `rw`: what devices may do.
+    pub permissions: &'static str,
+    /// Where the memory comes from.
+    pub source: String,
+    /// The address in the process, or the offset in the file, of the first byte.
+    pub source_offset: String,
+    /// Whether its memory is registered: charged, and reachable by devices.
+    pub registered: bool,
+}
+
+/// Leaves of one size.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct LeafStatus {
+    /// Size of each in bytes.
+    pub size_bytes: u64,
+    /// How many.
+    pub count: u64,
+}
+
+/// One page table object (HWPT).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct TableStatus {
+    /// Its object number.
+    pub id: u32,
+    /// Made by attaching a device, and gone with the last one; otherwise by HWPT_ALLOC.
+    pub automatic: bool,
+}
+
+/// One bound device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct DeviceStatus {
+    /// Its object number.
+    pub id: u32,
+    /// Its file.
+    pub path: String,
+    /// The object number of the page table that it is attached to.
+    pub attached_to: Option<u32>,
+}
+
+/// One account.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct AccountStatus {
+    /// Who pays.
+    pub name: String,
+    /// Pages of 4 KiB that are charged now; each page counts once, however often it is mapped.
+    pub charged_pages: u64,
+    /// The most that were charged at one time.
+    pub peak_pages: u64,
+    /// The limit, as of the latest charge; none if there is no limit.
+    pub limit_pages: Option<u64>,
+    /// How many charges were refused.
+    pub refused: u64,
+}
 
 impl Status {
     /// The snapshot as indented JSON text that ends with a newline.

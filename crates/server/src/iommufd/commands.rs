@@ -1,0 +1,342 @@
+//! What each command of `/dev/iommu` does.
+//!
+//! The order of the checks is the interface: where two things are wrong with a call, clients see the error that Linux
+//! would give. Objects are held only as long as the command works on them, never while the client's memory is
+//! accessed.
+
+use std::sync::Arc;
+
+use ioasid::{IovaRange, Permissions, Space};
+use ioasid_uapi::iommufd as uapi;
+use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, IoasMapFlags};
+use rustix::io::Errno;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::Call;
+use super::hwpt::Hwpt;
+use super::ioas::{Ioas, Placement, RANGES_PER_IOAS, Slice, TableUse};
+use super::objects::{Held, HeldObject, Object};
+use crate::Descriptor;
+use crate::memory::{PAGE_SIZE, Pages};
+use std::sync::atomic::Ordering;
+
+/// The most room for hardware information that is zeroed for a client; what exists is a few dozen bytes.
+const LARGEST_HW_INFO: u32 = 1 << 20;
+
+/// How many ranges are copied between us and the client at a time.
+const RANGES_AT_A_TIME: usize = 256;
+
+/// Linux refuses these values, whose end would be 2^64, in front of every other look at them.
+fn check_bounded(values: &[u64]) -> Result<(), Errno> {
+    if values.contains(&u64::MAX) { Err(Errno::OVERFLOW) } else { Ok(()) }
+}
+
+fn map_flags(flags: u32) -> Result<IoasMapFlags, Errno> {
+    IoasMapFlags::from_bits(flags).ok_or(Errno::OPNOTSUPP)
+}
+
+fn permissions(flags: IoasMapFlags) -> Result<Permissions, Errno> {
+    match (flags.contains(IoasMapFlags::READABLE), flags.contains(IoasMapFlags::WRITEABLE)) {
+        (true, true) => Ok(Permissions::READ_WRITE),
+        (true, false) => Ok(Permissions::READ),
+        (false, true) => Ok(Permissions::WRITE),
+        (false, false) => Err(Errno::INVAL),
+    }
+}
+
+fn placement(flags: IoasMapFlags, iova: u64) -> Placement {
+    if flags.contains(IoasMapFlags::FIXED_IOVA) { Placement::Fixed(iova) } else { Placement::Anywhere }
+}
+
+/// A length that a mapping can have: not 0, and its pages can be counted.
+fn check_length(length: u64) -> Result<(), Errno> {
+    if length == 0 || length > u64::MAX - PAGE_SIZE { Err(Errno::INVAL) } else { Ok(()) }
+}
+
+impl Call<'_> {
+    pub(super) fn destroy(&self) -> Result<(), Errno> {
+        let command: uapi::Destroy = self.receive()?;
+        match self.context.objects.retire(command.id)? {
+            Object::Ioas(ioas) => ioas.clear(),
+            Object::Hwpt(hwpt) => hwpt.destroy(),
+            // Its file uses a device for as long as it is bound, so it is never taken out this way.
+            Object::Device(_) => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn ioas_alloc(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasAlloc = self.receive()?;
+        if command.flags != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let reservation = self.context.objects.reserve()?;
+        let space = Space::new(self.context.memory.bus());
+        let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
+        command.out_ioas_id = reservation.id();
+        self.respond(&command)?;
+        reservation.install(Object::Ioas(ioas));
+        Ok(())
+    }
+
+    pub(super) fn ioas_iova_ranges(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasIovaRanges = self.receive()?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let (ranges, alignment) = self.context.objects.hold_ioas(command.ioas_id)?.usable();
+        let room = command.num_iovas as usize;
+        let fits = &ranges[..ranges.len().min(room)];
+        let entries: Vec<_> =
+            fits.iter().map(|range| uapi::IovaRange { start: range.first(), last: range.last() }).collect();
+        if !entries.is_empty() {
+            self.client.write(command.allowed_iovas, entries.as_slice().as_bytes())?;
+        }
+        command.num_iovas = u32::try_from(ranges.len()).map_err(|_| Errno::OVERFLOW)?;
+        command.out_iova_alignment = alignment;
+        self.respond(&command)?;
+        if ranges.len() > room { Err(Errno::MSGSIZE) } else { Ok(()) }
+    }
+
+    pub(super) fn ioas_allow_iovas(&self) -> Result<(), Errno> {
+        let command: uapi::IoasAllowIovas = self.receive()?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        // The answer to an unknown space comes before that to a bad list.
+        drop(self.context.objects.hold_ioas(command.ioas_id)?);
+        let ranges = self.read_ranges(command.allowed_iovas, command.num_iovas as usize)?;
+        self.context.objects.hold_ioas(command.ioas_id)?.set_allowed(&ranges)
+    }
+
+    /// Reads a list of ranges; each must have at least two bytes and overlap none of the others.
+    fn read_ranges(&self, mut address: u64, count: usize) -> Result<Vec<IovaRange>, Errno> {
+        let mut seen = super::areas::Areas::new();
+        let mut left = count;
+        while left > 0 {
+            let mut entries = [uapi::IovaRange::new_zeroed(); RANGES_AT_A_TIME];
+            let entries = &mut entries[..left.min(RANGES_AT_A_TIME)];
+            // Entry by entry if the array ends in the middle: an error in what can be read comes first.
+            let whole = self.client.read(address, entries.as_mut_bytes());
+            for entry in entries.iter_mut() {
+                if whole.is_err() {
+                    self.client.read(address, entry.as_mut_bytes())?;
+                }
+                address = address.checked_add(size_of::<uapi::IovaRange>() as u64).ok_or(Errno::FAULT)?;
+                let range =
+                    IovaRange::new(entry.start, entry.last).filter(|range| range.first() < range.last());
+                seen.insert(range.ok_or(Errno::INVAL)?, ()).map_err(|()| Errno::INVAL)?;
+                if seen.len() > RANGES_PER_IOAS {
+                    return Err(Errno::NOMEM);
+                }
+            }
+            left -= entries.len();
+        }
+        Ok(seen.iter().map(|(range, ())| range).collect())
+    }
+
+    pub(super) fn ioas_map(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasMap = self.receive()?;
+        let flags = map_flags(command.flags)?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        check_bounded(&[command.iova, command.length])?;
+        let permissions = permissions(flags)?;
+        let ioas = self.context.objects.hold_ioas(command.ioas_id)?;
+        command.user_va.checked_add(command.length).ok_or(Errno::OVERFLOW)?;
+        check_length(command.length)?;
+
+        let process = self.client.process()?;
+        let charge = self.context.memory.charge(&*process, self.charges_processes());
+        let writable = permissions.contains(Permissions::WRITE);
+        let pages = self.context.memory.process_pages(process, command.user_va, writable, charge);
+        let slice = whole(pages, command.length);
+        command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+        drop(ioas);
+        self.respond(&command)
+    }
+
+    pub(super) fn ioas_map_file(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasMapFile = self.receive()?;
+        let flags = map_flags(command.flags)?;
+        check_bounded(&[command.iova, command.length])?;
+        let permissions = permissions(flags)?;
+        let ioas = self.context.objects.hold_ioas(command.ioas_id)?;
+        if command.length == 0 {
+            return Err(Errno::INVAL);
+        }
+        command.start.checked_add(command.length - 1).ok_or(Errno::OVERFLOW)?;
+        let file = match self.client.descriptor(command.fd)? {
+            Descriptor::Ours(_) => None,
+            Descriptor::Foreign(fd) => Some(fd),
+        };
+        check_length(command.length)?;
+
+        let process = self.client.process()?;
+        let charge = self.context.memory.charge(&*process, self.charges_processes());
+        let writable = permissions.contains(Permissions::WRITE);
+        let pages = self.context.memory.file_pages(file, command.start, writable, charge)?;
+        let slice = whole(pages, command.length);
+        command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+        drop(ioas);
+        self.respond(&command)
+    }
+
+    pub(super) fn ioas_copy(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasCopy = self.receive()?;
+        let flags = map_flags(command.flags)?;
+        check_bounded(&[command.length, command.src_iova, command.dst_iova])?;
+        let permissions = permissions(flags)?;
+        let slices = {
+            let source = self.context.objects.hold_ioas(command.src_ioas_id)?;
+            if command.length == 0 {
+                return Err(Errno::INVAL);
+            }
+            let range = IovaRange::with_length(command.src_iova, command.length).ok_or(Errno::OVERFLOW)?;
+            source.slices(range)?
+        };
+        let destination = self.context.objects.hold_ioas(command.dst_ioas_id)?;
+        command.dst_iova = destination.map(slices, placement(flags, command.dst_iova), permissions)?;
+        drop(destination);
+        self.respond(&command)
+    }
+
+    pub(super) fn ioas_unmap(&self) -> Result<(), Errno> {
+        let mut command: uapi::IoasUnmap = self.receive()?;
+        let ioas = self.context.objects.hold_ioas(command.ioas_id)?;
+        command.length = if command.iova == 0 && command.length == u64::MAX {
+            ioas.unmap(IovaRange::ALL)?
+        } else {
+            check_bounded(&[command.iova, command.length])?;
+            if command.length == 0 {
+                return Err(Errno::INVAL);
+            }
+            let range = IovaRange::with_length(command.iova, command.length).ok_or(Errno::OVERFLOW)?;
+            match ioas.unmap(range)? {
+                0 => return Err(Errno::NOENT),
+                bytes => bytes,
+            }
+        };
+        drop(ioas);
+        self.respond(&command)
+    }
+
+    fn charges_processes(&self) -> bool {
+        self.context.charge_processes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn option(&self) -> Result<(), Errno> {
+        let mut command: uapi::SetOption = self.receive()?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        match command.option_id {
+            uapi::OPTION_RLIMIT_MODE => self.option_rlimit_mode(&mut command)?,
+            uapi::OPTION_HUGE_PAGES => {
+                let ioas = self.context.objects.hold_ioas(command.object_id)?;
+                match (command.op, command.val64) {
+                    (uapi::OPTION_OP_GET, _) => command.val64 = u64::from(ioas.large_pages()),
+                    (uapi::OPTION_OP_SET, value @ (0 | 1)) => ioas.set_large_pages(value == 1)?,
+                    (uapi::OPTION_OP_SET, _) => return Err(Errno::INVAL),
+                    _ => return Err(Errno::OPNOTSUPP),
+                }
+            }
+            _ => return Err(Errno::OPNOTSUPP),
+        }
+        // Only the value is written back, and always: the least size of this command reaches behind it.
+        let value = self.argument.checked_add(std::mem::offset_of!(uapi::SetOption, val64) as u64);
+        self.client.write(value.ok_or(Errno::FAULT)?, &command.val64.to_ne_bytes())
+    }
+
+    fn option_rlimit_mode(&self, command: &mut uapi::SetOption) -> Result<(), Errno> {
+        if command.object_id != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        match command.op {
+            uapi::OPTION_OP_GET => command.val64 = u64::from(self.charges_processes()),
+            uapi::OPTION_OP_SET => {
+                if !self.client.process()?.may_change_resource_mode() {
+                    return Err(Errno::PERM);
+                }
+                if !self.context.objects.is_empty() {
+                    return Err(Errno::BUSY);
+                }
+                match command.val64 {
+                    value @ (0 | 1) => self.context.charge_processes.store(value == 1, Ordering::Relaxed),
+                    _ => return Err(Errno::INVAL),
+                }
+            }
+            _ => return Err(Errno::OPNOTSUPP),
+        }
+        Ok(())
+    }
+
+    pub(super) fn hwpt_alloc(&self) -> Result<(), Errno> {
+        let mut command: uapi::HwptAlloc = self.receive()?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        if (command.data_type == uapi::HWPT_DATA_NONE) != (command.data_len == 0) {
+            return Err(Errno::INVAL);
+        }
+        let device = self.context.objects.hold_device(command.dev_id)?;
+        let parent = self.context.objects.hold(command.pt_id).map_err(|_| Errno::INVAL)?;
+        let ioas = match parent {
+            HeldObject::Ioas(ioas) => ioas,
+            // A nested table: none of ours can be a parent.
+            HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
+            HeldObject::Hwpt(_) | HeldObject::Device(_) => return Err(Errno::INVAL),
+        };
+        // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+        if command.flags != 0 || command.data_len != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let reservation = self.context.objects.reserve()?;
+        let hwpt = ioas.with_table(device.engine(), TableUse::Own, |table, _| {
+            let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
+            Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
+        })?;
+        drop((device, ioas));
+        command.out_hwpt_id = reservation.id();
+        match self.respond(&command) {
+            Ok(()) => reservation.install(Object::Hwpt(hwpt)),
+            Err(error) => {
+                hwpt.destroy();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn get_hw_info(&self) -> Result<(), Errno> {
+        let mut command: uapi::GetHwInfo = self.receive()?;
+        if HwInfoFlags::from_bits(command.flags).is_none() || command.reserved != [0; 3] {
+            return Err(Errno::OPNOTSUPP);
+        }
+        drop(self.context.objects.hold_device(command.dev_id)?);
+        // The software IOMMU has no registers of a real one to report: no data, of type none. The client's room is
+        // zeroed, as for data that is shorter than the room.
+        if command.data_len > LARGEST_HW_INFO {
+            return Err(Errno::TOOBIG);
+        }
+        let zeroes = [0; PAGE_SIZE as usize];
+        let mut at = 0;
+        while at < command.data_len {
+            let part = (command.data_len - at).min(PAGE_SIZE as u32);
+            let address = command.data_uptr.checked_add(u64::from(at)).ok_or(Errno::FAULT)?;
+            self.client.write(address, &zeroes[..part as usize])?;
+            at += part;
+        }
+        command.data_type = uapi::HW_INFO_TYPE_NONE;
+        command.data_len = 0;
+        command.out_capabilities = HwCapabilities::ATS_NOT_SUPPORTED.bits();
+        command.out_max_pasid_log2 = 0;
+        self.respond(&command)
+    }
+}
+
+/// All of `pages`, which have `length` bytes.
+fn whole(pages: Pages, length: u64) -> Slice {
+    Slice { pages: Arc::new(pages), offset: 0, length }
+}

@@ -1,0 +1,73 @@
+//! A page table as a client sees it (HWPT): an engine table over an address space, with a number.
+//!
+//! Tables come into being in two ways. HWPT_ALLOC makes one that lives until it is destroyed. Attaching a device to an
+//! address space makes one for the device's class, which other devices of the class share, and which goes when the
+//! last of them has been detached.
+
+use std::sync::{Arc, Mutex};
+
+use ioasid::Table;
+
+use super::ioas::Ioas;
+use super::objects::{Counted, Held, Users};
+use crate::poison::lock;
+
+/// A page table object.
+#[derive(Debug)]
+pub(crate) struct Hwpt {
+    id: u32,
+    users: Users,
+    /// Goes with the last device that was attached to it.
+    automatic: bool,
+    /// Empty once the object has been destroyed.
+    body: Mutex<Option<Body>>,
+}
+
+#[derive(Debug)]
+struct Body {
+    table: Arc<Table>,
+    ioas: Held<Ioas>,
+}
+
+impl Counted for Hwpt {
+    fn users(&self) -> &Users {
+        &self.users
+    }
+}
+
+impl Hwpt {
+    pub(crate) fn new(id: u32, table: Arc<Table>, ioas: Held<Ioas>, automatic: bool) -> Self {
+        Self { id, users: Users::default(), automatic, body: Mutex::new(Some(Body { table, ioas })) }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn is_automatic(&self) -> bool {
+        self.automatic
+    }
+
+    /// The engine's table; `None` once the object has been destroyed.
+    pub(crate) fn table(&self) -> Option<Arc<Table>> {
+        lock(&self.body).as_ref().map(|body| Arc::clone(&body.table))
+    }
+
+    /// Whether it stands for `table`.
+    pub(crate) fn is_over(&self, table: &Arc<Table>) -> bool {
+        lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(&body.table, table))
+    }
+
+    /// Whether it is a table of `ioas`.
+    pub(crate) fn belongs_to(&self, ioas: &Arc<Ioas>) -> bool {
+        lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(body.ioas.arc(), ioas))
+    }
+
+    /// Ends the object: drops the table and the use of the address space.
+    pub(crate) fn destroy(&self) {
+        let body = lock(&self.body).take();
+        if let Some(Body { table, ioas }) = body {
+            ioas.remove_table(table);
+        }
+    }
+}

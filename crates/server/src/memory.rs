@@ -1,0 +1,395 @@
+//! Where mapped memory comes from, and who is charged for it.
+//!
+//! A mapping names memory of the calling process by address, or a file by descriptor. Both become [`Pages`]: a range of
+//! bytes of a *backing*, the engine's word for an object whose pages have an identity. One address space is one
+//! backing (offset = virtual address), one file is one backing (offset = file offset), whoever maps it and however
+//! often; so the same page is recognised as the same page, and charged once. The [`MemoryRegistry`] of a server finds
+//! the backing that exists already; it holds none alive itself.
+//!
+//! Nothing is touched when `Pages` are made. [`Pages::register`] is what a page table needs: it checks that the memory
+//! is there and permits the access, and then charges and registers it.
+//!
+//! # Why files are not mapped into the server
+//!
+//! The bytes of a file are reached by `pread` and `pwrite` on our own duplicate of the client's descriptor. A mapping
+//! would be faster, but the client keeps the file: it may truncate it at any time, and touching a mapped page beyond
+//! the new end raises SIGBUS, in us. A server must not be at a client's mercy, and a copying call says `MemoryGone`
+//! instead. What this costs: files of hugetlbfs can be read but not written this way (the kernel has no `write` for
+//! them), so a device's write to one is a fault.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::Hash;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, Weak};
+
+use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, RegisterError};
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::poison::lock;
+use crate::{AccountStatus, Process};
+
+/// The page size of clients, in bytes.
+pub(crate) const PAGE_SIZE: u64 = 4096;
+
+/// `f_type` of tmpfs, which memfds live on.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// `f_type` of hugetlbfs.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// A range of bytes of one backing object, as one map call named it. Areas that were copied from one another share it.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    source: Source,
+    /// The first byte: a virtual address, or an offset in the file.
+    start: u64,
+    /// Whether devices may be given write access.
+    writable: bool,
+    charge: Charge,
+}
+
+/// What the bytes belong to.
+#[derive(Debug)]
+enum Source {
+    Process {
+        process: Arc<dyn Process>,
+        backing: Arc<Backing>,
+    },
+    File(Arc<FileBacking>),
+    /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
+    NotMemory,
+}
+
+/// Who pays, and up to how much; decided when the mapping is made.
+#[derive(Debug, Clone)]
+pub(crate) struct Charge {
+    account: Arc<ChargedAccount>,
+    limit_pages: Option<u64>,
+}
+
+/// An account together with the lock that makes "set my limit, then charge" one step: processes of one user share
+/// the account, but each has a limit of its own.
+#[derive(Debug)]
+pub(crate) struct ChargedAccount {
+    account: Account,
+    /// Held while charging.
+    charging: Mutex<()>,
+}
+
+impl ChargedAccount {
+    /// What is charged, for the status.
+    pub(crate) fn status(&self) -> AccountStatus {
+        AccountStatus {
+            name: self.account.name().to_owned(),
+            charged_pages: self.account.charged_pages(),
+            peak_pages: self.account.peak_pages(),
+            limit_pages: self.account.limit_pages(),
+            refused: self.account.failures(),
+        }
+    }
+}
+
+/// A file with its backing: what the registry knows of it.
+#[derive(Debug)]
+struct FileBacking {
+    file: Arc<MappedFile>,
+    backing: Arc<Backing>,
+}
+
+/// A file that clients have mapped.
+#[derive(Debug)]
+struct MappedFile {
+    /// Our duplicate, open for writing if it could be had.
+    fd: OwnedFd,
+}
+
+/// What identifies a file: device and inode number. Both stay true for as long as we hold a descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct FileKey(u64, u64);
+
+/// The memory of a process as the engine sees it.
+#[derive(Debug)]
+struct ProcessMemory(Arc<dyn Process>);
+
+impl LateBound for ProcessMemory {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+        self.0.read(offset, buffer)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
+        self.0.write(offset, bytes)
+    }
+}
+
+impl LateBound for MappedFile {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset.saturating_add(done as u64);
+            match rustix::io::pread(&self.fd, &mut buffer[done..], at) {
+                Ok(0) => return Err(MemoryGone { offset: at }),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(MemoryGone { offset: at }),
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
+        // Writing behind the end would make the file longer again after its owner has cut it.
+        let gone = |offset| MemoryGone { offset };
+        let size = self.size().map_err(|_| gone(offset))?;
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > size) {
+            return Err(gone(size.max(offset)));
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            match rustix::io::pwrite(&self.fd, &bytes[done..], at) {
+                Ok(0) => return Err(gone(at)),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(_) => return Err(gone(at)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MappedFile {
+    fn size(&self) -> Result<u64, Errno> {
+        u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).map_err(|_| Errno::INVAL)
+    }
+}
+
+/// Turns the client's descriptor into one that can be written, if the file allows: the first client to map a file may
+/// have opened it for reading only, and the backing that we make of it serves later ones too.
+fn writable(fd: OwnedFd) -> OwnedFd {
+    let access = rustix::fs::fcntl_getfl(&fd).map(|flags| flags & OFlags::ACCMODE);
+    if access == Ok(OFlags::RDWR) {
+        return fd;
+    }
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap_or(fd)
+}
+
+/// Whether the file's pages are memory: what Linux accepts are files of tmpfs (memfds) and hugetlbfs.
+fn is_memory(fd: &OwnedFd) -> bool {
+    let regular = rustix::fs::fstat(fd)
+        .is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::RegularFile);
+    regular
+        && rustix::fs::fstatfs(fd).is_ok_and(|system| {
+            // The field's type differs between architectures and C libraries; the values fit 32 bits.
+            let kind = system.f_type as u64 & 0xffff_ffff;
+            kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC
+        })
+}
+
+impl Pages {
+    /// The first byte: a virtual address, or an offset in the file.
+    pub(crate) fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Whether devices may be given write access.
+    pub(crate) fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Checks that `length` bytes from byte `offset` on are there and permit the access, and registers them.
+    ///
+    /// # Errors
+    /// - `EFAULT`: the process has no such memory (any more), or does not permit the access.
+    /// - `EINVAL`: the file ends before, or is not made of memory pages.
+    /// - `ENOMEM`: over the limit of the account.
+    pub(crate) fn register(&self, offset: u64, length: u64) -> Result<Arc<Memory>, Errno> {
+        let start = self.start.checked_add(offset).ok_or(Errno::OVERFLOW)?;
+        let range = IovaRange::with_length(start, length).ok_or(Errno::INVAL)?;
+        let backing = match &self.source {
+            Source::Process { process, backing } => {
+                process.check_access(start, length, self.writable)?;
+                backing
+            }
+            Source::File(mapped) => {
+                if range.last() >= mapped.file.size()? {
+                    return Err(Errno::INVAL);
+                }
+                &mapped.backing
+            }
+            Source::NotMemory => return Err(Errno::INVAL),
+        };
+        let _charging = lock(&self.charge.account.charging);
+        self.charge.account.account.set_limit(self.charge.limit_pages);
+        Memory::register(backing, start, length, &self.charge.account.account).map_err(|error| match error {
+            RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
+            RegisterError::OutOfBounds { .. } => Errno::FAULT,
+            RegisterError::Empty => Errno::INVAL,
+        })
+    }
+
+    /// Where the bytes come from, for people.
+    pub(crate) fn describe(&self) -> String {
+        match &self.source {
+            Source::Process { process, .. } => format!("memory of process {}", process.id()),
+            Source::File(_) => "file".to_owned(),
+            Source::NotMemory => "file without memory pages".to_owned(),
+        }
+    }
+}
+
+/// Who is charged, when accounts are told apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum AccountKey {
+    /// All limited processes of one user.
+    User(u32),
+    /// All processes of one user that may lock memory without limit. They must not use up the others' limit.
+    UnlimitedUser(u32),
+    /// One address space, for contexts that charge processes.
+    Process(u64),
+}
+
+/// The backings and accounts that are in use.
+pub(crate) struct MemoryRegistry {
+    bus: Arc<Bus>,
+    processes: WeakMap<u64, Backing>,
+    files: WeakMap<FileKey, FileBacking>,
+    accounts: WeakMap<AccountKey, ChargedAccount>,
+    /// Accounts of users stay, so that their peaks can be read after everything was unmapped.
+    users: Mutex<HashMap<AccountKey, Arc<ChargedAccount>>>,
+}
+
+impl fmt::Debug for MemoryRegistry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryRegistry").finish_non_exhaustive()
+    }
+}
+
+impl MemoryRegistry {
+    pub(crate) fn new(bus: Arc<Bus>) -> Self {
+        Self {
+            bus,
+            processes: WeakMap::default(),
+            files: WeakMap::default(),
+            accounts: WeakMap::default(),
+            users: Mutex::default(),
+        }
+    }
+
+    /// The bus address space that all of this memory is in.
+    pub(crate) fn bus(&self) -> &Arc<Bus> {
+        &self.bus
+    }
+
+    /// Who pays for what `process` maps.
+    pub(crate) fn charge(&self, process: &dyn Process, per_process: bool) -> Charge {
+        let limit_pages = process.memory_lock_limit().map(|bytes| bytes / PAGE_SIZE);
+        let user = process.user();
+        let open = |name| {
+            Arc::new(ChargedAccount { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
+        };
+        let account = if limit_pages.is_none() {
+            let key = AccountKey::UnlimitedUser(user);
+            let mut users = lock(&self.users);
+            Arc::clone(users.entry(key).or_insert_with(|| open(format!("user {user} without limit"))))
+        } else if per_process {
+            let make = || open(format!("process {} of user {user}", process.id()));
+            self.accounts.get_or_insert(AccountKey::Process(process.identity()), make)
+        } else {
+            let mut users = lock(&self.users);
+            Arc::clone(users.entry(AccountKey::User(user)).or_insert_with(|| open(format!("user {user}"))))
+        };
+        Charge { account, limit_pages }
+    }
+
+    /// Memory of a process from the address `start` on.
+    pub(crate) fn process_pages(
+        &self,
+        process: Arc<dyn Process>,
+        start: u64,
+        writable: bool,
+        charge: Charge,
+    ) -> Pages {
+        let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(&process))));
+        let backing = self.processes.get_or_insert(process.identity(), make);
+        Pages { source: Source::Process { process, backing }, start, writable, charge }
+    }
+
+    /// A file from the offset `start` on. `None`: a file that is surely not made of memory.
+    ///
+    /// # Errors
+    /// Those of `fstat`.
+    pub(crate) fn file_pages(
+        &self,
+        fd: Option<OwnedFd>,
+        start: u64,
+        writable_by_device: bool,
+        charge: Charge,
+    ) -> Result<Pages, Errno> {
+        let source = match fd.filter(is_memory) {
+            None => Source::NotMemory,
+            Some(fd) => {
+                let status = rustix::fs::fstat(&fd)?;
+                let make = || {
+                    let file = Arc::new(MappedFile { fd: writable(fd) });
+                    let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
+                    Arc::new(FileBacking { file, backing })
+                };
+                Source::File(self.files.get_or_insert(FileKey(status.st_dev, status.st_ino), make))
+            }
+        };
+        Ok(Pages { source, start, writable: writable_by_device, charge })
+    }
+
+    /// The backing of a process, if any mapping uses it.
+    pub(crate) fn backing_of_process(&self, identity: u64) -> Option<Arc<Backing>> {
+        self.processes.get(&identity)
+    }
+
+    /// All accounts that are known.
+    pub(crate) fn accounts(&self) -> Vec<Arc<ChargedAccount>> {
+        let mut all: Vec<_> = lock(&self.users).values().cloned().collect();
+        all.extend(self.accounts.values());
+        all.sort_by(|a, b| a.account.name().cmp(b.account.name()));
+        all
+    }
+}
+
+/// Shared values by key, held alive by their users only.
+#[derive(Debug)]
+struct WeakMap<K, V> {
+    inner: Mutex<(HashMap<K, Weak<V>>, usize)>,
+}
+
+impl<K, V> Default for WeakMap<K, V> {
+    fn default() -> Self {
+        Self { inner: Mutex::new((HashMap::new(), 16)) }
+    }
+}
+
+impl<K: Eq + Hash, V> WeakMap<K, V> {
+    fn get(&self, key: &K) -> Option<Arc<V>> {
+        lock(&self.inner).0.get(key)?.upgrade()
+    }
+
+    fn get_or_insert(&self, key: K, make: impl FnOnce() -> Arc<V>) -> Arc<V> {
+        let mut inner = lock(&self.inner);
+        let (map, sweep_at) = &mut *inner;
+        if let Some(value) = map.get(&key).and_then(Weak::upgrade) {
+            return value;
+        }
+        let value = make();
+        map.insert(key, Arc::downgrade(&value));
+        // Sweeping when the map has doubled keeps it in proportion to what lives, at constant cost per insertion.
+        if map.len() >= *sweep_at {
+            map.retain(|_, value| value.strong_count() > 0);
+            *sweep_at = (map.len() * 2).max(16);
+        }
+        value
+    }
+
+    fn values(&self) -> Vec<Arc<V>> {
+        lock(&self.inner).0.values().filter_map(Weak::upgrade).collect()
+    }
+}
