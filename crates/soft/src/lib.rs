@@ -7,6 +7,8 @@
 //!   them or says in a [`dma::DmaFault`] why it did not. The device does not know what translates.
 //! - [`edu`] is a device after the public description of QEMU's `edu`, small enough to read at one
 //!   sitting and complete enough to drive DMA in both directions.
+//! - [`iommu`] is the software IOMMU: an implementation of the engine's trait that walks tables, caches the
+//!   way to them, and copies. Its ports are what devices do DMA through.
 //!
 //! The two traits keep the halves apart: a device is tested against plain memory, and an IOMMU is
 //! tested without a device.
@@ -14,4 +16,5 @@
 
 pub mod dma;
 pub mod edu;
+pub mod iommu;
 pub mod pci;

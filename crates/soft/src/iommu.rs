@@ -1,0 +1,145 @@
+//! The software IOMMU.
+//!
+//! [`SoftIommu`] implements the engine's [`Iommu`]: it knows a set of devices by their requester IDs and, for
+//! each, the table that its DMA goes through. A device walks either the space's native table or a derived one in
+//! a hardware format, as it was declared; both kinds may stand side by side on one space, as incompatible devices
+//! do on a real machine.
+//!
+//! The way of a DMA is in [`port`]: it reads from top to bottom. What makes it quick is in [`iotlb`].
+//!
+//! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
+//! the old one is waited for.
+
+use arc_swap::ArcSwapOption;
+use ioasid::pagetable::VtdSecondStage;
+use ioasid::{AttachError, DerivedTable, Iommu, IovaRange, RadixTable, Requirements, Rid, Table, TableClass};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+mod iotlb;
+mod port;
+
+pub use port::{Port, PortStatistics};
+
+static IOMMUS: AtomicU64 = AtomicU64::new(0);
+
+/// x86 takes writes to these addresses for interrupts, so nothing may be mapped there (VT-d specification 3.14).
+const INTERRUPT_WINDOW: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
+const VTD_LEVELS: u8 = 4;
+const VTD_LAST: u64 = (1 << 48) - 1;
+
+/// The kind of table that a device walks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum TableKind {
+    /// The space's own table; 64 bits of IOVA.
+    #[default]
+    Native,
+    /// A table of its own in Intel VT-d's second-stage format; 48 bits of IOVA.
+    VtdSecondStage,
+}
+
+/// A software IOMMU and its devices.
+#[derive(Debug)]
+pub struct SoftIommu {
+    id: u64,
+    devices: Mutex<HashMap<Rid, Arc<Attachment>>>,
+}
+
+/// Where one device's DMA goes.
+#[derive(Debug)]
+struct Attachment {
+    kind: TableKind,
+    /// None: all DMA is refused.
+    table: ArcSwapOption<Table>,
+}
+
+impl Attachment {
+    /// Exchanges the table and waits until nothing goes through the old one.
+    fn replace(&self, table: Option<Arc<Table>>) {
+        if let Some(old) = self.table.swap(table) {
+            old.wait_for_dma();
+            // The last reference may go here, and no DMA section can be the one that drops it.
+        }
+    }
+}
+
+/// There is a device with this requester ID already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("there is a device {0} already")]
+pub struct RidTaken(pub Rid);
+
+impl SoftIommu {
+    /// An IOMMU without devices.
+    pub fn new() -> Arc<SoftIommu> {
+        let id = IOMMUS.fetch_add(1, Ordering::Relaxed);
+        Arc::new(SoftIommu { id, devices: Mutex::new(HashMap::new()) })
+    }
+
+    fn devices(&self) -> MutexGuard<'_, HashMap<Rid, Arc<Attachment>>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn device(&self, rid: Rid) -> Option<Arc<Attachment>> {
+        self.devices().get(&rid).cloned()
+    }
+
+    /// Plugs a device in; its DMA goes through the port, and is refused until the device is attached.
+    pub fn add_device(&self, rid: Rid, kind: TableKind) -> Result<Arc<Port>, RidTaken> {
+        let mut devices = self.devices();
+        if devices.contains_key(&rid) {
+            return Err(RidTaken(rid));
+        }
+        let attachment = Arc::new(Attachment { kind, table: ArcSwapOption::empty() });
+        devices.insert(rid, attachment.clone());
+        Ok(Arc::new(Port::new(rid, attachment)))
+    }
+
+    fn class(&self, kind: TableKind) -> TableClass {
+        match kind {
+            TableKind::Native => TableClass::Native,
+            TableKind::VtdSecondStage => {
+                TableClass::Derived { iommu: self.id, format: "vtdss", variant: u64::from(VTD_LEVELS) }
+            }
+        }
+    }
+}
+
+impl Iommu for SoftIommu {
+    fn requirements(&self, device: Rid) -> Option<Requirements> {
+        let kind = self.device(device)?.kind;
+        let last = match kind {
+            TableKind::Native => u64::MAX,
+            TableKind::VtdSecondStage => VTD_LAST,
+        };
+        Some(Requirements {
+            class: self.class(kind),
+            aperture: IovaRange::new(0, last)?,
+            reserved: IovaRange::new(INTERRUPT_WINDOW.0, INTERRUPT_WINDOW.1).into_iter().collect(),
+            coherent: true,
+        })
+    }
+
+    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
+        if class != self.class(TableKind::VtdSecondStage) {
+            return Err(AttachError::Incompatible);
+        }
+        let format = VtdSecondStage::new(VTD_LEVELS).ok_or(AttachError::Incompatible)?;
+        Ok(Arc::new(RadixTable::new(format)))
+    }
+
+    fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
+        let attachment = self.device(device).ok_or(AttachError::NoDevice(device))?;
+        if table.class() != self.class(attachment.kind) {
+            return Err(AttachError::Incompatible);
+        }
+        attachment.replace(Some(table.clone()));
+        Ok(())
+    }
+
+    fn block(&self, device: Rid) {
+        if let Some(attachment) = self.device(device) {
+            attachment.replace(None);
+        }
+    }
+}
