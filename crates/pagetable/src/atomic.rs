@@ -17,6 +17,8 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
     fn store(&self, value: u64);
     /// Replaces `current` by `new`; otherwise tells what stands there.
     fn compare_exchange(&self, current: u64, new: u64) -> Result<(), u64>;
+    /// Writes, acquires what was published with the former value and returns it.
+    fn swap(&self, value: u64) -> u64;
     /// Adds and returns the former value; wraps.
     fn fetch_add(&self, value: u64) -> u64;
     /// Subtracts and returns the former value; wraps.
@@ -45,6 +47,11 @@ macro_rules! atomic_entry {
                 use $ordering as Ordering;
                 <$atomic>::compare_exchange(self, current, new, Ordering::AcqRel, Ordering::Acquire)
                     .map(|_| ())
+            }
+            #[inline(always)]
+            fn swap(&self, value: u64) -> u64 {
+                use $ordering as Ordering;
+                <$atomic>::swap(self, value, Ordering::AcqRel)
             }
             #[inline(always)]
             fn fetch_add(&self, value: u64) -> u64 {

@@ -75,8 +75,9 @@ pub struct Radix<F: Format, M: TableMemory<A> = HeapTables, A: AtomicEntry = Ato
     /// Address and level of the top table; 0 as long as there is none.
     root: A,
     /// Changes whenever a table is retired.
-    generation: AtomicU64,
-    /// How many table pages are linked. Touched only when one comes or goes.
+    generation: A,
+    /// How many table pages are linked. Touched only when one comes or goes. Like `kept` and `GENERATIONS` it is
+    /// not an `A`: it orders nothing, and no decision that could go wrong depends on it.
     tables: AtomicU64,
     /// How many tables carry the mark `KEPT`.
     kept: AtomicU64,
@@ -88,7 +89,7 @@ pub struct Radix<F: Format, M: TableMemory<A>, A: AtomicEntry = AtomicU64> {
     format: F,
     memory: M,
     root: A,
-    generation: AtomicU64,
+    generation: A,
     tables: AtomicU64,
     kept: AtomicU64,
 }
@@ -155,6 +156,25 @@ trait Visitor<M, A: AtomicEntry> {
     }
 }
 
+/// Retires empty tables and changes no translation.
+struct Sweep<'a, M, A> {
+    gather: &'a mut Gather<M, A>,
+    /// Give up at the first entry in use.
+    until_used: bool,
+}
+
+impl<M, A: AtomicEntry> Visitor<M, A> for Sweep<'_, M, A> {
+    type Error = ();
+
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
+        if self.until_used && slot.value != 0 { Err(Stop::Error(())) } else { Ok(Next::After(slot.last)) }
+    }
+
+    fn gather(&mut self) -> Option<&mut Gather<M, A>> {
+        Some(self.gather)
+    }
+}
+
 #[cfg(feature = "std")]
 impl Radix<Native> {
     /// A native table with pages from the heap.
@@ -170,7 +190,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             format,
             memory,
             root: A::new(0),
-            generation: AtomicU64::new(GENERATIONS.fetch_add(1, Ordering::Relaxed)),
+            generation: A::new(GENERATIONS.fetch_add(1, Ordering::Relaxed)),
             tables: AtomicU64::new(0),
             kept: AtomicU64::new(0),
         }
@@ -243,7 +263,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     fn allocate(&self, level: u8) -> Result<Node<A>, OutOfTables> {
-        let table = self.memory.allocate(self.format.table_layout(level))?;
+        let layout = self.format.table_layout(level);
+        let table = self.memory.allocate(layout)?;
+        if self.memory.address(table) >> self.format.output_bits().min(63) != 0 {
+            // No entry can hold the address: as good as no memory at all.
+            // SAFETY: just allocated with this layout, and nobody has seen it.
+            unsafe { self.memory.free(table, layout) };
+            return Err(OutOfTables);
+        }
         self.tables.fetch_add(1, Ordering::Relaxed);
         Ok(Node { table, level })
     }
@@ -378,6 +405,13 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
     }
 
+    /// Retires the empty tables on the way to `at`, or keeps them as `prune` does.
+    fn sweep_path(&self, at: u64, gather: &mut Gather<M, A>) {
+        if let Some(range) = IovaRange::new(at, at) {
+            let _ = self.run(&mut Sweep { gather, until_used: false }, range);
+        }
+    }
+
     /// Takes the right to unlink an empty table whose live count was read as `word`.
     fn bury(&self, node: Node<A>, word: u64) -> bool {
         let buried = word & (COUNT | DEAD) == 0 && self.live(node).compare_exchange(word, DEAD).is_ok();
@@ -389,7 +423,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     /// Hands over a table that has just been unlinked.
     fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
-        self.generation.store(GENERATIONS.fetch_add(1, Ordering::Relaxed), Ordering::Release);
+        // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
+        // too, or could remember a way to this table under that number and find it freed.
+        self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
         self.tables.fetch_sub(1, Ordering::Relaxed);
         gather.retired.push(RetiredTable {
             table: node.table,
@@ -433,8 +469,13 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> core::fmt::Debug for Radix<F,
     }
 }
 
-/// Whether all of a mapping's addresses are such that some leaf of the format can hold each of them.
-fn check_mapping<F: Format>(format: &F, range: IovaRange, oa: Oa) -> Result<(), MapError> {
+/// Whether some leaf of the format can hold each part of a mapping.
+fn check_mapping<F: Format>(
+    format: &F,
+    range: IovaRange,
+    oa: Oa,
+    attributes: Attributes,
+) -> Result<(), MapError> {
     let granule = PageSize::from_log2(format.shift(1)).ok_or(MapError::OutOfRange { range })?;
     if !range.is_aligned(granule) || !oa.is_aligned(granule) {
         return Err(MapError::Misaligned { range, oa, granule });
@@ -445,6 +486,9 @@ fn check_mapping<F: Format>(format: &F, range: IovaRange, oa: Oa) -> Result<(), 
     let last = oa.get().checked_add(range.last() - range.first()).ok_or(MapError::OutputOutOfRange { oa })?;
     if last >> format.output_bits().min(63) != 0 {
         return Err(MapError::OutputOutOfRange { oa });
+    }
+    if !attributes.intersects(Attributes::READ | Attributes::WRITE) {
+        return Err(MapError::NoAccess { range });
     }
     Ok(())
 }

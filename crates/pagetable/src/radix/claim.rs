@@ -21,7 +21,7 @@ use super::{CutError, Leaf, Mapping, Next, Radix, Slot, Stop, Visitor, check_map
 use crate::address::{IovaRange, Oa};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
-use crate::gather::Gather;
+use crate::gather::{Gather, Runs};
 use crate::memory::TableMemory;
 
 /// Why a range was not claimed. Nothing was changed.
@@ -181,16 +181,25 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         attributes: Attributes,
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
-        check_mapping(&self.format, range, oa)?;
+        check_mapping(&self.format, range, oa, attributes)?;
         self.root_covering(range.last()).map_err(MapError::from)?;
         let mapping = Mapping { range, oa: oa.get(), attributes };
         let claim = Some(ClaimBits { present: F::PRESENT, busy: F::BUSY, first: F::FIRST });
-        let mut install =
-            Install { radix: self, mapping, claim, accept_equal: false, installed_to: None, gather };
+        let mut install = Install {
+            radix: self,
+            mapping,
+            claim,
+            accept_equal: false,
+            installed: Runs::default(),
+            at: range.first(),
+            gather,
+        };
         let Err(error) = self.run(&mut install, range) else { return Ok(()) };
-        if let Some(done) = install.installed_to.and_then(|last| IovaRange::new(range.first(), last)) {
-            self.release(done, gather);
+        let Install { installed, at, .. } = install;
+        for run in installed.iter() {
+            self.release(run, gather);
         }
+        self.sweep_path(at, gather);
         Err(match error {
             InstallError::Contended(at) => ClaimError::Contended { at },
             InstallError::Map(error) => error.into(),

@@ -69,6 +69,15 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
                 self.radix.cut_leaf(&slot, self.software).map_err(Stop::Error)?;
                 Ok(Next::Again)
             }
+            // Claimed and not present: it may be published any time, and then it has to be cut after all.
+            Entry::Absent if slot.value & self.software.busy != 0 => {
+                let low = (1 << self.radix.format.shift(slot.node.level)) - 1;
+                if self.at & low == 0 {
+                    Ok(Next::After(slot.last))
+                } else {
+                    Err(Stop::Error(CutError::Contended { at: self.at }))
+                }
+            }
             _ => Ok(Next::After(slot.last)),
         }
     }

@@ -5,11 +5,11 @@
 //! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
 //! once in small pages can be mapped with large ones again.
 
-use super::{COUNT, DEAD, Mapping, Next, Node, Radix, Slot, Stop, Visitor, check_mapping, leaf_span};
+use super::{COUNT, Mapping, Next, Node, Radix, Slot, Stop, Sweep, Visitor, check_mapping, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format};
-use crate::gather::Gather;
+use crate::gather::{Gather, Runs};
 use crate::memory::{OutOfTables, TableMemory};
 
 /// Why nothing was mapped.
@@ -24,6 +24,12 @@ pub enum MapError {
     /// The format cannot look these addresses up.
     #[error("{range} lies outside what the table can translate")]
     OutOfRange {
+        /// The range asked for.
+        range: IovaRange,
+    },
+    /// Neither reading nor writing would be allowed. Formats without a present bit have no such leaf.
+    #[error("a mapping of {range} that allows neither reads nor writes")]
+    NoAccess {
         /// The range asked for.
         range: IovaRange,
     },
@@ -69,8 +75,10 @@ pub(super) struct Install<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
     pub(super) claim: Option<ClaimBits>,
     /// A leaf with the same translation is what we came for, not something in the way.
     pub(super) accept_equal: bool,
-    /// The last address of what is installed so far.
-    pub(super) installed_to: Option<u64>,
+    /// The leaves installed so far. An operation that fails takes back these and no others.
+    pub(super) installed: Runs,
+    /// Where the operation is.
+    pub(super) at: u64,
     /// Takes the empty tables that made room for large leaves.
     pub(super) gather: &'a mut Gather<M, A>,
 }
@@ -110,6 +118,26 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         Some(())
     }
 
+    /// Whether a leaf that was found allows what one of this operation would: what the format cannot express does
+    /// not count, and neither does what hardware adds.
+    fn is_as_asked(&self, level: u8, size: PageSize, found: Attributes) -> bool {
+        let format = &self.radix.format;
+        let used = Attributes::ACCESSED | Attributes::DIRTY;
+        match format.decode(level, format.leaf_entry(level, size, 0, self.mapping.attributes)) {
+            Entry::Leaf { attributes, .. } => (attributes ^ found).difference(used).is_empty(),
+            _ => false,
+        }
+    }
+
+    /// Writes down what was installed.
+    fn installed_leaf(&mut self, first: u64, size: PageSize) -> Next {
+        let (first, last) = leaf_span(first, size);
+        if let Some(leaf) = IovaRange::new(first, last) {
+            self.installed.push(leaf);
+        }
+        Next::After(last)
+    }
+
     /// Puts an empty table into an absent entry.
     fn link_child(&self, slot: &Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
         let radix = self.radix;
@@ -135,20 +163,18 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
     type Error = InstallError;
 
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
+        self.at = slot.first;
         match slot.decoded {
             Entry::Absent if self.claim.is_none() || slot.value == 0 => {}
             Entry::Absent => return Err(Stop::Error(InstallError::Contended(slot.first))),
             Entry::Leaf { oa, size, attributes } if self.accept_equal => {
                 let (leaf_first, leaf_last) = leaf_span(slot.first, size);
-                let used = Attributes::ACCESSED | Attributes::DIRTY;
                 let equal = oa.checked_add(slot.first - leaf_first) == Some(self.mapping.output(slot.first))
-                    && (attributes ^ self.mapping.attributes).difference(used).is_empty();
+                    && self.is_as_asked(slot.node.level, size, attributes);
                 if !equal {
                     return Err(Stop::Error(MapError::Occupied { at: slot.first }.into()));
                 }
-                let last = leaf_last.min(self.mapping.range.last());
-                self.installed_to = Some(last);
-                return Ok(Next::After(last));
+                return Ok(Next::After(leaf_last.min(self.mapping.range.last())));
             }
             _ => return Err(Stop::Error(MapError::Occupied { at: slot.first }.into())),
         }
@@ -169,26 +195,29 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             radix.subtract_live(slot.node, count);
             return Ok(Next::Again);
         }
-        let (_, leaf_last) = leaf_span(slot.first, size);
-        self.installed_to = Some(leaf_last);
-        Ok(Next::After(leaf_last))
+        Ok(self.installed_leaf(slot.first, size))
     }
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
         let radix = self.radix;
-        let word = radix.live(child).load();
-        if word & (COUNT | DEAD) != 0 {
+        let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
+        if size.log2() != radix.format.shift(slot.node.level) {
             return None;
         }
-        let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
-        if size.log2() != radix.format.shift(slot.node.level) || !radix.bury(child, word) {
+        let mut word = radix.live(child).load();
+        if word & COUNT != 0 {
+            // All that it leads to may be empty too.
+            let mut sweep = Sweep { gather: &mut *self.gather, until_used: true };
+            let _ = radix.visit(&mut sweep, child, slot.first, slot.last);
+            word = radix.live(child).load();
+        }
+        if !radix.bury(child, word) {
             return None;
         }
         // The link is ours alone now, and the parent's count stays: one entry for another.
         slot.entry.store(self.leaf(slot.node.level, size, slot.first));
         radix.retire(self.gather, child);
-        self.installed_to = Some(slot.last);
-        Some(Next::After(slot.last))
+        Some(self.installed_leaf(slot.first, size))
     }
 }
 
@@ -231,16 +260,25 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        check_mapping(&self.format, range, oa)?;
+        check_mapping(&self.format, range, oa, attributes)?;
         self.root_covering(range.last())?;
         let mapping = Mapping { range, oa: oa.get(), attributes };
-        let mut install =
-            Install { radix: self, mapping, claim: None, accept_equal, installed_to: None, gather };
+        let mut install = Install {
+            radix: self,
+            mapping,
+            claim: None,
+            accept_equal,
+            installed: Runs::default(),
+            at: range.first(),
+            gather,
+        };
         let Err(error) = self.run(&mut install, range) else { return Ok(()) };
-        if let Some(done) = install.installed_to.and_then(|last| IovaRange::new(range.first(), last)) {
-            // Nothing has to be cut for it: the range ends with a leaf of this operation.
-            let _ = self.unmap(done, gather);
+        let Install { installed, at, .. } = install;
+        for run in installed.iter() {
+            // Nothing has to be cut for it: a run ends with a leaf of this operation.
+            let _ = self.unmap(run, gather);
         }
+        self.sweep_path(at, gather);
         Err(match error {
             InstallError::Map(error) => error,
             InstallError::Contended(at) => MapError::Occupied { at },

@@ -31,8 +31,15 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
         }
         let index = self.radix.index(slot.node.level, first);
         let count = size.bytes() >> self.radix.format.shift(slot.node.level);
-        for replica in 0..count as usize {
-            self.radix.entry(slot.node, index + replica).store(0);
+        if count == 1 && slot.node.level > 1 {
+            // Somebody may cut it right now, and the table that came in its place must not be lost.
+            if slot.entry.compare_exchange(slot.value, 0).is_err() {
+                return Ok(Next::Again);
+            }
+        } else {
+            for replica in 0..count as usize {
+                self.radix.entry(slot.node, index + replica).store(0);
+            }
         }
         self.radix.subtract_live(slot.node, count);
         if let Some(leaf) = IovaRange::new(first, last) {

@@ -7,7 +7,6 @@ use crate::format::{Attributes, Entry, Format};
 use crate::memory::TableMemory;
 use core::ops::ControlFlow;
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering;
 
 /// A leaf that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,19 +112,25 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Translates one address.
     #[inline]
     pub fn walk(&self, iova: u64) -> Result<Leaf, WalkFault> {
-        let root = self.root().ok_or(WalkFault::NotMapped(iova))?;
-        if iova > self.top_last(root.level) {
-            // A table that could grow just has not been asked to; one that cannot will never translate this.
-            let can_grow = root.level < *self.format.top_levels().end();
-            return Err(if can_grow { WalkFault::NotMapped(iova) } else { WalkFault::OutOfRange(iova) });
-        }
+        let root = self.root_over(iova)?;
         self.walk_below(root, iova).0
+    }
+
+    /// The root, if the table has one that covers `iova` today.
+    #[inline(always)]
+    fn root_over(&self, iova: u64) -> Result<Node<A>, WalkFault> {
+        match self.root() {
+            Some(root) if iova <= self.top_last(root.level) => Ok(root),
+            // A table that could grow just has not been asked to; one that cannot will never translate this.
+            _ if iova <= self.top_last(*self.format.top_levels().end()) => Err(WalkFault::NotMapped(iova)),
+            _ => Err(WalkFault::OutOfRange(iova)),
+        }
     }
 
     /// Translates one address and remembers the way in `cache`, which may have served other tables before.
     #[inline]
     pub fn walk_cached(&self, iova: u64, cache: &mut CachedWalk<A>) -> Result<Leaf, WalkFault> {
-        let generation = self.generation.load(Ordering::Acquire);
+        let generation = self.generation.load();
         if let Some(node) = cache.node {
             if cache.generation == generation && cache.tag == self.tag(node.level, iova) {
                 let value = self.entry(node, self.index(node.level, iova)).load();
@@ -136,10 +141,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 // Only the walk from the root can say that nothing is mapped.
             }
         }
-        let Some(root) = self.root() else { return Err(WalkFault::NotMapped(iova)) };
-        if iova > self.top_last(root.level) {
-            return self.walk(iova);
-        }
+        let root = self.root_over(iova)?;
         let (leaf, node) = self.walk_below(root, iova);
         if leaf.is_ok() {
             // The generation was read before the walk: a table retired since then is not taken for a linked one.
@@ -186,18 +188,20 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         let _ = self.run(&mut look, range);
     }
 
-    /// Shows the ranges that are not free to be mapped, ascending: leaves, and entries that an operation owns.
+    /// Shows what is not free to be mapped in `range`, ascending: leaves, and leaves to be that an operation owns,
+    /// each with its whole span.
     pub fn occupied(&self, range: IovaRange, mut callback: impl FnMut(IovaRange) -> ControlFlow<()>) {
         let mut look = Look {
             callback: |slot: &Slot<'_, A>| {
                 if slot.value == 0 {
                     return ControlFlow::Continue(());
                 }
-                let span = match slot.decoded {
-                    Entry::Leaf { size, .. } => leaf_span(slot.first, size),
-                    _ => (slot.first, slot.last),
+                let size = match slot.decoded {
+                    Entry::Leaf { size, .. } => size,
+                    _ => PageSize(self.format.shift(slot.node.level) as u8),
                 };
-                IovaRange::new(span.0, span.1).map_or(ControlFlow::Continue(()), &mut callback)
+                let (first, last) = leaf_span(slot.first, size);
+                IovaRange::new(first, last).map_or(ControlFlow::Continue(()), &mut callback)
             },
         };
         let _ = self.run(&mut look, range);
