@@ -1,0 +1,162 @@
+//! A table memory that keeps books, and a reader of raw tables.
+//!
+//! [`Accounting`] hands out the pages of [`HeapTables`], so that freed ones are really used again, and knows at
+//! any time which tables are out. A page that is freed twice, with another layout, or never, fails the test.
+//! [`inspect`] reads a table word by word from the top, without the walker, and holds every live count against
+//! the entries that it counts.
+
+// Every test program uses another part of this.
+#![allow(dead_code)]
+
+use ioasid_pagetable::{Entry, Format, Gather, HeapTables, OutOfTables, Radix, TableLayout, TableMemory};
+use std::collections::HashMap;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Table pages from the heap, and books about them. Clones share the books.
+#[derive(Clone, Default)]
+pub(crate) struct Accounting(Arc<Mutex<Books>>);
+
+#[derive(Default)]
+struct Books {
+    out: HashMap<u64, TableLayout>,
+    /// How many allocations succeed before one fails; `None`: all of them.
+    until_failure: Option<u64>,
+    /// What is freed now was retired, and so must be empty.
+    retired: bool,
+}
+
+impl Accounting {
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.0.lock().unwrap()
+    }
+
+    /// How many tables are allocated and not yet freed.
+    pub(crate) fn tables(&self) -> u64 {
+        self.books().out.len() as u64
+    }
+
+    /// After `allocations` more, every further one fails; `None`: memory is back.
+    pub(crate) fn fail_after(&self, allocations: Option<u64>) {
+        self.books().until_failure = allocations;
+    }
+
+    /// Frees the retired tables. Each is handed out once, and is empty.
+    ///
+    /// The caller knows that no operation and no walk runs that began before they were retired.
+    pub(crate) fn free_retired(&self, gather: &mut Gather<Accounting, AtomicU64>) {
+        self.books().retired = true;
+        for table in gather.retired.drain(..) {
+            // SAFETY: the caller vouches for it.
+            unsafe { table.free() };
+        }
+        self.books().retired = false;
+    }
+}
+
+// SAFETY: all of it is done by `HeapTables`; the books only watch.
+unsafe impl TableMemory<AtomicU64> for Accounting {
+    fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
+        let mut books = self.books();
+        if let Some(left) = &mut books.until_failure {
+            *left = left.checked_sub(1).ok_or(OutOfTables)?;
+        }
+        let table = HeapTables.allocate(layout)?;
+        let before = books.out.insert(HeapTables.address(table), layout);
+        assert!(before.is_none(), "a page that is in use was handed out again");
+        Ok(table)
+    }
+
+    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout) {
+        let mut books = self.books();
+        assert_eq!(
+            books.out.remove(&HeapTables.address(table)),
+            Some(layout),
+            "freed twice or never handed out"
+        );
+        if books.retired {
+            for index in 0..layout.entries {
+                // SAFETY: still allocated.
+                let value = unsafe { table.add(index).as_ref() }.load(Ordering::Relaxed);
+                assert_eq!(value, 0, "a retired table is not empty");
+            }
+        }
+        // SAFETY: the page came from there with this layout.
+        unsafe { HeapTables.free(table, layout) };
+    }
+
+    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+        // SAFETY: passed on.
+        unsafe { HeapTables.live(table, layout) }
+    }
+
+    fn address(&self, table: NonNull<AtomicU64>) -> u64 {
+        HeapTables.address(table)
+    }
+
+    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        HeapTables.pointer(address)
+    }
+}
+
+/// A non-empty entry that leads to no table, as it stands in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RawEntry {
+    /// The first address that the entry covers.
+    pub(crate) first: u64,
+    /// The level of its table.
+    pub(crate) level: u8,
+    /// The entry.
+    pub(crate) value: u64,
+}
+
+/// What stands in a table's memory.
+#[derive(Default)]
+pub(crate) struct Inspection {
+    /// How many tables are linked.
+    pub(crate) tables: u64,
+    /// Their bytes.
+    pub(crate) bytes: u64,
+    /// How many of them, the top one apart, have no entries.
+    pub(crate) empty: u64,
+    /// All entries in use that are not links, ascending.
+    pub(crate) entries: Vec<RawEntry>,
+}
+
+/// Reads all linked tables. Nobody may be at work on the table meanwhile.
+pub(crate) fn inspect<F: Format>(radix: &Radix<F, Accounting>) -> Inspection {
+    let mut found = Inspection::default();
+    if let Some((address, level)) = radix.top() {
+        inspect_table(radix.format(), address, level, 0, &mut found);
+        // The top one stays in any case.
+        found.empty -= u64::from(found.tables == 1 && found.entries.is_empty());
+    }
+    found
+}
+
+fn inspect_table<F: Format>(format: &F, address: u64, level: u8, base: u64, found: &mut Inspection) {
+    let table = HeapTables.pointer(address);
+    let layout = format.table_layout(level);
+    found.tables += 1;
+    found.bytes += layout.entries as u64 * 8;
+    let mut used = 0;
+    for index in 0..1usize << format.index_bits(level) {
+        // SAFETY: the table is linked, has this many entries, and nobody frees it meanwhile.
+        let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
+        if value == 0 {
+            continue;
+        }
+        used += 1;
+        let first = base + ((index as u64) << format.shift(level));
+        match format.decode(level, value) {
+            Entry::Table(child) => inspect_table(format, child, level - 1, first, found),
+            _ => found.entries.push(RawEntry { first, level, value }),
+        }
+    }
+    // SAFETY: as above.
+    let live = unsafe { HeapTables.live(table, layout) }.load(Ordering::Acquire);
+    assert_eq!(live & 0xffff_ffff, used, "live count of the level {level} table for {base:#x}");
+    assert_eq!(live >> 63, 0, "a dead table is linked for {base:#x}");
+    found.empty += u64::from(used == 0);
+}
