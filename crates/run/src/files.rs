@@ -271,8 +271,10 @@ impl OpenFiles {
         if let Some(open_file) = removed {
             closing.by_watch.remove(&open_file.watch);
             self.remove_watch(open_file.watch);
+            // The server lets go of the file here, under the lock of `closing`, so that the requests that follow wait.
+            drop(open_file);
+            // Only now may a request pass by without looking.
             self.count.fetch_sub(1, Ordering::SeqCst);
-            // Dropping the server's file happens here, under the lock of `closing`: the requests that follow wait.
         }
     }
 
@@ -299,6 +301,22 @@ pub(crate) fn text(name: &str, text: &str, flags: OFlags) -> Result<OwnedFd, Err
         SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL,
     )?;
     reopen(original.as_fd(), OFlags::RDONLY | flags)
+}
+
+/// Tries whether the last close of a file can be told.
+///
+/// # Errors
+/// What keeps the kernel from telling.
+pub(crate) fn check_leases() -> Result<(), Errno> {
+    let original = memfd("ioasid-check")?;
+    let sentinel = reopen(original.as_fd(), OFlags::RDONLY)?;
+    drop(original);
+    lease::prepare(sentinel.as_fd())?;
+    let other = reopen(sentinel.as_fd(), OFlags::RDWR)?;
+    let open = lease::is_only_one_open(sentinel.as_fd())?;
+    drop(other);
+    let closed = lease::is_only_one_open(sentinel.as_fd())?;
+    if !open && closed { Ok(()) } else { Err(Errno::NOTSUP) }
 }
 
 fn memfd(name: &str) -> Result<OwnedFd, Errno> {

@@ -46,6 +46,7 @@ mod serve;
 mod statistics;
 mod supervisor;
 mod sys;
+mod trial;
 
 pub use launch::RunError;
 pub use statistics::{CallKind, CallTotals, Statistics};

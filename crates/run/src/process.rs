@@ -42,7 +42,7 @@ pub(crate) struct TaskDirectory(OwnedFd);
 
 impl TaskDirectory {
     /// Opens the directory of the task that has this id now.
-    fn open(id: u32) -> Result<Self, Errno> {
+    pub(crate) fn open(id: u32) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(format!("/proc/{id}"), flags, Mode::empty()).map(Self)
     }

@@ -11,7 +11,7 @@ use std::process::{Child, ExitStatus};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, Scope};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ioasid_server::Server;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -261,12 +261,20 @@ impl Program {
             }
         }
         service.files.clear();
-        match status {
-            Some(status) => Ok(status),
+        let status = match status {
+            Some(status) => status,
             None => {
-                self.child.wait().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::CHILD).into())
+                self.child.wait().map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::CHILD))?
+            }
+        };
+        if foreground.is_some() {
+            // A process leaves the filter a moment before it can be reaped.
+            let patience = Instant::now() + Duration::from_millis(100);
+            while reap_orphans(0) && Instant::now() < patience {
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
+        Ok(status)
     }
 }
 

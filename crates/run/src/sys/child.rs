@@ -5,7 +5,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
@@ -139,8 +139,8 @@ extern "C" fn note_signal(signal: libc::c_int) {
     }
 }
 
-/// Reaps every dead child but `main`, whose exit status belongs to its own waiter.
-pub(crate) fn reap_orphans(main: u32) {
+/// Reaps every dead child but `main`, whose exit status belongs to its own waiter. True if children are left.
+pub(crate) fn reap_orphans(main: u32) -> bool {
     loop {
         let mut information = MaybeUninit::<libc::siginfo_t>::zeroed();
         // SAFETY: the kernel fills the structure, and all zeros (no child) is a valid value of it.
@@ -154,10 +154,21 @@ pub(crate) fn reap_orphans(main: u32) {
             (result, information.assume_init().si_pid())
         };
         // When it is the main child, its waiter comes next and the following SIGCHLD or round looks again.
-        if result != 0 || child == 0 || child as u32 == main {
-            return;
+        if result != 0 {
+            return false;
+        }
+        if child == 0 || child as u32 == main {
+            return true;
         }
         // SAFETY: without a place for the status, waitpid only takes numbers.
         unsafe { libc::waitpid(child, ptr::null_mut(), libc::WNOHANG) };
     }
+}
+
+/// An ioctl with a plain number as its argument, whatever the descriptor. Async-signal-safe.
+#[allow(clippy::cast_lossless)] // The command's type differs between C libraries.
+pub(crate) fn ioctl(descriptor: BorrowedFd<'_>, command: u32, argument: u64) -> Result<i32, Errno> {
+    // SAFETY: the callers use it for commands that only their own listener answers, without touching memory.
+    let value = unsafe { checked(libc::ioctl(descriptor.as_raw_fd(), command as _, argument).into())? };
+    Ok(value as i32)
 }
