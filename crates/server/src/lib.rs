@@ -142,7 +142,7 @@ impl Server {
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
         let bus = Bus::new();
-        let devices = machine::devices(&bus, &options.devices)?;
+        let devices = machine::devices(&bus, options.devices)?;
         let memory = Arc::new(MemoryRegistry::new(bus));
         Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
     }

@@ -20,13 +20,13 @@ const LARGEST_COUNT: usize = 31;
 /// See [`ServerError`].
 pub(crate) fn devices(
     _bus: &Arc<Bus>,
-    options: &[DeviceOptions],
+    options: Vec<DeviceOptions>,
 ) -> Result<Vec<Arc<MachineDevice>>, ServerError> {
     if options.len() > LARGEST_COUNT {
         return Err(ServerError::TooManyDevices { asked: options.len(), most: LARGEST_COUNT });
     }
     let iommu = Arc::new(StandIn::default());
-    let device = |(number, options): (usize, &DeviceOptions)| {
+    let device = |(number, options): (usize, DeviceOptions)| {
         let rid = Rid(((number + 1) << 3) as u16);
         let port = Arc::new(Port { iommu: Arc::clone(&iommu), rid });
         let options = EduOptions { dma_mask_bits: options.dma_mask_bits, ..EduOptions::default() };
@@ -34,7 +34,7 @@ pub(crate) fn devices(
             Arc::new(Edu::new(port, options).map_err(|error| ServerError::Device(error.to_string()))?);
         Ok(Arc::new(MachineDevice::new(number, rid, model, Arc::clone(&iommu) as Arc<dyn Iommu>)))
     };
-    options.iter().enumerate().map(device).collect()
+    options.into_iter().enumerate().map(device).collect()
 }
 
 #[derive(Debug, Default)]

@@ -24,7 +24,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 
 use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, RegisterError};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::poison::lock;
@@ -32,11 +32,6 @@ use crate::{AccountStatus, Process};
 
 /// The page size of clients, in bytes.
 pub(crate) const PAGE_SIZE: u64 = 4096;
-
-/// `f_type` of tmpfs, which memfds live on.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-/// `f_type` of hugetlbfs.
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// A range of bytes of one backing object, as one map call named it. Areas that were copied from one another share it.
 #[derive(Debug)]
@@ -175,16 +170,11 @@ fn writable(fd: OwnedFd) -> OwnedFd {
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap_or(fd)
 }
 
-/// Whether the file's pages are memory: what Linux accepts are files of tmpfs (memfds) and hugetlbfs.
+/// Whether the file's pages are memory: what Linux accepts are files of tmpfs (memfds) and of hugetlbfs, and only they
+/// can have seals. Unlike `fstat` or `fstatfs` this asks nobody who could keep us waiting, such as the FUSE server
+/// behind the client's file.
 fn is_memory(fd: &OwnedFd) -> bool {
-    let regular = rustix::fs::fstat(fd)
-        .is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::RegularFile);
-    regular
-        && rustix::fs::fstatfs(fd).is_ok_and(|system| {
-            // The field's type differs between architectures and C libraries; the values fit 32 bits.
-            let kind = system.f_type as u64 & 0xffff_ffff;
-            kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC
-        })
+    rustix::fs::fcntl_get_seals(fd).is_ok()
 }
 
 impl Pages {

@@ -256,7 +256,7 @@ impl DeviceFile {
             Descriptor::Foreign(_) => return Err(Errno::BADFD),
         };
         let machine = &self.device;
-        if machine.bound.swap(true, Ordering::Acquire) {
+        if machine.bound.swap(true, Ordering::AcqRel) {
             return Err(Errno::INVAL);
         }
         let binding = match make_binding(machine, context) {

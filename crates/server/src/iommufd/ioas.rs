@@ -564,7 +564,6 @@ fn joined(ranges: Vec<IovaRange>) -> Vec<IovaRange> {
     joined
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "used as a function value")]
 fn map_errno(error: MapError) -> Errno {
     match error {
         MapError::AlreadyMapped { .. } => Errno::EXIST,
@@ -580,7 +579,6 @@ fn map_errno(error: MapError) -> Errno {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "used as a function value")]
 fn unmap_errno(error: UnmapError) -> Errno {
     match error {
         UnmapError::OutOfTables => Errno::NOMEM,

@@ -65,6 +65,9 @@ pub(crate) trait IsCommand: Command {
 }
 impl<T: Command> IsCommand for T {}
 
+/// Result, count, alignment, and the entries of the array.
+pub(crate) type IovaRanges = (Result<(), Errno>, u32, u64, Vec<(u64, u64)>);
+
 impl Program {
     pub(crate) fn new() -> Self {
         Self::of(&server())
@@ -171,12 +174,7 @@ impl Program {
     }
 
     /// How the IOVA ranges come back into `room` entries: the result, how many there are, the alignment, the entries.
-    pub(crate) fn iova_ranges(
-        &self,
-        fd: i32,
-        ioas_id: u32,
-        room: u32,
-    ) -> (Result<(), Errno>, u32, u64, Vec<(u64, u64)>) {
+    pub(crate) fn iova_ranges(&self, fd: i32, ioas_id: u32, room: u32) -> IovaRanges {
         const ARRAY: u64 = BUFFER + BUFFER_SIZE - 2 * PAGE;
         let length = room as usize * 16;
         self.put(ARRAY, &vec![0; length + 16]).unwrap();
