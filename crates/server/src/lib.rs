@@ -59,6 +59,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
 use ioasid::Bus;
+use ioasid_soft::edu::EduError;
+use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
 use crate::memory::MemoryRegistry;
@@ -68,7 +70,8 @@ use crate::vfio::{DeviceFile, MachineDevice};
 pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
-pub use options::{DeviceOptions, OptionsError, ServerOptions, TableKind};
+pub use ioasid_soft::iommu::TableKind;
+pub use options::{DeviceOptions, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
     AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, Status,
@@ -108,9 +111,12 @@ pub enum ServerError {
         /// How many fit.
         most: usize,
     },
-    /// A device cannot be made.
-    #[error("a device cannot be made: {0}")]
-    Device(String),
+    /// The options of a device are impossible.
+    #[error("a device cannot be made")]
+    Device(#[from] EduError),
+    /// The IOMMU has a device in that place.
+    #[error("a device cannot be plugged in")]
+    Place(#[from] RidTaken),
 }
 
 /// The result of a successful open.
@@ -141,9 +147,8 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        let bus = Bus::new();
-        let devices = machine::devices(&bus, options.devices)?;
-        let memory = Arc::new(MemoryRegistry::new(bus));
+        let devices = machine::devices(options.devices)?;
+        let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
     }
 

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use ioasid_soft::iommu::TableKind;
+
 /// The machine that a [`Server`](crate::Server) pretends to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerOptions {
@@ -27,7 +29,7 @@ impl Default for ServerOptions {
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceOptions {
-    /// The page table format that the IOMMU in front of the device walks.
+    /// The kind of page table that the IOMMU in front of the device walks.
     pub table: TableKind,
     /// How many low bits of a memory address the device drives, 12 to 64; edu's default is 28.
     pub dma_mask_bits: u32,
@@ -37,15 +39,6 @@ impl Default for DeviceOptions {
     fn default() -> Self {
         Self { table: TableKind::Native, dma_mask_bits: 28 }
     }
-}
-
-/// A page table format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TableKind {
-    /// The address space's own table, walked directly.
-    Native,
-    /// Intel VT-d second stage, derived from the native table.
-    VtdSecondStage,
 }
 
 /// Why the text of a device's options was refused.

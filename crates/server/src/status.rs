@@ -96,6 +96,10 @@ pub struct DeviceStatus {
     pub path: String,
     /// The object number of the page table that it is attached to.
     pub attached_to: Option<u32>,
+    /// How many of its DMA transfers the IOMMU refused or cut short, since the machine was made.
+    pub dma_faults: u64,
+    /// The latest of them.
+    pub last_dma_fault: Option<String>,
 }
 
 /// One account.

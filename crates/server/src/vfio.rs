@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ioasid::{Device, Iommu, Rid};
+use ioasid_soft::iommu::Port;
 use ioasid_soft::pci::{AccessError, PciDevice};
 use ioasid_uapi::Command;
 use ioasid_uapi::vfio as uapi;
@@ -34,6 +35,7 @@ use crate::iommufd::hwpt::Hwpt;
 use crate::iommufd::ioas::{TableUse, attach_errno};
 use crate::iommufd::objects::{Counted, Held, HeldObject, Object, Users};
 use crate::poison::lock;
+use crate::status::DeviceStatus;
 use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
 
 /// How far a region's index is shifted in the file offset.
@@ -45,13 +47,20 @@ pub(crate) struct MachineDevice {
     number: usize,
     rid: Rid,
     model: Arc<dyn PciDevice>,
+    port: Arc<Port>,
     iommu: Arc<dyn Iommu>,
     bound: AtomicBool,
 }
 
 impl MachineDevice {
-    pub(crate) fn new(number: usize, rid: Rid, model: Arc<dyn PciDevice>, iommu: Arc<dyn Iommu>) -> Self {
-        Self { number, rid, model, iommu, bound: AtomicBool::new(false) }
+    pub(crate) fn new(
+        number: usize,
+        rid: Rid,
+        model: Arc<dyn PciDevice>,
+        port: Arc<Port>,
+        iommu: Arc<dyn Iommu>,
+    ) -> Self {
+        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false) }
     }
 }
 
@@ -59,7 +68,7 @@ impl MachineDevice {
 #[derive(Debug)]
 pub(crate) struct BoundDevice {
     users: Users,
-    number: usize,
+    machine: Arc<MachineDevice>,
     engine: Device,
     attached: Mutex<Option<Held<Hwpt>>>,
 }
@@ -76,14 +85,16 @@ impl BoundDevice {
         &self.engine
     }
 
-    /// `N` of its path.
-    pub(crate) fn number(&self) -> usize {
-        self.number
-    }
-
-    /// The number of the table that it is attached to.
-    pub(crate) fn attached_to(&self) -> Option<u32> {
-        lock(&self.attached).as_ref().map(|hwpt| hwpt.id())
+    /// What the device is attached to and how its DMA fared, for the status.
+    pub(crate) fn status(&self, id: u32) -> DeviceStatus {
+        let dma = self.machine.port.statistics();
+        DeviceStatus {
+            id,
+            path: format!("/dev/vfio/devices/vfio{}", self.machine.number),
+            attached_to: lock(&self.attached).as_ref().map(|hwpt| hwpt.id()),
+            dma_faults: dma.faults,
+            last_dma_fault: dma.last_fault.map(|fault| fault.to_string()),
+        }
     }
 
     /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
@@ -157,17 +168,17 @@ struct Binding {
     context: Arc<Context>,
     id: u32,
     bound: Arc<BoundDevice>,
-    machine: Arc<MachineDevice>,
 }
 
 impl Drop for Binding {
     /// The last close: the device is quiet before its tables go and before anybody else can bind it.
     fn drop(&mut self) {
-        self.machine.model.close();
+        let machine = &self.bound.machine;
+        machine.model.close();
         self.bound.detach(&self.context);
         self.bound.engine.detach();
         self.context.objects().remove(self.id, &Object::Device(Arc::clone(&self.bound)));
-        self.machine.bound.store(false, Ordering::Release);
+        machine.bound.store(false, Ordering::Release);
     }
 }
 
@@ -304,7 +315,7 @@ fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<A
     let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).ok_or(Errno::NODEV)?;
     let bound = Arc::new(BoundDevice {
         users: Users::default(),
-        number: machine.number,
+        machine: Arc::clone(machine),
         engine,
         attached: Mutex::new(None),
     });
@@ -313,7 +324,7 @@ fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<A
     let reservation = context.objects().reserve()?;
     let id = reservation.id();
     reservation.install(Object::Device(Arc::clone(&bound)));
-    Ok(Arc::new(Binding { context, id, bound, machine: Arc::clone(machine) }))
+    Ok(Arc::new(Binding { context, id, bound }))
 }
 
 impl Binding {

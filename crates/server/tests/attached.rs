@@ -5,7 +5,9 @@ mod program;
 use ioasid_server::Errno;
 use ioasid_uapi::iommufd as uapi;
 use ioasid_uapi::iommufd_test as test;
-use program::{BUFFER, BUFFER_SIZE, BoundDevice, FIXED, PAGE, Program, READ, WRITE, memfd, server};
+use program::{
+    BUFFER, BUFFER_SIZE, BoundDevice, FIXED, PAGE, Program, READ, WRITE, memfd, server, server_with,
+};
 
 struct Machine {
     program: Program,
@@ -14,12 +16,49 @@ struct Machine {
     device: BoundDevice,
 }
 
-fn machine() -> Machine {
-    let program = Program::new();
+fn machine(device: &str) -> Machine {
+    let program = Program::of(&server_with(device));
     let iommu = program.iommu();
     let ioas = program.ioas(iommu);
     let device = program.bind(iommu);
     Machine { program, iommu, ioas, device }
+}
+
+/// Each of these tests holds whatever kind of table the device walks.
+macro_rules! for_every_kind_of_table {
+    ($($name:ident)*) => {
+        mod native_table {
+            $(#[test] fn $name() { super::$name(&super::machine("edu")); })*
+        }
+        mod vtd_table {
+            $(#[test] fn $name() { super::$name(&super::machine("edu:table=vtd")); })*
+        }
+    };
+}
+
+for_every_kind_of_table! {
+    the_device_moves_the_programs_bytes
+    the_interrupt_window_is_reserved_while_a_device_is_attached
+    what_was_mapped_before_attaching_is_reachable_after
+    unmapping_one_area_leaves_its_neighbours
+    permissions_are_kept
+    detaching_blocks_the_device_and_gives_the_memory_back
+    replacing_moves_the_device_between_spaces
+    a_table_makes_pages_the_unit
+    memory_that_is_not_there_is_found_out_with_a_table
+    a_forked_programs_memory_goes_with_it
+    a_program_that_ends_while_attached_leaves_faults_only
+    files_are_one_object_whoever_maps_them
+    a_file_that_was_cut_gives_faults_and_does_not_grow_again
+    a_file_opened_for_reading_only_can_be_written_by_later_mappers
+    charges_obey_the_limit_of_the_user
+    a_context_can_charge_processes_instead
+    copied_memory_is_charged_once_and_outlives_its_source
+    two_tables_of_one_space_share_its_memory
+    large_memory_gets_large_leaves
+    the_status_tells_what_is_there
+    a_bound_device_keeps_the_context_after_its_file_was_closed
+    reservations_and_devices_live_together
 }
 
 impl Machine {
@@ -40,9 +79,7 @@ impl Machine {
     }
 }
 
-#[test]
-fn the_device_moves_the_programs_bytes() {
-    let m = machine();
+fn the_device_moves_the_programs_bytes(m: &Machine) {
     m.attach().unwrap();
     m.map_fixed(BUFFER, 8 * PAGE, 0x10_0000).unwrap();
     let bytes: Vec<u8> = (0..4096_u32).map(|number| (number * 7) as u8).collect();
@@ -51,9 +88,7 @@ fn the_device_moves_the_programs_bytes() {
     assert_eq!(m.program.get(BUFFER + 5 * PAGE - 9, 4096).unwrap(), bytes);
 }
 
-#[test]
-fn what_was_mapped_before_attaching_is_reachable_after() {
-    let m = machine();
+fn what_was_mapped_before_attaching_is_reachable_after(m: &Machine) {
     m.map_fixed(BUFFER, PAGE, 0).unwrap();
     m.map_fixed(BUFFER + PAGE, PAGE, 0x20_0000).unwrap();
     assert_eq!((m.program.charged(), m.program.held(0)), (0, true));
@@ -64,9 +99,7 @@ fn what_was_mapped_before_attaching_is_reachable_after() {
     assert_eq!(m.program.get(BUFFER + PAGE, 5).unwrap(), b"hello");
 }
 
-#[test]
-fn unmapping_one_area_leaves_its_neighbours() {
-    let m = machine();
+fn unmapping_one_area_leaves_its_neighbours(m: &Machine) {
     m.attach().unwrap();
     for area in 0..3 {
         m.map_fixed(BUFFER + area * PAGE, PAGE, area * PAGE).unwrap();
@@ -80,9 +113,7 @@ fn unmapping_one_area_leaves_its_neighbours() {
     assert_eq!(m.program.charged(), 2);
 }
 
-#[test]
-fn permissions_are_kept() {
-    let m = machine();
+fn permissions_are_kept(m: &Machine) {
     m.attach().unwrap();
     let map = |flags, address, iova| {
         m.program.map_flags(m.iommu, m.ioas, FIXED | flags, address, PAGE, iova).unwrap()
@@ -97,9 +128,7 @@ fn permissions_are_kept() {
     assert_eq!(m.program.get(BUFFER, 4).unwrap(), b"stay", "no write to what is mapped for reading");
 }
 
-#[test]
-fn detaching_blocks_the_device_and_gives_the_memory_back() {
-    let m = machine();
+fn detaching_blocks_the_device_and_gives_the_memory_back(m: &Machine) {
     m.map_fixed(BUFFER, BUFFER_SIZE, 0).unwrap();
     m.attach().unwrap();
     assert_eq!((m.program.charged(), m.program.held(1)), (16, true));
@@ -115,9 +144,7 @@ fn detaching_blocks_the_device_and_gives_the_memory_back() {
     assert_eq!(m.program.get(BUFFER + 2 * PAGE, 1).unwrap(), b"x", "the areas were remembered");
 }
 
-#[test]
-fn replacing_moves_the_device_between_spaces() {
-    let m = machine();
+fn replacing_moves_the_device_between_spaces(m: &Machine) {
     let other = m.program.ioas(m.iommu);
     m.map_fixed(BUFFER, PAGE, 0).unwrap();
     m.program.map_fixed(m.iommu, other, BUFFER + PAGE, PAGE, 0).unwrap();
@@ -132,9 +159,7 @@ fn replacing_moves_the_device_between_spaces() {
     assert_eq!(m.program.charged(), 1, "only the space with a table holds memory");
 }
 
-#[test]
-fn a_table_makes_pages_the_unit() {
-    let m = machine();
+fn a_table_makes_pages_the_unit(m: &Machine) {
     m.attach().unwrap();
     assert_eq!(m.program.iova_ranges(m.iommu, m.ioas, 4).2, PAGE);
     assert_eq!(m.map_fixed(BUFFER, PAGE, 0x800), Err(Errno::INVAL));
@@ -156,10 +181,8 @@ fn a_table_makes_pages_the_unit() {
     assert_eq!(huge(0), Err(Errno::INVAL));
 }
 
-#[test]
-fn the_interrupt_window_is_reserved_while_a_device_is_attached() {
+fn the_interrupt_window_is_reserved_while_a_device_is_attached(m: &Machine) {
     const WINDOW: u64 = 0xfee0_0000;
-    let m = machine();
     m.map_fixed(BUFFER, PAGE, WINDOW).unwrap();
     assert_eq!(m.attach(), Err(Errno::ADDRINUSE));
     assert_eq!(m.program.charged(), 0);
@@ -175,9 +198,7 @@ fn the_interrupt_window_is_reserved_while_a_device_is_attached() {
     assert_eq!(m.map_fixed(BUFFER, PAGE, WINDOW), Ok(()));
 }
 
-#[test]
-fn memory_that_is_not_there_is_found_out_with_a_table() {
-    let m = machine();
+fn memory_that_is_not_there_is_found_out_with_a_table(m: &Machine) {
     assert_eq!(m.map_fixed(BUFFER + BUFFER_SIZE, PAGE, 0), Ok(()), "lazy");
     m.map_fixed(BUFFER, 2 * PAGE, 0x10_0000).unwrap();
     assert_eq!(m.attach(), Err(Errno::FAULT));
@@ -195,9 +216,7 @@ fn memory_that_is_not_there_is_found_out_with_a_table() {
     assert_eq!(m.program.charged(), 3);
 }
 
-#[test]
-fn a_forked_programs_memory_goes_with_it() {
-    let m = machine();
+fn a_forked_programs_memory_goes_with_it(m: &Machine) {
     let child = m.program.forked();
     child.map_fixed(m.iommu, m.ioas, BUFFER, BUFFER_SIZE, 0).unwrap();
     child.put(BUFFER, b"child").unwrap();
@@ -212,9 +231,7 @@ fn a_forked_programs_memory_goes_with_it() {
     assert!(m.attach().is_ok());
 }
 
-#[test]
-fn a_program_that_ends_while_attached_leaves_faults_only() {
-    let m = machine();
+fn a_program_that_ends_while_attached_leaves_faults_only(m: &Machine) {
     m.attach().unwrap();
     let child = m.program.forked();
     child.map_fixed(m.iommu, m.ioas, BUFFER, PAGE, 0).unwrap();
@@ -227,9 +244,7 @@ fn a_program_that_ends_while_attached_leaves_faults_only() {
     assert_eq!(m.unmap(0, PAGE), Ok(PAGE));
 }
 
-#[test]
-fn files_are_one_object_whoever_maps_them() {
-    let m = machine();
+fn files_are_one_object_whoever_maps_them(m: &Machine) {
     m.attach().unwrap();
     let file = memfd(4 * PAGE);
     rustix::io::pwrite(&file, b"file", PAGE).unwrap();
@@ -254,9 +269,7 @@ fn files_are_one_object_whoever_maps_them() {
     assert_eq!(map(m.program.insert_foreign(pipe), 0, PAGE), Err(Errno::INVAL));
 }
 
-#[test]
-fn a_file_that_was_cut_gives_faults_and_does_not_grow_again() {
-    let m = machine();
+fn a_file_that_was_cut_gives_faults_and_does_not_grow_again(m: &Machine) {
     m.attach().unwrap();
     let file = memfd(2 * PAGE);
     let fd = m.program.insert_foreign(file.try_clone().unwrap());
@@ -273,9 +286,7 @@ fn a_file_that_was_cut_gives_faults_and_does_not_grow_again() {
     assert_eq!(rustix::fs::fstat(&file).unwrap().st_size as u64, PAGE);
 }
 
-#[test]
-fn a_file_opened_for_reading_only_can_be_written_by_later_mappers() {
-    let m = machine();
+fn a_file_opened_for_reading_only_can_be_written_by_later_mappers(m: &Machine) {
     m.attach().unwrap();
     let file = memfd(PAGE);
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
@@ -292,9 +303,7 @@ fn a_file_opened_for_reading_only_can_be_written_by_later_mappers() {
     assert_eq!(&bytes, b"late");
 }
 
-#[test]
-fn charges_obey_the_limit_of_the_user() {
-    let m = machine();
+fn charges_obey_the_limit_of_the_user(m: &Machine) {
     m.attach().unwrap();
     m.program.set_memory_lock_limit(Some(4 * PAGE));
     assert_eq!(m.map_fixed(BUFFER, 5 * PAGE, 0), Err(Errno::NOMEM));
@@ -321,9 +330,7 @@ fn charges_obey_the_limit_of_the_user() {
     );
 }
 
-#[test]
-fn a_context_can_charge_processes_instead() {
-    let m = machine();
+fn a_context_can_charge_processes_instead(m: &Machine) {
     let program = Program::of(&m.program.server);
     program.set_may_change_resource_mode(true);
     program.set_memory_lock_limit(Some(2 * PAGE));
@@ -341,9 +348,7 @@ fn a_context_can_charge_processes_instead() {
     assert_eq!(program.charged(), 4, "each process has its own limit");
 }
 
-#[test]
-fn copied_memory_is_charged_once_and_outlives_its_source() {
-    let m = machine();
+fn copied_memory_is_charged_once_and_outlives_its_source(m: &Machine) {
     m.attach().unwrap();
     m.map_fixed(BUFFER, 8 * PAGE, 0).unwrap();
     let copy = uapi::IoasCopy {
@@ -366,9 +371,7 @@ fn copied_memory_is_charged_once_and_outlives_its_source() {
     assert_eq!(m.program.run(m.iommu, misaligned).map(drop), Err(Errno::INVAL));
 }
 
-#[test]
-fn two_tables_of_one_space_share_its_memory() {
-    let m = machine();
+fn two_tables_of_one_space_share_its_memory(m: &Machine) {
     m.map_fixed(BUFFER, BUFFER_SIZE, 0).unwrap();
     let own = m.program.hwpt(m.iommu, m.device.id, m.ioas).unwrap();
     assert_eq!((m.program.charged(), m.program.held(1)), (16, true), "a table alone is enough");
@@ -380,9 +383,7 @@ fn two_tables_of_one_space_share_its_memory() {
     assert_eq!(m.program.charged(), 0);
 }
 
-#[test]
-fn large_memory_gets_large_leaves() {
-    let m = machine();
+fn large_memory_gets_large_leaves(m: &Machine) {
     m.attach().unwrap();
     m.program.map_memory(0x40_0000_0000, 2 << 30);
     let iova = m.program.map(m.iommu, m.ioas, 0x40_0000_0000, 1 << 30).unwrap();
@@ -393,9 +394,7 @@ fn large_memory_gets_large_leaves() {
     assert!(leaves.iter().all(|leaf| leaf.size_bytes >= 2 << 20), "{leaves:?}");
 }
 
-#[test]
-fn the_status_tells_what_is_there() {
-    let m = machine();
+fn the_status_tells_what_is_there(m: &Machine) {
     let table = m.attach().unwrap();
     m.map_fixed(BUFFER, 2 * PAGE, 0x1_0000).unwrap();
     let client = &m.program.client;
@@ -460,9 +459,7 @@ fn everything_is_given_back_in_any_order_of_closing() {
     }
 }
 
-#[test]
-fn a_bound_device_keeps_the_context_after_its_file_was_closed() {
-    let m = machine();
+fn a_bound_device_keeps_the_context_after_its_file_was_closed(m: &Machine) {
     m.map_fixed(BUFFER, PAGE, 0).unwrap();
     m.program.close(m.iommu).unwrap();
     assert!(m.attach().is_ok(), "numbers still mean the context's objects");
@@ -474,9 +471,7 @@ fn a_bound_device_keeps_the_context_after_its_file_was_closed() {
     assert_eq!((m.program.charged(), m.program.held(0)), (0, true));
 }
 
-#[test]
-fn reservations_and_devices_live_together() {
-    let m = machine();
+fn reservations_and_devices_live_together(m: &Machine) {
     m.attach().unwrap();
     m.program.test(m.iommu, m.ioas, &test::AddReserved { start: 0x1000, length: 0x1000 }).unwrap();
     assert_eq!(m.map_fixed(BUFFER, 2 * PAGE, 0), Err(Errno::INVAL));
@@ -486,4 +481,57 @@ fn reservations_and_devices_live_together() {
     m.map_fixed(BUFFER, PAGE, 0x8000).unwrap();
     let over = test::AddReserved { start: 0x8800, length: 1 };
     assert_eq!(m.program.test(m.iommu, m.ioas, &over).map(drop), Err(Errno::ADDRINUSE));
+}
+
+#[test]
+fn the_tables_aperture_limits_the_space() {
+    const END: u64 = 1 << 48;
+    let m = machine("edu:table=vtd");
+    m.map_fixed(BUFFER, PAGE, END).unwrap();
+    assert_eq!(m.attach(), Err(Errno::ADDRINUSE));
+    m.unmap(END, PAGE).unwrap();
+    m.attach().unwrap();
+    let ranges = m.program.iova_ranges(m.iommu, m.ioas, 4);
+    assert_eq!(ranges.3[1], (0xfef0_0000, END - 1));
+    assert_eq!(ranges.1, 2);
+    assert_eq!(m.map_fixed(BUFFER, PAGE, END), Err(Errno::INVAL));
+    m.map_fixed(BUFFER, PAGE, END - PAGE).unwrap();
+    m.program.detach(&m.device).unwrap();
+    m.map_fixed(BUFFER, PAGE, END).unwrap();
+}
+
+#[test]
+fn devices_with_different_tables_share_a_space() {
+    let devices = ["edu", "edu:table=vtd", "edu:table=vtd"].map(|device| device.parse().unwrap()).to_vec();
+    let program = Program::of(&ioasid_server::Server::new(ioasid_server::ServerOptions { devices }).unwrap());
+    let iommu = program.iommu();
+    let ioas = program.ioas(iommu);
+    let devices = [0, 1, 2].map(|number| program.bind_device(iommu, number));
+    program.map_fixed(iommu, ioas, BUFFER, PAGE, 0).unwrap();
+    let tables = devices.each_ref().map(|device| program.attach(device, ioas).unwrap());
+    assert_ne!(tables[0], tables[1]);
+    assert_eq!(tables[1], tables[2], "devices of one kind share a table");
+    assert_eq!(program.attach(&devices[0], tables[1]), Err(Errno::INVAL), "not a table that it can walk");
+    assert_eq!(program.charged(), 1);
+
+    program.map_fixed(iommu, ioas, BUFFER + PAGE, PAGE, PAGE).unwrap();
+    program.put(BUFFER, b"shared").unwrap();
+    for (number, device) in devices.iter().enumerate() {
+        let to = PAGE + 64 * number as u64;
+        program.device_copies(device, 0, to, 6);
+        assert_eq!(program.get(BUFFER + to, 6).unwrap(), b"shared");
+    }
+    assert_eq!(program.destroy(iommu, tables[1]), Err(Errno::BUSY));
+    program.close(devices[1].fd).unwrap();
+    assert_eq!(program.destroy(iommu, tables[1]), Err(Errno::BUSY), "the other device still uses it");
+    program.close(devices[2].fd).unwrap();
+    assert_eq!(program.destroy(iommu, tables[1]), Err(Errno::NOENT));
+    assert_eq!(program.charged(), 2, "the space still has a table");
+    program.unmap(iommu, ioas, 0, PAGE).unwrap();
+    let faults = || program.server.status().contexts[0].devices[0].dma_faults;
+    let before = faults();
+    program.device_copies(&devices[0], 0, PAGE, 6);
+    assert_eq!(faults(), before + 1, "the read, not the write");
+    program.detach(&devices[0]).unwrap();
+    assert_eq!(program.charged(), 0);
 }

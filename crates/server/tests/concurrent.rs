@@ -6,7 +6,7 @@ use std::sync::Barrier;
 
 use ioasid_server::Errno;
 use ioasid_uapi::iommufd as uapi;
-use program::{BUFFER, FIXED, PAGE, Program, READ, WRITE, region, server};
+use program::{BUFFER, FIXED, PAGE, Program, READ, WRITE, region, server, server_with};
 
 /// Small random numbers, the same in every run of a thread.
 struct Random(u64);
@@ -19,10 +19,19 @@ impl Random {
 }
 
 #[test]
-fn any_mixture_of_calls_ends_with_nothing() {
+fn any_mixture_of_calls_ends_with_nothing_on_a_native_table() {
+    any_mixture_of_calls_ends_with_nothing("edu");
+}
+
+#[test]
+fn any_mixture_of_calls_ends_with_nothing_on_a_derived_table() {
+    any_mixture_of_calls_ends_with_nothing("edu:table=vtd");
+}
+
+fn any_mixture_of_calls_ends_with_nothing(device: &str) {
     const THREADS: u64 = 4;
     const CALLS: u64 = 3000;
-    let server = server();
+    let server = server_with(device);
     let first = Program::of(&server);
     let iommu = first.iommu();
     let device = first.bind(iommu);

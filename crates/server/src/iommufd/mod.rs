@@ -29,7 +29,7 @@ use self::objects::{Held, Object, Objects};
 use crate::Client;
 use crate::argument;
 use crate::memory::MemoryRegistry;
-use crate::status::{AddressSpaceStatus, ContextStatus, DeviceStatus, TableStatus};
+use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
 /// One open of `/dev/iommu`.
 #[derive(Debug)]
@@ -159,11 +159,7 @@ impl Context {
                     let tables = tables.collect();
                     status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
                 }
-                Object::Device(device) => status.devices.push(DeviceStatus {
-                    id: *id,
-                    path: format!("/dev/vfio/devices/vfio{}", device.number()),
-                    attached_to: device.attached_to(),
-                }),
+                Object::Device(device) => status.devices.push(device.status(*id)),
                 Object::Hwpt(_) => {}
             }
         }

@@ -38,7 +38,12 @@ impl Deref for Program {
 }
 
 pub(crate) fn server() -> Arc<Server> {
-    Server::new(ServerOptions::default()).unwrap()
+    server_with("edu")
+}
+
+/// A machine with one device that these options describe.
+pub(crate) fn server_with(device: &str) -> Arc<Server> {
+    Server::new(ServerOptions { devices: vec![device.parse().unwrap()] }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {
@@ -232,7 +237,11 @@ impl Program {
 
     /// Opens device 0 and binds it, with memory decode and bus mastering on.
     pub(crate) fn bind(&self, iommu: i32) -> BoundDevice {
-        let fd = self.open("/dev/vfio/devices/vfio0");
+        self.bind_device(iommu, 0)
+    }
+
+    pub(crate) fn bind_device(&self, iommu: i32, number: u32) -> BoundDevice {
+        let fd = self.open(&format!("/dev/vfio/devices/vfio{number}"));
         let id = self.bind_at(fd, iommu).unwrap();
         self.pwrite(fd, region(CONFIG) + 4, &[6, 0]).unwrap();
         BoundDevice { fd, id }
