@@ -5,7 +5,7 @@
 //! write, because the id must not have become a stranger's, and after a read, because what was read must be the
 //! client's.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,6 +28,8 @@ pub(crate) struct Call<'a> {
     processes: &'a Processes,
     files: &'a OpenFiles,
     thread: RefCell<Option<Arc<Thread>>>,
+    /// Whether a lookup through the thread's directory has succeeded since the request came: it is the right thread.
+    confirmed: Cell<bool>,
 }
 
 /// What a descriptor number of the client refers to.
@@ -44,7 +46,14 @@ impl<'a> Call<'a> {
         processes: &'a Processes,
         files: &'a OpenFiles,
     ) -> Self {
-        Self { notification, listener, processes, files, thread: RefCell::new(None) }
+        Self {
+            notification,
+            listener,
+            processes,
+            files,
+            thread: RefCell::new(None),
+            confirmed: Cell::new(false),
+        }
     }
 
     /// The thread that waits, as it is remembered: lookups through it fail if it is another that had the same id.
@@ -59,11 +68,12 @@ impl<'a> Call<'a> {
     /// The thread that waits, certainly.
     pub(crate) fn current_thread(&self) -> Result<Arc<Thread>, Errno> {
         let thread = self.thread()?;
-        if thread.directory.is_alive() { Ok(thread) } else { self.renewed_thread() }
+        if self.confirmed.get() || thread.directory.is_alive() { Ok(thread) } else { self.renewed_thread() }
     }
 
     fn renewed_thread(&self) -> Result<Arc<Thread>, Errno> {
         let thread = self.processes.renew(self.listener, self.notification.id, self.notification.thread)?;
+        self.confirmed.set(true);
         Ok(Arc::clone(self.thread.borrow_mut().insert(thread)))
     }
 
@@ -81,10 +91,13 @@ impl<'a> Call<'a> {
             other => other,
         };
         match status {
-            Ok(status) => Ok(match self.files.get(Inode::from(&status)) {
-                Some(open_file) => Resolved::Ours(open_file),
-                None => Resolved::Foreign(status),
-            }),
+            Ok(status) => {
+                self.confirmed.set(true);
+                Ok(match self.files.get(Inode::from(&status)) {
+                    Some(open_file) => Resolved::Ours(open_file),
+                    None => Resolved::Foreign(status),
+                })
+            }
             Err(Errno::NOENT) => Err(Errno::BADF),
             Err(errno) => Err(self.unreachable("descriptors", errno)),
         }
@@ -114,7 +127,7 @@ impl<'a> Call<'a> {
         match self.duplicate_by_pidfd(fd) {
             Ok(duplicate) => return Ok(duplicate),
             Err(Errno::BADF) => return Err(Errno::BADF),
-            // Containers often deny it, and threads other than the first are no processes before Linux 6.9.
+            // Containers often deny it.
             Err(_) => {}
         }
         // Opening anew instead is harmless for files; for a FIFO or a device it might not be.
@@ -133,9 +146,13 @@ impl<'a> Call<'a> {
     fn duplicate_by_pidfd(&self, fd: i32) -> Result<OwnedFd, Errno> {
         /// A pidfd for a thread that is not the first of its process.
         const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
-        let thread = Pid::from_raw(self.notification.thread as i32).ok_or(Errno::SRCH)?;
-        let pidfd = match rustix::process::pidfd_open(thread, PIDFD_THREAD) {
-            Err(Errno::INVAL) => rustix::process::pidfd_open(thread, PidfdFlags::empty()),
+        let open = |id: u32, flags| {
+            let id = i32::try_from(id).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+            rustix::process::pidfd_open(id, flags)
+        };
+        let pidfd = match open(self.notification.thread, PIDFD_THREAD) {
+            // Before Linux 6.9 only for whole processes, whose threads share their descriptors as a rule.
+            Err(Errno::INVAL) => open(self.thread()?.process_id()?, PidfdFlags::empty()),
             other => other,
         }?;
         if !self.listener.is_valid(self.notification.id) {

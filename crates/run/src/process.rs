@@ -31,7 +31,7 @@ use crate::maps;
 use crate::sys::memory;
 
 /// More threads than this are not remembered: they are looked up anew.
-const REMEMBERED_THREADS: usize = 1024;
+const REMEMBERED_THREADS: usize = 256;
 
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_RESOURCE: u32 = 24;
@@ -97,6 +97,13 @@ pub(crate) struct Thread {
     pub(crate) complained: AtomicBool,
 }
 
+impl Thread {
+    /// The id of the process that it belongs to.
+    pub(crate) fn process_id(&self) -> Result<u32, Errno> {
+        self.directory.status_field("Tgid")?.parse().map_err(|_| Errno::SRCH)
+    }
+}
+
 /// The threads and address spaces that are known.
 #[derive(Debug, Default)]
 pub(crate) struct Processes {
@@ -124,7 +131,15 @@ impl Processes {
         if id == 0 {
             return Err(Errno::SRCH);
         }
-        let directory = TaskDirectory::open(id).map_err(|_| Errno::SRCH)?;
+        let directory = match TaskDirectory::open(id) {
+            Err(Errno::MFILE | Errno::NFILE) => {
+                // What is remembered can be looked up again.
+                self.threads().clear();
+                TaskDirectory::open(id)
+            }
+            other => other,
+        };
+        let directory = directory.map_err(|_| Errno::SRCH)?;
         if !listener.is_valid(request) {
             return Err(Errno::SRCH);
         }
@@ -163,11 +178,11 @@ impl Processes {
     ) -> Result<Arc<AddressSpace>, Errno> {
         let mut remembered = thread.address_space.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(space) = remembered.as_ref() {
-            if space.is_that_of(thread.id) {
+            if space.is_still_that_of(thread.id) {
                 return Ok(Arc::clone(space));
             }
         }
-        let group: u32 = thread.directory.status_field("Tgid")?.parse().map_err(|_| Errno::SRCH)?;
+        let group = thread.process_id()?;
         // One lock for finding and making, so that two threads of a process do not make two.
         let mut spaces = self.address_spaces();
         let space = match spaces.entry(group) {
@@ -257,13 +272,16 @@ pub(crate) struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// Whether the thread with this id, which waits for an answer and is therefore alive, runs in this address space.
-    fn is_that_of(&self, thread: u32) -> bool {
+    /// Whether a thread that has run in this address space, and waits for an answer now, still does.
+    fn is_still_that_of(&self, thread: u32) -> bool {
         let mut random = [0; 16];
         memory::read(thread, self.random_address, &mut random) == Ok(random.len()) && random == self.random
-            // A fork has the same bytes in the same place; but then ours, with another id, is asked about only
-            // because that id was given again, and the process it belonged to has died.
-            && self.group.is_alive()
+    }
+
+    /// Whether the waiting thread, whose process has the id that ours had, runs in this address space. That id may
+    /// have been given again, to a fork even, which has the same bytes in the same place.
+    fn is_that_of(&self, thread: u32) -> bool {
+        self.is_still_that_of(thread) && self.group.is_alive()
     }
 
     /// Whether the process holds a capability that counts outside of user namespaces of its own.

@@ -7,6 +7,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use ioasid_server::{Client, Opened, Server};
@@ -30,6 +31,10 @@ const SEGMENTS_MAX: usize = 1024;
 /// Symbolic links that are followed from a path to one of our files.
 const LINKS_MAX: usize = 8;
 
+/// So many workers at most look where symbolic links lead. A file system may be served by one of our clients, whose
+/// own calls need a worker while others wait for it.
+const LINK_LOOKUPS_MAX: usize = 16;
+
 /// Everything that the workers share.
 #[derive(Debug)]
 pub(crate) struct Service {
@@ -38,6 +43,7 @@ pub(crate) struct Service {
     pub(crate) listener: Listener,
     pub(crate) files: OpenFiles,
     pub(crate) processes: Processes,
+    pub(crate) link_lookups: AtomicUsize,
 }
 
 /// What the client is told.
@@ -204,11 +210,23 @@ impl Service {
             if path.starts_with("/proc") {
                 return None;
             }
-            let in_client = Path::new("root").join(path.strip_prefix("/").ok()?);
-            let target = call.thread().ok()?.directory.link(in_client.to_str()?).ok()?;
-            path = path::normalize(path.parent()?, &target)?;
+            path = path::normalize(path.parent()?, &self.link(call, &path)?)?;
         }
         None
+    }
+
+    /// Where the symbolic link at `path` leads, if it is one and the answer can be waited for.
+    fn link(&self, call: &Call<'_>, path: &Path) -> Option<PathBuf> {
+        let in_client = Path::new("root").join(path.strip_prefix("/").ok()?);
+        let thread = call.thread().ok()?;
+        let in_client = in_client.to_str()?;
+        let target = if self.link_lookups.fetch_add(1, Ordering::Relaxed) < LINK_LOOKUPS_MAX {
+            thread.directory.link(in_client).ok()
+        } else {
+            None
+        };
+        self.link_lookups.fetch_sub(1, Ordering::Relaxed);
+        target
     }
 
     /// The path of a directory that the client has open, or works in, within the client's root.

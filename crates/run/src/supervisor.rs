@@ -90,7 +90,14 @@ where
             "this kernel cannot wake client and server on one CPU (Linux 6.6 can): calls are slower"
         );
     }
-    let service = Service { architecture, server, listener, files, processes: Processes::default() };
+    let service = Service {
+        architecture,
+        server,
+        listener,
+        files,
+        processes: Processes::default(),
+        link_lookups: AtomicUsize::new(0),
+    };
     let crew = Crew::new(&service, stop, options.workers.max(1));
     let program = Program::new(child)?;
     let status = std::thread::scope(|scope| {
