@@ -9,6 +9,7 @@
 //! own. That costs a start for each, and buys that a crash, a hang or a leak of one says nothing about the others.
 
 mod build;
+mod capability;
 mod conformance;
 mod huge_pages;
 mod instances;
@@ -108,14 +109,21 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let mut outcomes = Vec::new();
     for instance in &chosen {
-        let outcome = match &huge_pages {
-            Some(Err(_)) if huge_pages::needed_by(instance) => Outcome {
+        let lacking = if matches!(huge_pages, Some(Err(_))) && huge_pages::needed_by(instance) {
+            Some("no huge pages")
+        } else if capability::needed_by(instance) && !capability::is_held() {
+            Some("no CAP_SYS_RESOURCE")
+        } else {
+            None
+        };
+        let outcome = match lacking {
+            Some(what) => Outcome {
                 instance: instance.clone(),
                 verdict: Verdict::NotRun,
-                note: "no huge pages".to_owned(),
+                note: what.to_owned(),
                 seconds: 0.0,
             },
-            _ => runner.run(instance)?,
+            None => runner.run(instance)?,
         };
         let line = report::line(&outcome, &list);
         if arguments.json {

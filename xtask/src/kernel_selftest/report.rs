@@ -16,14 +16,13 @@ pub(crate) fn line(outcome: &Outcome, list: &List) -> String {
         Verdict::Skip => "skip",
         Verdict::NotRun => "not run",
     };
-    let mut line = format!("{:<52} {verdict:<7} {:>6.2} s", outcome.instance, outcome.seconds);
-    if !outcome.note.is_empty() {
-        line = line + "  " + &outcome.note;
+    let line = format!("{:<52} {verdict:<7} {:>6.2} s", outcome.instance, outcome.seconds);
+    match list.entry(&outcome.instance) {
+        // What the test says of a failure that was expected is in its log.
+        Some(entry) => line + "  listed: " + &entry.reason,
+        None if outcome.note.is_empty() => line,
+        None => line + "  " + &outcome.note,
     }
-    if let Some(entry) = list.entry(&outcome.instance) {
-        line = line + "  (listed: " + &entry.reason + ")";
-    }
-    line
 }
 
 /// What follows the table: what deviates, and the sums.
@@ -38,7 +37,9 @@ pub(crate) fn conclusion(outcomes: &[Outcome], deviations: &[Deviation]) {
     }
     let not_run = count(outcomes, Verdict::NotRun);
     if not_run > 0 {
-        println!("{not_run} of the skipped were not run, for want of huge pages; they are not known to pass");
+        println!(
+            "{not_run} of the skipped were not run, for want of what the machine lacks; they are not known to pass"
+        );
     }
     println!("{}", summary(outcomes));
 }

@@ -1,0 +1,48 @@
+//! The one capability that some instances need: CAP_SYS_RESOURCE, to choose who is charged for locked memory.
+//!
+//! Root of a container or of a locked-down machine may be without it, and then the kernel's own `/dev/iommu` refuses
+//! the option too. That says nothing about us, so these instances are not run there.
+
+use std::fs;
+
+const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Whether an instance sets the option.
+pub(crate) fn needed_by(instance: &str) -> bool {
+    instance == "iommufd.global_options"
+        || ["change_process.account_user.", "change_process.account_mm."]
+            .iter()
+            .any(|variant| instance.starts_with(variant))
+}
+
+/// Whether this process, and with it the test, has the capability.
+pub(crate) fn is_held() -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|status| holds(&status))
+}
+
+fn holds(status: &str) -> bool {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .is_some_and(|set| set >> CAP_SYS_RESOURCE & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_effective_set_decides() {
+        assert!(holds("CapPrm:\t0000000000000000\nCapEff:\t000001ffffffffff\n"));
+        assert!(!holds("CapPrm:\t000001ffffffffff\nCapEff:\t000001fffeffffff\n"));
+        assert!(!holds("nonsense"));
+    }
+
+    #[test]
+    fn instances_that_set_the_option() {
+        assert!(needed_by("iommufd.global_options"));
+        assert!(needed_by("change_process.account_mm.basic"));
+        assert!(!needed_by("change_process.account_none.basic"));
+    }
+}
