@@ -34,9 +34,11 @@ pub enum Translated<'a> {
     Late(Late<'a>),
 }
 
-/// Memory of this process at an output address.
+/// Memory of this process at an output address. It keeps the section open, however long it lives: without that
+/// the memory could be freed under it.
 #[derive(Debug)]
 pub struct Here {
+    _section: Section,
     window: arc_swap::Guard<Option<Arc<Window>>>,
     offset: u64,
     oa: Oa,
@@ -100,14 +102,14 @@ impl Space {
 
     /// The memory at an output address that one of the space's tables has just given, in the same DMA section.
     #[inline]
-    pub fn memory_at(&self, _section: &Section, oa: Oa) -> Result<Translated<'_>, DmaError> {
+    pub fn memory_at(&self, section: &Section, oa: Oa) -> Result<Translated<'_>, DmaError> {
         let (window, offset) = self.bus().find(oa.get()).ok_or(DmaError::NoMemory(oa))?;
         let late = match window.as_ref().map(|window| (&*window.source, window.offset)) {
             Some((Source::Late(access), base)) => Some((access.clone(), base)),
             _ => None,
         };
         Ok(match late {
-            None => Translated::Here(Here { window, offset, oa }),
+            None => Translated::Here(Here { _section: section.nested(), window, offset, oa }),
             Some((access, base)) => {
                 Translated::Late(Late { access, offset: base + offset, oa, _copy: self.sleeping().begin() })
             }

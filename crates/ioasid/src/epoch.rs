@@ -12,6 +12,7 @@
 use ioasid_pagetable::RetiredTable;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, PoisonError};
+use std::thread::LocalKey;
 
 mod domain;
 
@@ -22,15 +23,21 @@ static DMA: Domain = Domain::new();
 static OPERATIONS: Domain = Domain::new();
 
 thread_local! {
-    static DMA_LOCAL: Local = Local::new(&DMA);
-    static OPERATIONS_LOCAL: Local = Local::new(&OPERATIONS);
+    static DMA_LOCAL: Local = const { Local::new(&DMA) };
+    static OPERATIONS_LOCAL: Local = const { Local::new(&OPERATIONS) };
+}
+
+/// Begins a section. A thread that is ending may have lost its local already, when it drops what it kept in others.
+#[inline]
+fn enter(local: &'static LocalKey<Local>, domain: &'static Domain) -> Section {
+    local.try_with(Local::enter).unwrap_or_else(|_| Local::new(domain).enter())
 }
 
 /// Begins a DMA: until the section ends, memory and tables found in it stay valid, and strict unmaps wait.
 ///
-/// Keep it short, at most 64 KiB of copying, and never block in it.
+/// Keep it short, at most 64 KiB of copying, and never block in it: neither unmap nor drop memory or tables.
 pub fn dma() -> Section {
-    DMA_LOCAL.with(Local::enter)
+    enter(&DMA_LOCAL, &DMA)
 }
 
 /// Returns when every DMA section that had begun has ended.
@@ -40,7 +47,7 @@ pub fn wait_for_dma() {
 
 /// Begins an operation on a space.
 pub(crate) fn operation() -> Section {
-    OPERATIONS_LOCAL.with(Local::enter)
+    enter(&OPERATIONS_LOCAL, &OPERATIONS)
 }
 
 /// Returns when every operation that had begun has ended. Not to be called inside one.

@@ -22,6 +22,9 @@ use std::ptr;
 /// The word of a thread that is in no section.
 const OUTSIDE: u64 = 0;
 
+/// Added to the depth when the thread's [`Local`] is gone and only open sections are left.
+const ORPHANED: u32 = 1 << 31;
+
 /// A kind of activity.
 #[derive(Debug)]
 pub(crate) struct Domain {
@@ -151,7 +154,8 @@ impl Local {
         participant.depth.store(depth + 1, Ordering::Relaxed);
         if depth == 0 {
             // An old epoch only makes a waiter wait for a section that it need not wait for.
-            participant.epoch.store(self.domain.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
+            // A waiter that sees this value must also see that the section before has ended, hence the release.
+            participant.epoch.store(self.domain.epoch.load(Ordering::Relaxed), Ordering::Release);
             light_fence();
         }
         Section { participant, on_this_thread: PhantomData }
@@ -161,9 +165,10 @@ impl Local {
 impl Drop for Local {
     fn drop(&mut self) {
         if let Some(participant) = self.participant.get() {
-            // A section that outlives the thread's locals keeps the word from being taken over.
-            if participant.depth.load(Ordering::Relaxed) == 0 {
-                participant.taken.store(false, Ordering::Release);
+            match participant.depth.load(Ordering::Relaxed) {
+                0 => participant.taken.store(false, Ordering::Release),
+                // The word is given back by the last of the sections that outlive us.
+                depth => participant.depth.store(depth | ORPHANED, Ordering::Relaxed),
             }
         }
     }
@@ -177,13 +182,28 @@ pub struct Section {
     on_this_thread: PhantomData<*const ()>,
 }
 
+impl Section {
+    /// One more section inside this one; the outermost ends when all of them have.
+    #[inline]
+    pub(crate) fn nested(&self) -> Section {
+        let depth = self.participant.depth.load(Ordering::Relaxed);
+        self.participant.depth.store(depth + 1, Ordering::Relaxed);
+        Section { participant: self.participant, on_this_thread: PhantomData }
+    }
+}
+
 impl Drop for Section {
     #[inline]
     fn drop(&mut self) {
-        let depth = self.participant.depth.load(Ordering::Relaxed) - 1;
-        self.participant.depth.store(depth, Ordering::Relaxed);
+        let participant = self.participant;
+        let depth = participant.depth.load(Ordering::Relaxed) - 1;
+        participant.depth.store(depth, Ordering::Relaxed);
         if depth == 0 {
-            self.participant.epoch.store(OUTSIDE, Ordering::Release);
+            participant.epoch.store(OUTSIDE, Ordering::Release);
+        } else if depth == ORPHANED {
+            participant.epoch.store(OUTSIDE, Ordering::Release);
+            participant.depth.store(0, Ordering::Relaxed);
+            participant.taken.store(false, Ordering::Release);
         }
     }
 }
