@@ -9,8 +9,9 @@
 //! ([`LateBound`]): the bytes are fetched by calls at the time of the access, which fail cleanly when the memory
 //! is gone.
 
-use crate::bus::{Bus, BusFull, CHUNK_BITS, SMALLEST_WINDOW_BITS, Window};
+use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, SMALLEST_WINDOW_BITS, Window};
 use crate::coverage::Coverage;
+use crate::epoch;
 use crate::host_memory::HostMemory;
 use crate::ledger::{Account, OverLimit};
 use crate::memory::MappedIn;
@@ -182,6 +183,11 @@ impl Backing {
     /// Charges pages that the account does not pay for yet, holds all of them, and gives each chunk its place on
     /// the bus. All or nothing.
     pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Vec<Oa>, HoldError> {
+        let bits = self.window_bits();
+        let needed = chunks(&held, bits);
+        if needed.end - needed.start > CHUNKS {
+            return Err(HoldError::BusFull);
+        }
         let mut books = self.books();
         let Books { charges, windows, holds } = &mut *books;
         let charge = charges.entry(account.id()).or_default();
@@ -193,9 +199,8 @@ impl Backing {
             return Err(HoldError::OverLimit(error));
         }
         charge.hold(held.clone());
-        let bits = self.window_bits();
         let mut places = Vec::new();
-        for chunk in chunks(&held, bits) {
+        for chunk in needed.clone() {
             let placed = match windows.get_mut(&chunk) {
                 Some(window) => {
                     window.registrations += 1;
@@ -211,8 +216,7 @@ impl Backing {
             match placed {
                 Ok(oa) => places.push(oa),
                 Err(error) => {
-                    let first = chunks(&held, bits).start;
-                    self.leave_windows(windows, first..first + places.len() as u64);
+                    self.leave_windows(windows, needed.start..needed.start + places.len() as u64);
                     charge.release(held);
                     if charge.is_empty() {
                         charges.remove(&account.id());
@@ -226,9 +230,22 @@ impl Backing {
         Ok(places)
     }
 
-    /// Those of the pages that this is the only registration to hold.
-    pub(crate) fn held_once(&self, held: Range<u64>) -> Vec<Range<u64>> {
-        self.books().holds.held_exactly(held, 1).collect()
+    /// Those of the pages that this is the only registration to hold, and the others.
+    pub(crate) fn held_once(&self, held: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let books = self.books();
+        let mut next = held.start;
+        let mut others = Vec::new();
+        let ours: Vec<Range<u64>> = books.holds.held_exactly(held.clone(), 1).collect();
+        for part in &ours {
+            if next < part.start {
+                others.push(next..part.start);
+            }
+            next = part.end;
+        }
+        if next < held.end {
+            others.push(next..held.end);
+        }
+        (ours, others)
     }
 
     /// Undoes [`hold`](Self::hold). Returns whether anything of the object is still held.
@@ -244,11 +261,20 @@ impl Backing {
             }
             account.credit(paid);
         }
-        self.leave_windows(windows, chunks(&held, self.window_bits()));
-        !holds.is_empty()
+        let gone = self.leave_windows(windows, chunks(&held, self.window_bits()));
+        let others = !holds.is_empty();
+        drop(books);
+        if gone && matches!(&*self.source, Source::Host(memory) if memory.is_borrowed()) {
+            // All mappings have gone before, but who asks for an address that no table gave is no reason to touch
+            // memory that is about to be its owner's again.
+            epoch::wait_for_dma();
+        }
+        others
     }
 
-    fn leave_windows(&self, windows: &mut BTreeMap<u64, PlacedWindow>, chunks: Range<u64>) {
+    /// Gives back the windows that nobody needs any more; whether there were any.
+    fn leave_windows(&self, windows: &mut BTreeMap<u64, PlacedWindow>, chunks: Range<u64>) -> bool {
+        let before = windows.len();
         for chunk in chunks {
             let Some(window) = windows.get_mut(&chunk) else { continue };
             window.registrations -= 1;
@@ -257,6 +283,7 @@ impl Backing {
                 windows.remove(&chunk);
             }
         }
+        windows.len() < before
     }
 }
 

@@ -30,7 +30,8 @@ pub(crate) const SMALLEST_WINDOW_BITS: u32 = 12;
 const ADDRESS_BITS: u32 = 48;
 const DIRECTORY_BITS: u32 = 9;
 const DIRECTORY: usize = 1 << DIRECTORY_BITS;
-const CHUNKS: u64 = 1 << (ADDRESS_BITS - CHUNK_BITS);
+/// How many chunks there are.
+pub(crate) const CHUNKS: u64 = 1 << (ADDRESS_BITS - CHUNK_BITS);
 
 /// Places that are filled when they are needed and then stay.
 type Directory<T> = Box<[OnceLock<T>]>;

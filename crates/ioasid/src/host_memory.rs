@@ -44,6 +44,11 @@ impl HostMemory {
         Ok(HostMemory { pointer, length, owned: true })
     }
 
+    /// Whether the memory belongs to somebody else.
+    pub(crate) fn is_borrowed(&self) -> bool {
+        !self.owned
+    }
+
     fn check(&self, offset: u64, length: usize) -> Option<usize> {
         let end = offset.checked_add(length as u64)?;
         (end <= self.length).then_some(offset as usize)

@@ -79,6 +79,28 @@ pub(crate) struct Piece {
     pub(crate) length: u64,
 }
 
+impl Piece {
+    /// Its last output address.
+    pub(crate) fn last(&self) -> u64 {
+        self.oa.get() + (self.length - 1)
+    }
+}
+
+impl MappedIn {
+    /// Adds a note to others, of which there is one for each space.
+    fn add_to(&self, notes: &mut Vec<MappedIn>) {
+        match notes.iter_mut().find(|note| note.space_id == self.space_id) {
+            Some(note) => note.widen(self.hull),
+            None => notes.push(self.clone()),
+        }
+    }
+
+    fn widen(&mut self, range: IovaRange) {
+        let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
+        self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
+    }
+}
+
 impl Memory {
     /// Registers `length` bytes of the object from `offset` on.
     ///
@@ -121,10 +143,10 @@ impl Memory {
     }
 
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
-    /// that is more than what is registered.
+    /// that is nothing or more than what is registered.
     pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
-        let end = offset.checked_add(length).filter(|end| *end <= self.length)?;
-        Some(self.object_pieces(self.offset + offset, self.offset + (end - 1)))
+        let last = offset.checked_add(length.checked_sub(1)?).filter(|last| *last < self.length)?;
+        Some(self.object_pieces(self.offset + offset, self.offset + last))
     }
 
     /// The same for bytes of the object, all of them registered, to the last one.
@@ -156,9 +178,7 @@ impl Memory {
         let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
         let note = match mapped.iter_mut().find(|mapped| mapped.space_id == space.id()) {
             Some(mapped) => {
-                let first = mapped.hull.first().min(range.first());
-                let last = mapped.hull.last().max(range.last());
-                mapped.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
+                mapped.widen(range);
                 mapped.clone()
             }
             None => {
@@ -171,32 +191,74 @@ impl Memory {
         self.newest.store(Some(Arc::new(note)));
     }
 
-    /// Unmaps the pages, which are registered here and nowhere else, wherever the notes say they may be.
-    fn unmap_pages(&self, pages: Range<u64>, notes: &[MappedIn]) {
-        let (first, last) =
-            (pages.start << PAGE_BITS, ((pages.end - 1) << PAGE_BITS) | ((1 << PAGE_BITS) - 1));
-        let pieces: Vec<Piece> = self.object_pieces(first, last).collect();
-        for note in notes {
-            if let Some(space) = note.space.upgrade() {
-                space.unmap_outputs(note.hull, &pieces);
-            }
-        }
+    /// The pieces that these pages, all of them registered, consist of, by output address.
+    fn page_pieces(&self, pages: &[Range<u64>]) -> Vec<Piece> {
+        let last = |page: u64| (page << PAGE_BITS) | ((1 << PAGE_BITS) - 1);
+        let bytes = pages.iter().map(|pages| (pages.start << PAGE_BITS, last(pages.end - 1)));
+        let mut pieces: Vec<Piece> =
+            bytes.flat_map(|(first, last)| self.object_pieces(first, last)).collect();
+        pieces.sort_unstable_by_key(|piece| piece.oa);
+        pieces
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         let mut earlier = self.backing.registering();
-        let own = self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let notes: Vec<MappedIn> = own.iter().chain(earlier.iter()).cloned().collect();
-        if !notes.is_empty() {
-            for pages in self.backing.held_once(self.held.clone()) {
-                self.unmap_pages(pages, &notes);
+        let own = std::mem::take(self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let (ours, shared) = self.backing.held_once(self.held.clone());
+        let going = self.page_pieces(&ours);
+        if !going.is_empty() {
+            for note in own.iter().chain(earlier.iter()) {
+                if let Some(space) = note.space.upgrade() {
+                    space.unmap_outputs(note.hull, &going);
+                }
             }
         }
-        let others = self.backing.release(self.held.clone(), &self.account);
-        // Pages that others hold stay mapped where we mapped them; the last of the others will need to know.
-        *earlier = if others { notes } else { Vec::new() };
+        // Pages that others hold stay mapped where we mapped them. The last of the others will need to know; but
+        // mostly nothing is mapped any more, and a note less is a space less that they have to look through.
+        let staying = self.page_pieces(&shared);
+        for note in own {
+            let space = note.space.upgrade();
+            if !staying.is_empty() && space.is_some_and(|space| space.may_lead_to(note.hull, &staying)) {
+                note.add_to(&mut earlier);
+            }
+        }
         earlier.retain(|note| note.space.strong_count() > 0);
+        if !self.backing.release(self.held.clone(), &self.account) {
+            earlier.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Bus, Iova, Permissions};
+
+    const PAGE: u64 = 1 << PAGE_BITS;
+
+    #[test]
+    fn notes_stay_only_where_something_is_mapped_and_one_for_each_space() {
+        let bus = Bus::new();
+        let backing = Backing::anonymous(&bus, 4 * PAGE).unwrap();
+        let account = Account::new("test", None);
+        let space = Space::new(&bus);
+        let register = || Memory::register(&backing, 0, 4 * PAGE, &account).unwrap();
+        let stays = register();
+        for round in 0..10 {
+            let memory = register();
+            space.map(Iova::new(round * PAGE), &memory, 0, PAGE, Permissions::READ).unwrap();
+            space.unmap(IovaRange::ALL).unwrap();
+            drop(memory);
+            assert!(backing.registering().is_empty());
+        }
+        for round in 0..10 {
+            space.map(Iova::new(round * PAGE), &register(), 0, PAGE, Permissions::READ).unwrap();
+        }
+        let notes: Vec<IovaRange> = backing.registering().iter().map(|note| note.hull).collect();
+        assert_eq!(notes, [IovaRange::with_length(0, 10 * PAGE).unwrap()]);
+        drop(stays);
+        assert!(backing.registering().is_empty() && space.leaves(IovaRange::ALL).is_empty());
     }
 }

@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 mod layout;
 mod map;
@@ -71,7 +71,9 @@ pub struct Space {
     bus: Arc<Bus>,
     native: Radix<Native>,
     layout: ArcSwap<Layout>,
-    /// Held by whoever changes the layout.
+    /// Held by whoever looks for a table to share and makes one if there is none. Taken before `changing`.
+    sharing: Mutex<()>,
+    /// Held by whoever changes the layout, or must not see it change.
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
     sleeping: SleepingCopies,
@@ -106,6 +108,7 @@ impl Space {
             bus: bus.clone(),
             native: Radix::native(format),
             layout: ArcSwap::from_pointee(Layout::default()),
+            sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: SleepingCopies::default(),
         })
@@ -127,6 +130,15 @@ impl Space {
 
     pub(crate) fn native(&self) -> &Radix<Native> {
         &self.native
+    }
+
+    pub(crate) fn sharing(&self) -> MutexGuard<'_, ()> {
+        self.sharing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As long as this is held, no table comes or goes and no reservation is made.
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn sleeping(&self) -> &SleepingCopies {

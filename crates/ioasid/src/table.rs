@@ -11,7 +11,7 @@ use crate::iommu::{AttachError, DerivedTable, TableClass};
 use crate::space::{ReservationOwner, ReserveError, Space};
 use ioasid_pagetable::IovaRange;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 static TABLES: AtomicU64 = AtomicU64::new(0);
 
@@ -39,8 +39,7 @@ impl Table {
     /// The table of the space that devices like this one share, made if there is none yet.
     pub fn for_device(space: &Arc<Space>, device: &Device) -> Result<Arc<Table>, AttachError> {
         // Two devices that come at the same time shall not get two tables.
-        static SHARING: Mutex<()> = Mutex::new(());
-        let _sharing = SHARING.lock().unwrap_or_else(PoisonError::into_inner);
+        let _sharing = space.sharing();
         match space.shared_table(device.requirements().class) {
             Some(table) => Ok(table),
             None => Table::make(space, device, true),

@@ -12,7 +12,7 @@ use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
 use crate::table::Table;
 use ioasid_pagetable::{IovaRange, RetractError};
 use std::ops::ControlFlow;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// On whose behalf a range is reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -119,7 +119,7 @@ impl Space {
         if ranges.is_empty() {
             return Ok(());
         }
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing();
         let old = self.layout.load_full();
         let mut new = Layout::clone(&old);
         for range in ranges {
@@ -143,7 +143,7 @@ impl Space {
 
     /// Gives back all that was reserved for this owner.
     pub fn unreserve(&self, owner: ReservationOwner) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing();
         let mut layout = Layout::clone(&self.layout.load());
         layout.reserved.retain(|(_, of)| *of != owner);
         self.layout.store(Arc::new(layout));
@@ -157,7 +157,7 @@ impl Space {
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
             return Err(ReserveError::Overlapping { range: pair[1] });
         }
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing();
         let mut layout = Layout::clone(&self.layout.load());
         if let Some(range) = sorted.iter().find(|range| layout.reserved_in(**range).is_some()) {
             return Err(ReserveError::Reserved { range: *range });
@@ -203,10 +203,24 @@ impl Space {
         found
     }
 
-    /// The table that devices of a class share, if there is one.
+    /// The same, together with what follows it without a gap, however far that reaches. Inside an operation.
+    pub(super) fn occupied_run(&self, range: IovaRange) -> Option<IovaRange> {
+        let mut run = self.occupied_in(range)?;
+        self.native.occupied(IovaRange::new(run.first(), u64::MAX)?, |occupied| {
+            if occupied.first() > run.last().saturating_add(1) {
+                return ControlFlow::Break(());
+            }
+            run = IovaRange::new(run.first(), run.last().max(occupied.last())).unwrap_or(run);
+            ControlFlow::Continue(())
+        });
+        Some(run)
+    }
+
+    /// The table that devices of a class share, if there is one. One that is just going away does not count.
     pub(crate) fn shared_table(&self, class: TableClass) -> Option<Arc<Table>> {
         let layout = self.layout.load();
-        layout.tables.iter().find(|table| table.shared && table.class == class)?.table.upgrade()
+        let mut shared = layout.tables.iter().filter(|table| table.shared && table.class == class);
+        shared.find_map(|table| table.table.upgrade())
     }
 
     /// Lets a table follow the space from now on, and fills it with what is mapped already.
@@ -218,7 +232,7 @@ impl Space {
         shared: bool,
         derived: Option<&Arc<dyn DerivedTable>>,
     ) -> Result<(), AttachError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing();
         let mut layout = Layout::clone(&self.layout.load());
         layout.tables.push(Follower { id, class, shared, derived: derived.cloned(), table: table.clone() });
         self.layout.store(Arc::new(layout));
@@ -260,7 +274,7 @@ impl Space {
 
     /// Ends what [`add_table`](Self::add_table) began: no operation uses the table any more.
     pub(crate) fn remove_table(&self, id: u64) {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing();
         self.drop_follower(id);
     }
 

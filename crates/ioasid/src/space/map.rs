@@ -164,7 +164,7 @@ impl Space {
 
     /// Maps the memory at the lowest free place among the allowed addresses, and returns it. Never 0.
     ///
-    /// The place is aligned so that the largest leaves are possible.
+    /// The place is aligned so that the largest leaves are possible, unless there is none left.
     pub fn map_anywhere(
         self: &Arc<Self>,
         memory: &Arc<Memory>,
@@ -172,12 +172,17 @@ impl Space {
         length: u64,
         permissions: Permissions,
     ) -> Result<Iova, MapError> {
+        if length == 0 {
+            return Err(MapError::NoRange { iova: Iova::new(0), length });
+        }
         self.check(memory, offset, length, permissions)?;
         let largest = PageSize::SIZE_1G.bytes();
-        let alignment =
-            length.checked_next_power_of_two().unwrap_or(largest).clamp(self.granule().bytes(), largest);
+        let granule = self.granule().bytes();
+        let alignment = length.checked_next_power_of_two().unwrap_or(largest).clamp(granule, largest);
         loop {
-            let iova = self.find_free(length, alignment).ok_or(MapError::NoHole { length })?;
+            let aligned = self.find_free(length, alignment);
+            let found = aligned.or_else(|| self.find_free(length, granule));
+            let iova = found.ok_or(MapError::NoHole { length })?;
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),
                 // Somebody else was faster; there are other places.
@@ -190,7 +195,7 @@ impl Space {
     fn find_free(&self, length: u64, alignment: u64) -> Option<Iova> {
         let _operation = epoch::operation();
         let layout = self.layout.load();
-        let conflict = |candidate| layout.reserved_in(candidate).or_else(|| self.occupied_in(candidate));
+        let conflict = |candidate| layout.reserved_in(candidate).or_else(|| self.occupied_run(candidate));
         let above_zero = IovaRange::new(1, u64::MAX)?;
         let windows = layout.windows().iter().filter_map(|window| window.intersection(&above_zero));
         windows.filter_map(|window| find_hole(window, length, alignment, conflict)).map(Iova::new).next()
@@ -220,20 +225,28 @@ impl Space {
     }
 
     fn try_map(&self, request: &Request<'_>) -> Result<(), Try> {
-        let _operation = epoch::operation();
+        let operation = epoch::operation();
         let layout = self.layout.load();
         if let Some(range) = layout.reserved_in(request.range) {
             return Err(Try::Failed(MapError::Reserved { range }));
         }
         let mut gather = Gather::new();
-        let result = self.claim_parts(request, &mut gather).and_then(|()| {
-            self.fill_followers(request, &layout).map_err(|error| {
-                self.native.release(request.range, &mut gather);
-                Try::Failed(error.into())
-            })
-        });
+        let mut result = self.claim_parts(request, &mut gather);
         if result.is_ok() {
-            self.native.publish(request.range);
+            match self.fill_followers(request, &layout) {
+                Ok(()) => self.native.publish(request.range),
+                Err(error) => {
+                    drop(layout);
+                    drop(operation);
+                    // Devices behind these tables may have used what is gone now. The entries stay claimed until
+                    // they have ended, but no layout change of any space has to wait for that.
+                    epoch::wait_for_dma();
+                    self.sleeping.wait();
+                    let _operation = epoch::operation();
+                    self.native.release(request.range, &mut gather);
+                    result = Err(Try::Failed(error.into()));
+                }
+            }
         }
         epoch::retire(gather.retired);
         result
@@ -257,7 +270,7 @@ impl Space {
         Ok(())
     }
 
-    /// Maps the claimed range in every derived table, or in none.
+    /// Maps the claimed range in every derived table, or in none; then DMA that has used it may still be running.
     fn fill_followers(&self, request: &Request<'_>, layout: &Layout) -> Result<(), TableError> {
         for (position, table) in layout.derived().enumerate() {
             for part in request.parts() {
@@ -274,9 +287,6 @@ impl Space {
                     earlier.unmap(request.range);
                     earlier.invalidate(&visible);
                 }
-                // Devices behind these tables may have used what is gone now.
-                epoch::wait_for_dma();
-                self.sleeping.wait();
                 return Err(error);
             }
         }

@@ -2,20 +2,32 @@
 //!
 //! 1. The ends of the range are made boundaries between leaves, in the native and in every derived table. All that
 //!    can fail happens here, and nothing has changed for anybody.
-//! 2. The native leaves are retracted, present to busy. They translate no more, and nobody can map there yet.
+//! 2. The native leaves are retracted, present to busy. They translate no more, and nobody can map there yet. The
+//!    ends of the derived tables are looked at once more: until now somebody else could have mapped across them.
 //! 3. The derived tables are emptied and invalidated.
-//! 4. Whatever DMA had begun before is waited for.
+//! 4. Whatever DMA had begun before is waited for. That may take as long as the owner of late-bound memory likes,
+//!    so it happens outside of the section that changes of any space's layout have to wait for; the busy entries
+//!    are enough to keep everybody else away.
 //! 5. The native entries are released, busy to absent.
 //!
 //! When that is done no device reaches the memory, and its owner may do with it what it likes.
+//!
+//! # Meeting another operation
+//!
+//! An unmap that meets a busy leaf has to leave its section and wait. What it has retracted by then would be
+//! missing in a table that is attached meanwhile, if it had to be given back later. So the first time it gives
+//! back at once; then it shuts out changes of the layout, starts again, and keeps what it gets, so that it ends
+//! even if others never stop mapping and unmapping small pieces of a large range.
 
 use super::layout::Layout;
 use super::{Space, step_aside};
 use crate::epoch;
-use crate::iommu::TableError;
+use crate::iommu::{DerivedTable, TableError};
 use crate::memory::Piece;
+use arc_swap::Guard;
 use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, PageSize, RetractError, Runs};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 /// What an unmap took away.
@@ -91,24 +103,32 @@ impl Space {
         let mut gather = Gather::new();
         let mut rest = range;
         let mut tries = 0;
+        let mut unchanging = None;
         loop {
             let operation = epoch::operation();
             let layout = self.layout.load();
             match self.cut_and_retract(range, &mut rest, &layout, &mut gather) {
                 Ok(()) => {
-                    self.settle(&layout, &mut gather);
+                    drop(unchanging);
+                    self.settle(operation, layout, &mut gather);
                     return Ok(Unmapped { runs: gather.runs, leaves: gather.leaves });
                 }
                 Err(Step::Contended) => {
+                    let keep = unchanging.is_some();
+                    let lock = !keep && !gather.runs.is_empty();
+                    if lock {
+                        self.give_back(&mut gather);
+                        rest = range;
+                    }
                     drop(layout);
                     drop(operation);
                     step_aside(&mut tries);
+                    if lock {
+                        unchanging = Some(self.changing());
+                    }
                 }
                 Err(Step::Failed(error)) => {
-                    // What was retracted goes back to where it was.
-                    for run in gather.runs.iter() {
-                        self.native.publish(run);
-                    }
+                    self.give_back(&mut gather);
                     return Err(error);
                 }
             }
@@ -123,83 +143,134 @@ impl Space {
         layout: &Layout,
         gather: &mut Gather<HeapTables, AtomicU64>,
     ) -> Result<(), Step> {
-        if rest.first() == range.first() && gather.runs.is_empty() {
+        // No leaf reaches over the ends of everything, so this one unmap can always be carried out.
+        let cut = |table: &dyn DerivedTable| if range == IovaRange::ALL { Ok(()) } else { table.cut(range) };
+        if gather.runs.is_empty() {
             self.native.cut_claimed(range)?;
-        }
-        for table in layout.derived() {
-            table.cut(range).map_err(|error| Step::Failed(error.into()))?;
+            for table in layout.derived() {
+                cut(&**table).map_err(|error| Step::Failed(error.into()))?;
+            }
         }
         match self.native.retract(*rest, gather) {
-            Ok(()) => Ok(()),
+            Ok(()) => {}
             Err(RetractError::Contended { at }) => {
                 *rest = IovaRange::new(at.max(rest.first()), rest.last()).unwrap_or(*rest);
-                Err(Step::Contended)
+                return Err(Step::Contended);
             }
-            Err(RetractError::Cut(error)) => Err(error.into()),
+            Err(RetractError::Cut(error)) => return Err(error.into()),
         }
+        for table in layout.derived() {
+            cut(&**table).map_err(|error| Step::Failed(error.into()))?;
+        }
+        Ok(())
+    }
+
+    /// What was retracted translates again, as if nothing had been.
+    fn give_back(&self, gather: &mut Gather<HeapTables, AtomicU64>) {
+        for run in std::mem::take(&mut gather.runs).iter() {
+            self.native.publish(run);
+        }
+        gather.leaves = 0;
     }
 
     /// Steps 3 to 5.
-    fn settle(&self, layout: &Layout, gather: &mut Gather<HeapTables, AtomicU64>) {
-        for table in layout.derived() {
-            for run in gather.runs.iter() {
-                table.unmap(run);
+    fn settle(
+        &self,
+        mut operation: epoch::Section,
+        layout: Guard<Arc<Layout>>,
+        gather: &mut Gather<HeapTables, AtomicU64>,
+    ) {
+        if !gather.runs.is_empty() {
+            for table in layout.derived() {
+                for run in gather.runs.iter() {
+                    table.unmap(run);
+                }
+                table.invalidate(&gather.runs);
             }
-            table.invalidate(&gather.runs);
-        }
-        if layout.table_count() > 0 && !gather.runs.is_empty() {
-            epoch::wait_for_dma();
-            self.sleeping.wait();
+            if layout.table_count() > 0 {
+                drop(layout);
+                drop(operation);
+                epoch::wait_for_dma();
+                self.sleeping.wait();
+                operation = epoch::operation();
+            }
         }
         let runs = gather.runs.clone();
         for run in runs.iter() {
             self.native.release(run, gather);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
+        drop(operation);
     }
 
-    /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go.
+    /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
+    /// pieces are in ascending order of their output addresses.
     pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece]) {
-        let mut found: Vec<IovaRange> = Vec::new();
-        {
-            let _operation = epoch::operation();
-            self.native.leaves(hull, |leaf| {
-                for piece in pieces {
-                    // The part of the leaf that leads into the piece.
-                    let (leaf_first, piece_first) = (leaf.oa.get(), piece.oa.get());
-                    let first = leaf_first.max(piece_first);
-                    let last = (leaf_first + (leaf.size.bytes() - 1)).min(piece_first + (piece.length - 1));
-                    let part = |oa: u64| leaf.iova + (oa - leaf_first);
-                    if first <= last {
-                        found.extend(IovaRange::new(part(first), part(last)));
-                    }
-                }
-                ControlFlow::Continue(())
-            });
-        }
-        let granule = self.granule().bytes() - 1;
-        for run in found {
-            let Some(range) = IovaRange::new(run.first() & !granule, run.last() | granule) else { continue };
-            let mut tries = 0;
-            // The memory must not stay reachable. Without memory for a cut, or with a table that cannot be cut,
-            // whole leaves go instead: more than was asked, but never less.
-            while let Err(error) = self.unmap(range) {
-                match error {
-                    UnmapError::OutOfTables | UnmapError::Table(_) if tries < 3 => step_aside(&mut tries),
-                    _ => {
-                        self.unmap_whole_leaves(range);
-                        break;
-                    }
-                }
+        let mut unknown = vec![hull];
+        let mut tries = 0;
+        while !unknown.is_empty() {
+            let (found, busy) = self.leading_to(&unknown, pieces);
+            for range in found {
+                self.unmap_at_any_price(range);
+            }
+            // Another unmap may be about to end, or to give its leaves back. The memory may only go when that is
+            // decided, and when the DMA that the other one waits for has ended.
+            unknown = busy;
+            if !unknown.is_empty() {
+                step_aside(&mut tries);
             }
         }
     }
 
-    /// Unmaps every leaf that has an address in the range.
-    fn unmap_whole_leaves(&self, range: IovaRange) {
-        for leaf in self.leaves(range) {
-            // Its ends are boundaries already, so nothing has to be cut.
-            let _ = self.unmap(leaf.range());
+    /// Whether something in the range leads, or may lead in a moment, to one of the pieces of memory.
+    pub(crate) fn may_lead_to(&self, hull: IovaRange, pieces: &[Piece]) -> bool {
+        let (found, busy) = self.leading_to(&[hull], pieces);
+        !found.is_empty() || !busy.is_empty()
+    }
+
+    /// Where leaves in these ranges lead to the pieces, and where another operation is at work, so that nobody can
+    /// say yet.
+    fn leading_to(&self, ranges: &[IovaRange], pieces: &[Piece]) -> (Vec<IovaRange>, Vec<IovaRange>) {
+        let (mut found, mut busy) = (Vec::new(), Vec::new());
+        let _operation = epoch::operation();
+        for range in ranges {
+            self.native.occupied(*range, |occupied| {
+                let mut seen = 0u64;
+                self.native.leaves(occupied, |leaf| {
+                    seen = seen.saturating_add(leaf.size.bytes());
+                    let (leaf_first, leaf_last) = (leaf.oa.get(), leaf.oa.get() + (leaf.size.bytes() - 1));
+                    let from = pieces.partition_point(|piece| piece.last() < leaf_first);
+                    for piece in pieces[from..].iter().take_while(|piece| piece.oa.get() <= leaf_last) {
+                        // The part of the leaf that leads into the piece.
+                        let part = |oa: u64| leaf.iova + (oa - leaf_first);
+                        let (first, last) = (leaf_first.max(piece.oa.get()), leaf_last.min(piece.last()));
+                        found.extend(IovaRange::new(part(first), part(last)));
+                    }
+                    ControlFlow::Continue(())
+                });
+                if occupied.length().is_none_or(|length| seen < length) {
+                    busy.push(occupied);
+                }
+                ControlFlow::Continue(())
+            });
+        }
+        (found, busy)
+    }
+
+    /// Unmaps the range, and more of what is around it if there is no other way. The memory behind it must not stay
+    /// reachable; without memory for a cut, or with a table that cannot be cut, whole leaves have to go.
+    fn unmap_at_any_price(&self, range: IovaRange) {
+        let granule = self.granule().bytes() - 1;
+        let (mut first, mut last) = (range.first() & !granule, range.last() | granule);
+        while let Some(range) = IovaRange::new(first, last) {
+            if self.unmap(range).is_ok() {
+                return;
+            }
+            // The next larger power of two around it. Leaves are powers of two, so one of them ends where leaves
+            // end; and the last of them is everything.
+            let block = u64::MAX >> (first ^ last).leading_zeros().min(63);
+            let block = if first & block == 0 && last & block == block { block << 1 | 1 } else { block };
+            (first, last) = (first & !block, last | block);
         }
     }
 }
