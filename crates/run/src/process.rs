@@ -28,13 +28,16 @@ use rustix::io::Errno;
 
 use crate::listener::Listener;
 use crate::maps;
-use crate::sys::memory;
+use crate::sys::{credentials, memory};
 
 /// More threads than this are not remembered: they are looked up anew.
 const REMEMBERED_THREADS: usize = 256;
 
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_RESOURCE: u32 = 24;
+
+/// The user that stands for one that cannot be told.
+const NOBODY: u32 = 65_534;
 
 /// `/proc/ID` of one certain task.
 #[derive(Debug)]
@@ -232,6 +235,7 @@ impl Processes {
             maps: Mutex::new(maps.into()),
             random_address,
             random,
+            user: Mutex::default(),
         }))
     }
 
@@ -269,6 +273,16 @@ pub(crate) struct AddressSpace {
     maps: Mutex<std::fs::File>,
     random_address: u64,
     random: [u8; 16],
+    user: Mutex<Option<User>>,
+}
+
+/// Who a process runs as, and what was seen of it when that was looked up.
+#[derive(Debug)]
+struct User {
+    /// The owner of its directory and its effective capabilities.
+    seen: (u32, u64),
+    /// Its real user id.
+    real: u32,
 }
 
 impl AddressSpace {
@@ -284,20 +298,28 @@ impl AddressSpace {
         self.is_still_that_of(thread) && self.group.is_alive()
     }
 
+    /// The limit as text, which everybody may read.
+    fn written_memory_lock_limit(&self) -> Option<u64> {
+        let limits = self.group.text("limits").unwrap_or_default();
+        let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
+        match line.and_then(|line| line.split_whitespace().next()) {
+            Some("unlimited") => None,
+            // A process that has gone may lock nothing.
+            soft => Some(soft.and_then(|soft| soft.parse().ok()).unwrap_or(0)),
+        }
+    }
+
+    fn capabilities(&self) -> u64 {
+        credentials::effective_capabilities(self.group_id).unwrap_or(0)
+    }
+
     /// Whether the process holds a capability that counts outside of user namespaces of its own.
     fn has_capability(&self, number: u32) -> bool {
-        let same_namespace =
-            match (self.group.link("ns/user"), rustix::fs::readlink("/proc/self/ns/user", Vec::new())) {
-                (Ok(theirs), Ok(ours)) => theirs.as_os_str().as_encoded_bytes() == ours.as_bytes(),
+        self.capabilities() >> number & 1 == 1
+            && match (self.group.link("ns/user"), std::fs::read_link("/proc/self/ns/user")) {
+                (Ok(theirs), Ok(ours)) => theirs == ours,
                 _ => false,
-            };
-        same_namespace
-            && self
-                .group
-                .status_field("CapEff")
-                .ok()
-                .and_then(|set| u64::from_str_radix(&set, 16).ok())
-                .is_some_and(|set| set >> number & 1 == 1)
+            }
     }
 }
 
@@ -345,23 +367,26 @@ impl Process for AddressSpace {
     }
 
     fn user(&self) -> u32 {
-        // Real, effective, saved and file system ids; memory is charged to the real one.
-        let overflow_user = 65_534;
+        // The real user id is only in a text that takes a while to make. A process that changes it changes its
+        // effective one (the owner of its directory), or gives up capabilities, as well.
+        let owner = rustix::fs::fstat(&self.group.0).map_or(NOBODY, |status| status.st_uid);
+        let seen = (owner, self.capabilities());
+        let mut known = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(user) = known.as_ref().filter(|user| user.seen == seen) {
+            return user.real;
+        }
+        // Real, effective, saved and file system ids.
         let ids = self.group.status_field("Uid").unwrap_or_default();
-        ids.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(overflow_user)
+        let real = ids.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(NOBODY);
+        *known = Some(User { seen, real });
+        real
     }
 
     fn memory_lock_limit(&self) -> Option<u64> {
         if self.has_capability(CAP_IPC_LOCK) {
             return None;
         }
-        let limits = self.group.text("limits").unwrap_or_default();
-        let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
-        match line.and_then(|line| line.split_whitespace().next()) {
-            Some("unlimited") => None,
-            // A process that has gone may lock nothing.
-            soft => Some(soft.and_then(|soft| soft.parse().ok()).unwrap_or(0)),
-        }
+        credentials::locked_memory_limit(self.group_id).unwrap_or_else(|_| self.written_memory_lock_limit())
     }
 
     fn may_change_resource_mode(&self) -> bool {

@@ -1,12 +1,13 @@
 //! The kernel interfaces that neither the standard library nor rustix offers, each as a small safe function.
 //!
 //! This is the only part of the crate with unsafe code. [`seccomp`] installs filters and speaks to their listener,
-//! [`memory`] copies from and to another process and asks about its mappings, [`lease`] tells whether an inode is
+//! [`memory`] copies from and to another process and asks about its mappings, [`credentials`] what it may do, [`lease`] tells whether an inode is
 //! open anywhere else, and [`child`] holds what happens between fork and exec, and signals.
 
 #![allow(unsafe_code)] // The rest of the crate denies it; here is the one place where system calls are made by hand.
 
 pub(crate) mod child;
+pub(crate) mod credentials;
 pub(crate) mod lease;
 pub(crate) mod memory;
 pub(crate) mod seccomp;

@@ -128,6 +128,12 @@ pub(crate) fn poke(address: u64, words: &[u32]) {
     unsafe { std::ptr::copy_nonoverlapping(words.as_ptr(), address as *mut u32, words.len()) };
 }
 
+/// Reads a byte of memory from [`pages`].
+pub(crate) fn peek(address: u64) -> u8 {
+    // SAFETY: the caller passes readable memory of its own. Devices write to it, so it is read as such.
+    unsafe { std::ptr::read_volatile(address as *const u8) }
+}
+
 /// Maps a file.
 pub(crate) fn map_file(file: impl AsFd, length: usize) -> u64 {
     // SAFETY: a new mapping disturbs nobody.

@@ -7,6 +7,7 @@
 
 mod calls;
 mod clients;
+mod device;
 mod harness;
 
 use std::process::ExitCode;
