@@ -13,10 +13,11 @@
 //! # Live counts, and how an empty table goes away
 //!
 //! Beside every table stands a count of its entries that are not absent. Whoever is about to fill an entry
-//! adds one *first*; whoever has emptied an entry subtracts one. A table whose count is 0 may be retired: the
-//! count is replaced by `DEAD` with a compare-exchange, and only the winner of that may change the link in the
-//! parent. An operation that adds to a dead count has come through a link that is going away; it starts again
-//! from the root.
+//! adds one *first*; whoever has emptied an entry subtracts one. A table whose count is 0 may be retired: first
+//! the count is replaced by `DEAD` with a compare-exchange, from which there is no way back, and then the link in
+//! the parent is taken away with another one. Whoever succeeds in that retires the table. It need not be the one
+//! who wrote `DEAD`: an operation that adds to a dead count has come through a link that is going away, and
+//! takes it away itself rather than wait for somebody who may be asleep.
 //!
 //! Not every empty table is retired at once, or a single page mapped and unmapped again and again would
 //! allocate a table each time. A few are kept, marked `KEPT`; a removal that covers the table's whole span, or
@@ -132,7 +133,7 @@ enum Next {
 
 /// Why a visit ends early.
 enum Stop<E> {
-    /// A table on the way was retired: start again from the root at this address.
+    /// The table is retired or about to be: go on above it, at this address.
     Stale(u64),
     /// The operation is refused.
     Error(E),
@@ -150,7 +151,12 @@ trait Visitor<M, A: AtomicEntry> {
         None
     }
 
-    /// Where retired tables go, for a visitor that empties entries; `None`: leave empty tables alone.
+    /// Whether tables that are found empty behind the visitor shall go.
+    fn prunes(&self) -> bool {
+        false
+    }
+
+    /// Where retired tables go. Visitors that prune, or that add entries, have one.
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
         None
     }
@@ -168,6 +174,10 @@ impl<M, A: AtomicEntry> Visitor<M, A> for Sweep<'_, M, A> {
 
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
         if self.until_used && slot.value != 0 { Err(Stop::Error(())) } else { Ok(Next::After(slot.last)) }
+    }
+
+    fn prunes(&self) -> bool {
+        true
     }
 
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
@@ -360,10 +370,22 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                     match visitor.link(&slot, child) {
                         Some(next) => next,
                         None => {
-                            self.visit(visitor, child, slot.first, slot.last)?;
-                            let whole = slot.first & low == 0 && slot.last & low == low;
-                            if let Some(gather) = visitor.gather() {
-                                self.prune(gather, &slot, child, whole);
+                            match self.visit(visitor, child, slot.first, slot.last) {
+                                Ok(()) => {}
+                                Err(Stop::Stale(stale)) => {
+                                    if let Some(gather) = visitor.gather() {
+                                        self.unlink(gather, &slot, child);
+                                    }
+                                    at = stale;
+                                    continue;
+                                }
+                                error => return error,
+                            }
+                            if visitor.prunes() {
+                                let whole = slot.first & low == 0 && slot.last & low == low;
+                                if let Some(gather) = visitor.gather() {
+                                    self.prune(gather, &slot, child, whole);
+                                }
                             }
                             Next::After(slot.last)
                         }
@@ -399,7 +421,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             self.kept.fetch_sub(1, Ordering::Relaxed);
         }
         if self.bury(child, word) {
-            slot.entry.store(0);
+            self.unlink(gather, slot, child);
+        }
+    }
+
+    /// Takes the link to a dead table away, unless somebody else did.
+    fn unlink(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>) {
+        // The link cannot have been changed back: the table's page is not used again while we run.
+        if slot.entry.compare_exchange(slot.value, 0).is_ok() {
             self.subtract_live(slot.node, 1);
             self.retire(gather, child);
         }
@@ -412,7 +441,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
     }
 
-    /// Takes the right to unlink an empty table whose live count was read as `word`.
+    /// Declares an empty table dead, whose live count was read as `word`. It can be unlinked then.
     fn bury(&self, node: Node<A>, word: u64) -> bool {
         let buried = word & (COUNT | DEAD) == 0 && self.live(node).compare_exchange(word, DEAD).is_ok();
         if buried && word & KEPT != 0 {
@@ -421,7 +450,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         buried
     }
 
-    /// Hands over a table that has just been unlinked.
+    /// Hands over a table that this operation has just unlinked.
     fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
         // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
         // too, or could remember a way to this table under that number and find it freed.

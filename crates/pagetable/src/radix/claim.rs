@@ -92,8 +92,12 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
         Ok(Next::After(slot.last))
     }
 
+    fn prunes(&self) -> bool {
+        self.outcome == Outcome::Absent
+    }
+
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
-        (self.outcome == Outcome::Absent).then_some(&mut *self.gather)
+        Some(self.gather)
     }
 }
 

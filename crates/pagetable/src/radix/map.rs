@@ -214,10 +214,18 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
         if !radix.bury(child, word) {
             return None;
         }
-        // The link is ours alone now, and the parent's count stays: one entry for another.
-        slot.entry.store(self.leaf(slot.node.level, size, slot.first));
+        // One entry for another: the parent's count stays.
+        let leaf = self.leaf(slot.node.level, size, slot.first);
+        if slot.entry.compare_exchange(slot.value, leaf).is_err() {
+            // Somebody took the dead table's link away.
+            return Some(Next::Again);
+        }
         radix.retire(self.gather, child);
         Some(self.installed_leaf(slot.first, size))
+    }
+
+    fn gather(&mut self) -> Option<&mut Gather<M, A>> {
+        Some(self.gather)
     }
 }
 

@@ -48,6 +48,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
         Ok(Next::After(last))
     }
 
+    fn prunes(&self) -> bool {
+        true
+    }
+
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
         Some(self.gather)
     }
