@@ -76,6 +76,9 @@ impl Service {
         };
         if matches!(reply, Reply::Elsewhere) {
             kind = kind.elsewhere();
+            tracing::trace!(thread = notification.thread, "{kind:x?}");
+        } else {
+            tracing::debug!(thread = notification.thread, "{kind:x?}: {reply:x?}");
         }
         let failed = matches!(reply, Reply::Error(_));
         self.answer(notification.id, reply);
