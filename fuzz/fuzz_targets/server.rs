@@ -199,6 +199,29 @@ fn dma(client: &InProcess, fd: i32, iova: u64, length: u16, to_memory: bool, wai
     }
 }
 
+/// Brings the first program some way into a session, so that short inputs reach far: descriptor 4 is an iommufd, 5 a
+/// device.
+fn prepare(client: &InProcess, steps: u8) {
+    let (iommu, device) = (Fd(1), Fd(2));
+    if steps & 1 != 0 {
+        run(client, iommu, iommufd::IoasAlloc::default());
+        run(client, device, vfio::DeviceBindIommufd { iommufd: iommu.get(), ..Default::default() });
+    }
+    if steps & 2 != 0 {
+        run(client, device, vfio::DeviceAttachIommufdPt { pt_id: 1, ..Default::default() });
+    }
+    if steps & 4 != 0 {
+        for (user_va, length) in [(BUFFER, BUFFER_SIZE), (LARGE, LARGE_SIZE)] {
+            let (ioas_id, iova) = (1, user_va);
+            run(
+                client,
+                iommu,
+                iommufd::IoasMap { flags: 7, ioas_id, user_va, length, iova, ..Default::default() },
+            );
+        }
+    }
+}
+
 fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd, call: Call) {
     match call {
         Call::OpenIommu => open(server, client, "/dev/iommu"),
@@ -376,6 +399,7 @@ fuzz_target!(|input: &[u8]| {
     let mut second = Some(second);
 
     let mut input = Unstructured::new(input);
+    prepare(&first, u8::arbitrary(&mut input).unwrap_or(0));
     while !input.is_empty() {
         let Ok(who) = u8::arbitrary(&mut input) else { break };
         let Ok(call) = Call::arbitrary(&mut input) else { break };

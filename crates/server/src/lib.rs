@@ -36,11 +36,26 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Where it differs from Linux
+//!
+//! - Private memory of a client is reached through its process, not pinned: when the process ends or unmaps it, the
+//!   device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
+//!   a file of hugetlbfs is a fault.
+//! - Every page is charged once for all that one user maps of it, however often and through however many opens.
+//! - Unmapping over several areas happens whole or not at all.
+//! - A client cannot grow the server without bound: 4,096 objects and 2^20 areas for each open, 2^12 allowed ranges for
+//!   each address space, arguments of 64 KiB; beyond that, `ENOMEM` or `E2BIG`.
+//! - Absent so far: interrupts, mapping of device regions, groups and type 1 containers, nesting, PASIDs, fault queues
+//!   and dirty tracking. Their commands are known, and refused with the error of a kernel without the capability.
+//!
 //! # Threads and locks
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
-//! is read or written: a device file's state and attachment, an address space's areas, a context's table of objects,
-//! the registry of memory, an account. The engine's own locks are innermost.
+//! is read or written for a call: a device file's state and attachment, an address space's areas, a page table
+//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost.
+//!
+//! Unmapping and detaching wait until the device's running copies have ended, as they must; a client whose memory
+//! answers slowly thereby delays those who share an address space or a device with it, and nobody else.
 
 #![forbid(unsafe_code)]
 

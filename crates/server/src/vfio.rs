@@ -31,8 +31,9 @@ use rustix::io::Errno;
 
 use crate::argument;
 use crate::iommufd::Context;
+use crate::iommufd::errno::attach_errno;
 use crate::iommufd::hwpt::Hwpt;
-use crate::iommufd::ioas::{TableUse, attach_errno};
+use crate::iommufd::ioas::TableUse;
 use crate::iommufd::objects::{Counted, Held, HeldObject, Object, Users};
 use crate::poison::lock;
 use crate::status::DeviceStatus;

@@ -16,21 +16,20 @@
 //! here, since the space may not know them.
 //!
 //! One lock guards the areas together with the number of tables. It is held while memory is registered and the engine
-//! maps, so that an area is mapped in all tables or in none; it is never held while client memory is read or written.
+//! maps, so that an area is mapped in all tables or in none; it is never held while a call reads or writes its client's
+//! memory.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use ioasid::iova::find_hole;
-use ioasid::{
-    AttachError, Device, Iova, IovaRange, MapError, Memory, PageSize, Permissions, ReservationOwner,
-    ReserveError, Space, Table, TableError, UnmapError,
-};
+use ioasid::{Device, Iova, IovaRange, Memory, PageSize, Permissions, ReservationOwner, Space, Table};
 use rustix::io::Errno;
 
 use super::areas::Areas;
+use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
+use super::placement;
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
@@ -39,10 +38,7 @@ use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
 pub(crate) const AREAS_PER_CONTEXT: usize = 1 << 20;
 
 /// How many ranges a client may allow, and how many it may reserve for tests, in one address space.
-pub(crate) const RANGES_PER_IOAS: usize = 1 << 14;
-
-/// The largest alignment that automatic placement keeps: that of a huge page.
-const HUGE_PAGE_SIZE: u64 = 2 << 20;
+pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
 
 /// Who reserved the ranges that the self-test's command adds.
 const SELFTEST_OWNER: ReservationOwner = ReservationOwner::User(0);
@@ -191,7 +187,7 @@ impl Ioas {
             Placement::Fixed(iova) => self.check_fixed(&state, iova, length)?,
             Placement::Anywhere => {
                 let start = slices.first().ok_or(Errno::INVAL)?.start();
-                self.find_room(&state, start, length)?
+                placement::find_room(&self.space, &state.areas, start, length, alignment)?
             }
         };
 
@@ -236,60 +232,6 @@ impl Ioas {
             return Err(Errno::EXIST);
         }
         Ok(iova)
-    }
-
-    /// The lowest IOVA that has room for `length` bytes of memory that begins at `start` (an address or file offset).
-    ///
-    /// It keeps the memory's offset in its page and, up to a huge page, the alignment that the memory and the length
-    /// have, so that large leaves become possible. It is never 0, which programs take for failure.
-    fn find_room(&self, state: &State, start: u64, length: u64) -> Result<u64, Errno> {
-        if length >= u64::MAX / 2 {
-            return Err(Errno::OVERFLOW);
-        }
-        let of_memory = if start == 0 { HUGE_PAGE_SIZE } else { 1 << start.trailing_zeros() };
-        let wanted = length.next_power_of_two().min(of_memory).min(HUGE_PAGE_SIZE);
-        if wanted < state.alignment() {
-            return Err(Errno::INVAL);
-        }
-        // An offset in the page is kept by looking for a page-aligned place in a picture of the space that is moved
-        // down by the offset.
-        let offset = start % PAGE_SIZE;
-        let wanted = if offset == 0 { wanted } else { PAGE_SIZE };
-        let conflict = |candidate: IovaRange| {
-            let candidate = IovaRange::new(candidate.first() + offset, candidate.last() + offset)?;
-            let area = state.areas.last_overlap(candidate)?;
-            IovaRange::new(0, area.last() - offset)
-        };
-        self.windows()
-            .into_iter()
-            .filter_map(|window| {
-                IovaRange::new(window.first().saturating_sub(offset), window.last().checked_sub(offset)?)
-            })
-            .find_map(|window| find_hole(window, length, wanted, conflict))
-            .map(|hole| hole + offset)
-            .ok_or(Errno::NOSPC)
-    }
-
-    /// Where automatic placement may put something, ascending: what is allowed and not reserved, but for the first
-    /// and the last page.
-    fn windows(&self) -> Vec<IovaRange> {
-        let Some(limits) = IovaRange::new(PAGE_SIZE, u64::MAX - PAGE_SIZE) else { return Vec::new() };
-        let allowed = match self.space.allowed_ranges() {
-            ranges if ranges.is_empty() => vec![limits],
-            ranges => joined(ranges),
-        };
-        let usable = self.space.usable_ranges();
-        let (mut a, mut b) = (allowed.iter().peekable(), usable.iter().peekable());
-        let mut windows = Vec::new();
-        while let (Some(x), Some(y)) = (a.peek(), b.peek()) {
-            windows.extend(x.intersection(y).and_then(|both| both.intersection(&limits)));
-            if x.last() < y.last() {
-                a.next()
-            } else {
-                b.next()
-            };
-        }
-        windows
     }
 
     /// Registers areas and maps them in the engine's space: all, or none.
@@ -547,70 +489,5 @@ impl Ioas {
             derived_table_bytes: statistics.derived_table_bytes,
             ..AddressSpaceStatus::default()
         }
-    }
-}
-
-/// Ascending ranges with those that touch made one.
-fn joined(ranges: Vec<IovaRange>) -> Vec<IovaRange> {
-    let mut joined: Vec<IovaRange> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match joined.last_mut() {
-            Some(before) if before.last().checked_add(1) == Some(range.first()) => {
-                *before = IovaRange::new(before.first(), range.last()).unwrap_or(range);
-            }
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
-fn map_errno(error: MapError) -> Errno {
-    match error {
-        MapError::AlreadyMapped { .. } => Errno::EXIST,
-        MapError::Reserved { .. } => Errno::ADDRINUSE,
-        MapError::NoHole { .. } => Errno::NOSPC,
-        MapError::OutOfTables => Errno::NOMEM,
-        MapError::Table(error) => table_errno(&error),
-        MapError::NoRange { .. }
-        | MapError::BeyondMemory { .. }
-        | MapError::Misaligned { .. }
-        | MapError::NoPermission
-        | MapError::OtherBus => Errno::INVAL,
-    }
-}
-
-fn unmap_errno(error: UnmapError) -> Errno {
-    match error {
-        UnmapError::OutOfTables => Errno::NOMEM,
-        UnmapError::Table(error) => table_errno(&error),
-        UnmapError::Misaligned { .. } => Errno::INVAL,
-    }
-}
-
-fn reserve_errno(error: ReserveError) -> Errno {
-    match error {
-        ReserveError::Mapped { .. } | ReserveError::Allowed { .. } | ReserveError::Reserved { .. } => {
-            Errno::ADDRINUSE
-        }
-        ReserveError::Overlapping { .. } => Errno::INVAL,
-    }
-}
-
-/// The error number for a device that was not attached.
-pub(crate) fn attach_errno(error: &AttachError) -> Errno {
-    match error {
-        AttachError::NoDevice(_) => Errno::NODEV,
-        AttachError::Incompatible => Errno::INVAL,
-        AttachError::Mapped { .. } | AttachError::Allowed { .. } => Errno::ADDRINUSE,
-        AttachError::Table(error) => table_errno(error),
-    }
-}
-
-fn table_errno(error: &TableError) -> Errno {
-    match error {
-        TableError::OutOfTables => Errno::NOMEM,
-        TableError::CannotCut { .. } => Errno::BUSY,
-        TableError::DoesNotFit { .. } => Errno::INVAL,
-        TableError::Refused(_) => Errno::IO,
     }
 }

@@ -1,8 +1,9 @@
 //! `/dev/iommu`: one [`Context`] for each open.
 //!
 //! - [`objects`]: the numbered objects, and who uses them;
-//! - [`areas`], [`ioas`]: address spaces;
+//! - [`areas`], [`ioas`], `placement`: address spaces;
 //! - [`hwpt`]: page tables;
+//! - [`errno`]: the error numbers for what the engine refuses;
 //! - `commands`: what each command does, one function each;
 //! - `selftest`: the test-only command of the kernel's self-test.
 //!
@@ -10,9 +11,11 @@
 
 pub(crate) mod areas;
 mod commands;
+pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
+mod placement;
 mod selftest;
 
 use std::sync::Arc;
