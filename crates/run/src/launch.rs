@@ -68,7 +68,7 @@ pub enum RunError {
 /// What the child shall be like.
 #[derive(Debug, Default)]
 pub(crate) struct ChildSetup {
-    /// Signals that we ignore and the child shall not.
+    /// What signals do in the child, where it is something else in us.
     pub(crate) signals: Vec<ChildSignal>,
     /// The soft limit on open files, where ours is another.
     pub(crate) descriptor_limit: Option<Option<u64>>,

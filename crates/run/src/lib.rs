@@ -1,6 +1,6 @@
 //! The transport that gives unmodified programs a `/dev/iommu` and a `/dev/vfio`: seccomp user notification.
 //!
-//! [`run`] starts a program as a child that has a filter before every system call ([`filter`](mod@filter)). Three
+//! [`run`] starts a program as a child that has a filter before every system call (`filter`). Three
 //! sorts of calls stop there: opens, ioctls of VFIO's and iommufd's type, and accesses to device regions. The kernel
 //! puts the caller to sleep and hands us the request through a *listener*; we look into the caller's memory and
 //! descriptors, let the [`Server`](ioasid_server::Server) act, and answer. All other calls run at native speed.

@@ -78,7 +78,7 @@ impl Service {
             kind = kind.elsewhere();
             tracing::trace!(thread = notification.thread, "{kind:x?}");
         } else {
-            tracing::debug!(thread = notification.thread, "{kind:x?}: {reply:x?}");
+            tracing::debug!(thread = notification.thread, "{kind:x?}: {reply:?}");
         }
         let failed = matches!(reply, Reply::Error(_));
         self.answer(notification.id, reply);

@@ -80,14 +80,14 @@ impl Signals {
         Ok(())
     }
 
-    /// What a child must set back before it execs, because exec keeps it: signals that we ignore and did not before.
+    /// What a child must set back before it execs: exec keeps what is ignored, and ends what is handled.
     pub(crate) fn inherited_by_child(&self) -> Vec<ChildSignal> {
         self.before
             .iter()
-            .filter(|(signal, before)| {
-                LEFT_TO_THE_PROGRAM.contains(signal) && before.sa_sigaction != libc::SIG_IGN
+            .map(|(signal, before)| ChildSignal {
+                signal: *signal,
+                ignored: before.sa_sigaction == libc::SIG_IGN,
             })
-            .map(|(signal, _)| ChildSignal(*signal))
             .collect()
     }
 }
@@ -106,17 +106,22 @@ impl Drop for Signals {
     }
 }
 
-/// A signal whose default disposition a child takes up again.
+/// What a signal shall do in a child.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ChildSignal(libc::c_int);
+pub(crate) struct ChildSignal {
+    signal: libc::c_int,
+    /// Ignored, as it was in us; otherwise its default.
+    ignored: bool,
+}
 
 impl ChildSignal {
     /// Async-signal-safe.
     pub(crate) fn reset(self) -> Result<(), Errno> {
-        // SAFETY: an all-zero sigaction is SIG_DFL without flags.
+        // SAFETY: an all-zero sigaction is valid, and SIG_DFL and SIG_IGN need no handler.
         unsafe {
-            let action: libc::sigaction = MaybeUninit::zeroed().assume_init();
-            checked(libc::sigaction(self.0, &raw const action, ptr::null_mut()).into())?;
+            let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+            action.sa_sigaction = if self.ignored { libc::SIG_IGN } else { libc::SIG_DFL };
+            checked(libc::sigaction(self.signal, &raw const action, ptr::null_mut()).into())?;
         }
         Ok(())
     }

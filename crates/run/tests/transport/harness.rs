@@ -11,6 +11,8 @@ use ioasid_run::{Options, run};
 use ioasid_server::{Server, ServerOptions};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
+use crate::calls::{close_number, system_call};
+
 /// No run of these tests takes a tenth of it on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -251,4 +253,19 @@ pub(crate) fn can_link_statically() -> bool {
             child.wait()
         })
         .is_ok_and(|status| status.success())
+}
+
+/// Whether a client can make the kernel wait for memory that it does not provide (userfaultfd for the kernel's own
+/// accesses); where it cannot, nobody else needs protection from it.
+pub(crate) fn may_stall(who: Who) -> bool {
+    match who {
+        Who::Tester => {
+            let tried = system_call(libc::SYS_userfaultfd, [libc::O_CLOEXEC as u64, 0, 0, 0]);
+            tried.map(|descriptor| close_number(descriptor as i32)).is_ok()
+        }
+        Who::Nobody => {
+            let open_to_all = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+            open_to_all.is_ok_and(|value| value.trim() == "1")
+        }
+    }
 }

@@ -1,0 +1,196 @@
+//! Many at once, killed, stopped, stalled, interrupted, and closed to us.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::calls::*;
+
+pub(super) fn threads() {
+    let shared = open_iommu();
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let mut last = 0;
+                for round in 0..200 {
+                    let id = allocate(&shared).unwrap();
+                    assert!(id > last, "each id is given once");
+                    last = id;
+                    if round % 20 == 0 {
+                        let own = open_iommu();
+                        allocate(&own).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(files_in_server(), 1);
+    drop(shared);
+    assert_eq!(files_in_server(), 0);
+}
+
+pub(super) fn killed_at_any_moment() {
+    let iommu = open_iommu();
+    for round in 0..60 {
+        let child = fork(|| {
+            thread::scope(|scope| {
+                for _ in 0..3 {
+                    scope.spawn(|| {
+                        loop {
+                            let own = open_iommu();
+                            let _ = (allocate(&iommu), allocate(&own), File::open("/dev/null"));
+                        }
+                    });
+                }
+            });
+        });
+        thread::sleep(Duration::from_micros(300 * (round % 20)));
+        kill_process(child, Signal::KILL).unwrap();
+        assert_eq!(wait(child).terminating_signal(), Some(libc::SIGKILL));
+        // The others notice nothing.
+        allocate(&iommu).unwrap();
+        expect_files_in_server(1);
+    }
+}
+
+/// Tells when all threads of the supervisor have stopped, without a call that would need it.
+struct StopWatch(Vec<File>);
+
+impl StopWatch {
+    fn new() -> Self {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", supervisor())).unwrap();
+        Self(threads.map(|thread| File::open(thread.unwrap().path().join("stat")).unwrap()).collect())
+    }
+
+    fn wait(&self) {
+        let start = Instant::now();
+        let is_stopped = |file: &File| {
+            let mut text = [0; 512];
+            let length = file.read_at(&mut text, 0).unwrap();
+            // The state is the word after the name in parentheses.
+            let name_end = text[..length].iter().rposition(|byte| *byte == b')').unwrap();
+            text[name_end + 2] == b'T'
+        };
+        while !self.0.iter().all(is_stopped) {
+            assert!(start.elapsed() < Duration::from_secs(20));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Nothing between the two signals may need the supervisor.
+pub(super) fn killed_while_the_server_sleeps() {
+    let iommu = open_iommu();
+    let supervisor = Pid::from_raw(supervisor()).unwrap();
+    for _ in 0..10 {
+        let (reading, writing) = rustix::pipe::pipe().unwrap();
+        let child = fork(|| {
+            rustix::io::read(&reading, &mut [0; 1]).unwrap();
+            let _ = allocate(&iommu);
+        });
+        let stopped = StopWatch::new();
+        kill_process(supervisor, Signal::STOP).unwrap();
+        stopped.wait();
+        rustix::io::write(&writing, b"x").unwrap();
+        thread::sleep(Duration::from_millis(20));
+        kill_process(child, Signal::KILL).unwrap();
+        let status = wait(child);
+        kill_process(supervisor, Signal::CONT).unwrap();
+        assert_eq!(status.terminating_signal(), Some(libc::SIGKILL), "a killed client does not wait for us");
+        allocate(&iommu).unwrap();
+    }
+    drop(iommu);
+    assert_eq!(files_in_server(), 0);
+}
+
+/// Copying from a client may take for ever: from memory that somebody else provides page by page, and does not.
+pub(super) fn a_stalled_client_stops_nobody() {
+    let new_userfaultfd = || system_call(libc::SYS_userfaultfd, [libc::O_CLOEXEC as u64, 0, 0, 0]);
+    let iommu = open_iommu();
+    let child = fork(|| {
+        const PAGE: u64 = 4096;
+        const UFFDIO_API: u32 = 0xc018_aa3f;
+        const UFFDIO_REGISTER: u32 = 0xc020_aa00;
+        let userfaultfd = new_userfaultfd().unwrap() as i32;
+        let mut api = [0xaau64, 0, 0];
+        ioctl(userfaultfd, UFFDIO_API, (&raw mut api).addr() as u64).unwrap();
+        let memory = pages(8 * PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
+        let mut register = [memory, 8 * PAGE, 1, 0];
+        ioctl(userfaultfd, UFFDIO_REGISTER, (&raw mut register).addr() as u64).unwrap();
+        thread::scope(|scope| {
+            for number in 0..8 {
+                let iommu = &iommu;
+                scope.spawn(move || allocate_at(iommu, memory + number * PAGE));
+            }
+        });
+    });
+    // Long enough for all eight to be stuck.
+    thread::sleep(Duration::from_millis(200));
+    let start = Instant::now();
+    for _ in 0..100 {
+        allocate(&iommu).unwrap();
+    }
+    assert!(start.elapsed() < Duration::from_secs(10));
+    kill_process(child, Signal::KILL).unwrap();
+    assert_eq!(wait(child).terminating_signal(), Some(libc::SIGKILL));
+    allocate(&iommu).unwrap();
+    drop(iommu);
+    expect_files_in_server(0);
+}
+
+pub(super) fn signals_do_not_repeat_calls() {
+    extern "C" fn ignore(_: libc::c_int) {}
+    for flags in [0, libc::SA_RESTART] {
+        // SAFETY: the handler does nothing; an all-zero sigaction is valid otherwise.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            action.sa_flags = flags;
+            assert_eq!(libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()), 0);
+        }
+        let iommu = open_iommu();
+        let parent = rustix::process::getpid();
+        let pest = fork(|| {
+            loop {
+                if kill_process(parent, Signal::USR1).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_micros(50));
+            }
+        });
+        let mut successes = 0;
+        let mut last = 0;
+        for _ in 0..3000 {
+            match allocate(&iommu) {
+                Ok(id) => {
+                    successes += 1;
+                    last = id;
+                }
+                Err(errno) => assert_eq!(errno, Errno::INTR),
+            }
+        }
+        kill_process(pest, Signal::KILL).unwrap();
+        wait(pest);
+        assert_eq!(last, successes, "an interrupted call has not been executed");
+    }
+}
+
+pub(super) fn not_dumpable() {
+    let iommu = open_iommu();
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).unwrap();
+    let result = allocate(&iommu);
+    // A supervisor with CAP_SYS_PTRACE may look into it all the same.
+    if rustix::process::getuid().is_root() {
+        result.unwrap();
+    } else {
+        assert_eq!(result, Err(Errno::FAULT));
+    }
+    File::open("/dev/null").unwrap();
+    assert!(File::open("/nonexistent").is_err());
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable).unwrap();
+    allocate(&iommu).unwrap();
+}
