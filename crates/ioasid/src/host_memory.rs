@@ -64,8 +64,8 @@ impl HostMemory {
                 self.pointer.as_ptr().add(offset),
                 buffer.as_mut_ptr(),
                 buffer.len(),
-            )
-        };
+            );
+        }
         Some(())
     }
 

@@ -1,0 +1,387 @@
+//! An IOMMU for tests: it does what a real one does, checks that the engine keeps its side of the contract, and
+//! fails, sleeps or blocks on request.
+//!
+//! Its derived tables are VT-d second-stage tables. Every call is checked: no two at the same time for one address
+//! (except cuts), no mapping over a mapping, no unmap whose ends were not cut before.
+
+#![allow(dead_code, reason = "every test program uses its own part of it")]
+
+use ioasid::pagetable::{Native, VtdSecondStage};
+use ioasid::{
+    AttachError, Attributes, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable, Requirements, Rid,
+    Runs, Space, Table, TableClass, TableError,
+};
+use std::any::Any;
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::time::Duration;
+
+/// A mapping as it is compared: first address, bytes, output address, attributes.
+pub(crate) type Mapping = (u64, u64, u64, Attributes);
+
+/// Neighbouring leaves that say the same, joined: what is mapped, whatever the leaves are.
+fn join(leaves: impl IntoIterator<Item = Leaf>) -> Vec<Mapping> {
+    let mut joined: Vec<Mapping> = Vec::new();
+    for leaf in leaves {
+        let (iova, bytes, oa) = (leaf.iova, leaf.size.bytes(), leaf.oa.get());
+        let attributes = leaf.attributes & (Attributes::READ | Attributes::WRITE);
+        match joined.last_mut() {
+            Some((first, length, first_oa, before))
+                if first.checked_add(*length) == Some(iova)
+                    && *first_oa + *length == oa
+                    && *before == attributes =>
+            {
+                *length += bytes;
+            }
+            _ => joined.push((iova, bytes, oa, attributes)),
+        }
+    }
+    joined
+}
+
+/// What is mapped in the space, by its native table.
+pub(crate) fn mappings(space: &Space) -> Vec<Mapping> {
+    join(space.leaves(IovaRange::ALL))
+}
+
+/// The calls that can be told to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    NewTable,
+    Attach,
+    Map,
+    Fill,
+    Cut,
+}
+
+impl Call {
+    pub(crate) const ALL: [Call; 5] = [Call::NewTable, Call::Attach, Call::Map, Call::Fill, Call::Cut];
+}
+
+/// What the double shall do wrong.
+#[derive(Debug, Default)]
+pub(crate) struct Switches {
+    /// Calls of each kind until one fails: 1 is the next; 0: none fails.
+    countdown: [AtomicI64; 5],
+    /// A call that fails does its work first and undoes it.
+    pub(crate) late: AtomicBool,
+    /// Leaves cannot be cut.
+    pub(crate) uncuttable: AtomicBool,
+    /// Every call sleeps this long.
+    pub(crate) sleep_micros: AtomicU64,
+    gate: Mutex<Gate>,
+    moved: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Option<Stop>,
+    waiting: usize,
+}
+
+/// Who stops at the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// Calls that can fail.
+    Calls,
+    /// Calls that empty a table.
+    Unmaps,
+}
+
+impl Switches {
+    /// Lets the `number`th call of this kind from now on fail, once.
+    pub(crate) fn fail(&self, call: Call, number: i64) {
+        self.countdown[call as usize].store(number, Ordering::SeqCst);
+    }
+
+    /// Takes back what [`fail`](Self::fail) asked for. Whether the call has failed.
+    pub(crate) fn has_failed(&self, call: Call) -> bool {
+        self.countdown[call as usize].swap(0, Ordering::SeqCst) <= 0
+    }
+
+    fn fails(&self, call: Call) -> bool {
+        let micros = self.sleep_micros.load(Ordering::Relaxed);
+        if micros > 0 {
+            std::thread::sleep(Duration::from_micros(micros));
+        }
+        self.pass_gate(Stop::Calls);
+        let countdown = &self.countdown[call as usize];
+        countdown.load(Ordering::SeqCst) > 0 && countdown.fetch_sub(1, Ordering::SeqCst) == 1
+    }
+
+    /// Stops these calls at their beginning until the gate is opened.
+    pub(crate) fn close_gate(&self, stop: Stop) {
+        self.gate.lock().unwrap().closed = Some(stop);
+    }
+
+    pub(crate) fn open_gate(&self) {
+        self.gate.lock().unwrap().closed = None;
+        self.moved.notify_all();
+    }
+
+    /// Returns when a call stands at the gate.
+    pub(crate) fn wait_for_call(&self) {
+        let gate = self.gate.lock().unwrap();
+        drop(self.moved.wait_while(gate, |gate| gate.waiting == 0).unwrap());
+    }
+
+    fn pass_gate(&self, stop: Stop) {
+        let mut gate = self.gate.lock().unwrap();
+        if gate.closed == Some(stop) {
+            gate.waiting += 1;
+            self.moved.notify_all();
+            gate = self.moved.wait_while(gate, |gate| gate.closed == Some(stop)).unwrap();
+            gate.waiting -= 1;
+        }
+    }
+}
+
+/// The test's own error.
+#[derive(Debug, thiserror::Error)]
+#[error("the test wants this call to fail")]
+struct Wanted;
+
+fn refused() -> TableError {
+    TableError::Refused(Box::new(Wanted))
+}
+
+/// A derived table under observation.
+#[derive(Debug)]
+pub(crate) struct DoubleTable {
+    inner: RadixTable<VtdSecondStage>,
+    switches: Arc<Switches>,
+    /// The ranges of the calls that are running, other than cuts.
+    running: Mutex<Vec<IovaRange>>,
+}
+
+/// A call that is running.
+struct Running<'a>(&'a DoubleTable, IovaRange);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut running = self.0.running.lock().unwrap();
+        let index = running.iter().position(|range| *range == self.1).unwrap();
+        running.swap_remove(index);
+    }
+}
+
+impl DoubleTable {
+    fn run(&self, range: IovaRange) -> Running<'_> {
+        let mut running = self.running.lock().unwrap();
+        let clash = running.iter().find(|other| other.overlaps(&range));
+        assert!(clash.is_none(), "two calls at the same time for {range} and {}", clash.unwrap());
+        running.push(range);
+        Running(self, range)
+    }
+
+    /// What is mapped in it.
+    pub(crate) fn mappings(&self) -> Vec<Mapping> {
+        let mut leaves = Vec::new();
+        self.inner.radix().leaves(IovaRange::ALL, |leaf| {
+            leaves.push(leaf);
+            ControlFlow::Continue(())
+        });
+        join(leaves)
+    }
+
+    /// The translation of one address.
+    pub(crate) fn walk(&self, iova: u64) -> Option<(u64, Attributes)> {
+        let leaf = self.inner.radix().walk(iova).ok()?;
+        Some((leaf.output(iova).get(), leaf.attributes & (Attributes::READ | Attributes::WRITE)))
+    }
+
+    /// The leaf that reaches over a boundary.
+    fn across(&self, at: u64) -> Option<Leaf> {
+        self.inner.radix().walk(at).ok().filter(|leaf| leaf.iova < at)
+    }
+}
+
+impl DerivedTable for DoubleTable {
+    fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Map);
+        if fails && !self.switches.late.load(Ordering::SeqCst) {
+            return Err(refused());
+        }
+        self.inner.map(range, oa, attributes)?;
+        if fails {
+            self.inner.unmap(range);
+            return Err(refused());
+        }
+        Ok(())
+    }
+
+    fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Fill);
+        if !fails || self.switches.late.load(Ordering::SeqCst) {
+            self.inner.fill(range, oa, attributes)?;
+        }
+        if fails { Err(refused()) } else { Ok(()) }
+    }
+
+    fn cut(&self, range: IovaRange) -> Result<(), TableError> {
+        if self.switches.fails(Call::Cut) {
+            return Err(refused());
+        }
+        if self.switches.uncuttable.load(Ordering::SeqCst) {
+            let mut ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
+            return match ends.find(|&at| self.across(at).is_some()) {
+                Some(at) => Err(TableError::CannotCut { at }),
+                None => Ok(()),
+            };
+        }
+        self.inner.cut(range)
+    }
+
+    fn unmap(&self, range: IovaRange) {
+        let _running = self.run(range);
+        self.switches.pass_gate(Stop::Unmaps);
+        for at in std::iter::once(range.first()).chain(range.last().checked_add(1)) {
+            assert!(self.across(at).is_none(), "unmap of {range} across a leaf at {at:#x}");
+        }
+        self.inner.unmap(range);
+    }
+
+    fn invalidate(&self, runs: &Runs) {
+        assert!(!runs.is_empty(), "nothing to invalidate");
+        for run in runs.iter() {
+            self.inner.radix().leaves(run, |leaf| panic!("{leaf:?} is to be invalidated but still mapped"));
+        }
+    }
+
+    fn table_bytes(&self) -> Option<u64> {
+        self.inner.table_bytes()
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// An IOMMU with devices of any requirements.
+#[derive(Debug)]
+pub(crate) struct Double {
+    devices: HashMap<Rid, Requirements>,
+    attached: Mutex<HashMap<Rid, Arc<Table>>>,
+    tables: Mutex<Vec<Weak<DoubleTable>>>,
+    pub(crate) switches: Arc<Switches>,
+}
+
+/// Devices that walk the native table.
+pub(crate) const NATIVE: Rid = Rid(1);
+pub(crate) const NATIVE_TOO: Rid = Rid(2);
+/// Devices that share a derived table.
+pub(crate) const DERIVED: Rid = Rid(0x10);
+pub(crate) const DERIVED_TOO: Rid = Rid(0x11);
+/// A device with a derived table of another kind, without leaves of 1 GiB.
+pub(crate) const SMALL: Rid = Rid(0x20);
+
+/// The interrupt window of x86.
+pub(crate) fn interrupts() -> IovaRange {
+    IovaRange::new(0xfee0_0000, 0xfeef_ffff).unwrap()
+}
+
+/// What the derived tables can translate.
+pub(crate) fn aperture() -> IovaRange {
+    IovaRange::new(0, (1 << 48) - 1).unwrap()
+}
+
+impl Double {
+    pub(crate) fn new() -> Arc<Double> {
+        let native = Requirements {
+            class: TableClass::NATIVE,
+            aperture: IovaRange::ALL,
+            reserved: Vec::new(),
+            coherent: true,
+        };
+        let of_variant = |variant| Requirements {
+            class: TableClass::Derived { iommu: 1, format: "vtdss", variant },
+            aperture: aperture(),
+            reserved: vec![interrupts()],
+            coherent: true,
+        };
+        let devices = [
+            (NATIVE, native.clone()),
+            (NATIVE_TOO, native),
+            (DERIVED, of_variant(0)),
+            (DERIVED_TOO, of_variant(0)),
+            (SMALL, of_variant(1)),
+        ];
+        Arc::new(Double {
+            devices: devices.into(),
+            attached: Mutex::default(),
+            tables: Mutex::default(),
+            switches: Arc::default(),
+        })
+    }
+
+    pub(crate) fn device(self: &Arc<Self>, rid: Rid) -> Device {
+        Device::new(self.clone(), rid).unwrap()
+    }
+
+    /// A device attached to the table of the space that its class shares.
+    pub(crate) fn attached(self: &Arc<Self>, rid: Rid, space: &Arc<Space>) -> Device {
+        let device = self.device(rid);
+        device.attach(&Table::for_device(space, &device).unwrap()).unwrap();
+        device
+    }
+
+    /// Where the device's DMA goes.
+    pub(crate) fn table_of(&self, rid: Rid) -> Option<Arc<Table>> {
+        self.attached.lock().unwrap().get(&rid).cloned()
+    }
+
+    /// All derived tables that exist, oldest first.
+    pub(crate) fn tables(&self) -> Vec<Arc<DoubleTable>> {
+        self.tables.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+impl Iommu for Double {
+    fn requirements(&self, device: Rid) -> Option<Requirements> {
+        self.devices.get(&device).cloned()
+    }
+
+    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
+        if self.switches.fails(Call::NewTable) {
+            return Err(TableError::OutOfTables.into());
+        }
+        let TableClass::Derived { variant, .. } = class else { panic!("asked for a native table") };
+        let format = VtdSecondStage::new(4).unwrap();
+        let format = if variant == 0 { format } else { format.with_large_pages(2 << 20) };
+        let table = Arc::new(DoubleTable {
+            inner: RadixTable::new(format),
+            switches: self.switches.clone(),
+            running: Mutex::default(),
+        });
+        self.tables.lock().unwrap().push(Arc::downgrade(&table));
+        Ok(table)
+    }
+
+    fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
+        if self.switches.fails(Call::Attach) {
+            return Err(refused().into());
+        }
+        let before = self.attached.lock().unwrap().insert(device, table.clone());
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+        Ok(())
+    }
+
+    fn block(&self, device: Rid) {
+        let before = self.attached.lock().unwrap().remove(&device);
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+    }
+}
+
+/// A space whose leaves are no larger than 2^`log2` bytes.
+pub(crate) fn space_of_leaves(bus: &Arc<ioasid::Bus>, log2: u32) -> Arc<Space> {
+    let largest = ioasid::PageSize::from_log2(log2).unwrap();
+    Space::with_format(bus, Native::new().with_largest_leaf(largest))
+}

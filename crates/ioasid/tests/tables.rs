@@ -1,0 +1,582 @@
+//! Derived tables follow their space: when they come, while they are there, when something fails, and when they
+//! go. A table is compared with the native one by what it translates; leaves may differ.
+
+mod double;
+
+use double::{
+    Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, SMALL, Stop, interrupts, mappings,
+};
+use ioasid::{
+    Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Permissions,
+    ReservationOwner, Space, Table, TableError, UnmapError,
+};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const K4: u64 = 4 << 10;
+const M2: u64 = 2 << 20;
+const G1: u64 = 1 << 30;
+const RW: Permissions = Permissions::READ_WRITE;
+
+fn range(first: u64, length: u64) -> IovaRange {
+    IovaRange::with_length(first, length).unwrap()
+}
+
+/// A bus, an object of four windows registered whole, and its payer.
+struct World {
+    bus: Arc<Bus>,
+    backing: Arc<Backing>,
+    account: Account,
+    ram: Arc<Memory>,
+}
+
+impl World {
+    fn new() -> World {
+        let bus = Bus::new();
+        let account = Account::new("test", None);
+        let backing = Backing::anonymous(&bus, 4 * G1).unwrap();
+        // The windows are no neighbours on the bus: mappings over their boundaries have several parts.
+        let last = Memory::register(&backing, 3 * G1, K4, &account).unwrap();
+        let ram = Memory::register(&backing, 0, 4 * G1, &account).unwrap();
+        drop(last);
+        World { bus, backing, account, ram }
+    }
+
+    /// A space with mappings of several sizes, a cut one among them.
+    fn space(&self) -> Arc<Space> {
+        let space = Space::new(&self.bus);
+        space.map(Iova::new(K4), &self.ram, 0, 3 * K4, RW).unwrap();
+        space.map(Iova::new(2 * G1), &self.ram, 0, G1, RW).unwrap();
+        space.map(Iova::new(8 * G1 - M2), &self.ram, G1 - M2, 2 * M2, Permissions::READ).unwrap();
+        space.unmap(range(2 * G1 + 3 * M2, K4)).unwrap();
+        space
+    }
+
+    fn state(&self, space: &Space, double: &Double) -> State {
+        State {
+            mappings: mappings(space),
+            derived: double.tables().iter().map(|table| table.mappings()).collect(),
+            tables: space.statistics().tables,
+            reserved: space.reserved_ranges(),
+            attached: [NATIVE, NATIVE_TOO, DERIVED, DERIVED_TOO, SMALL]
+                .map(|rid| double.table_of(rid).map(|table| Arc::as_ptr(&table) as usize)),
+            charged: self.account.charged_pages(),
+            holds: self.backing.holds(0, 4 * G1),
+        }
+    }
+}
+
+/// All that must be as before when something has failed.
+#[derive(Debug, PartialEq)]
+struct State {
+    mappings: Vec<Mapping>,
+    derived: Vec<Vec<Mapping>>,
+    tables: usize,
+    reserved: Vec<IovaRange>,
+    /// By address, which is only compared.
+    attached: [Option<usize>; 5],
+    charged: u64,
+    holds: std::ops::RangeInclusive<u32>,
+}
+
+#[track_caller]
+fn assert_in_step(space: &Space, double: &Double) {
+    let native = mappings(space);
+    for table in double.tables() {
+        assert_eq!(table.mappings(), native);
+    }
+}
+
+#[test]
+fn a_table_holds_what_is_mapped_and_follows_from_then_on() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _devices = [DERIVED, SMALL, NATIVE].map(|rid| double.attached(rid, &space));
+    assert_eq!(double.tables().len(), 2);
+    assert_eq!(space.statistics().tables, 3);
+    assert_in_step(&space, &double);
+
+    space.map(Iova::new(16 * G1), &world.ram, M2, 2 * G1, RW).unwrap();
+    assert_in_step(&space, &double);
+    // Over the boundary of two windows, cutting leaves of different sizes in each table.
+    space.unmap(range(17 * G1 - 5 * K4, 10 * K4)).unwrap();
+    assert_in_step(&space, &double);
+    space.map(Iova::new(17 * G1 - 5 * K4), &world.ram, 0, 10 * K4, Permissions::WRITE).unwrap();
+    assert_in_step(&space, &double);
+    assert!(space.map(Iova::new(16 * G1), &world.ram, 0, K4, RW).is_err());
+    assert_in_step(&space, &double);
+    drop(world.ram);
+    assert_eq!(mappings(&space), []);
+    assert_in_step(&space, &double);
+}
+
+#[test]
+fn devices_of_a_class_share_a_table_unless_they_want_their_own() {
+    let (world, double) = (World::new(), Double::new());
+    let (space, other) = (world.space(), world.space());
+    let devices = [DERIVED, DERIVED_TOO, SMALL, NATIVE, NATIVE_TOO].map(|rid| double.device(rid));
+    let tables: Vec<_> = devices.iter().map(|device| Table::for_device(&space, device).unwrap()).collect();
+    assert!(Arc::ptr_eq(&tables[0], &tables[1]));
+    assert!(!Arc::ptr_eq(&tables[0], &tables[2]));
+    assert!(Arc::ptr_eq(&tables[3], &tables[4]));
+    assert!(!Arc::ptr_eq(&tables[0], &Table::for_device(&other, &devices[0]).unwrap()));
+    let own = Table::new(&space, &devices[0]).unwrap();
+    assert!(!Arc::ptr_eq(&own, &tables[0]));
+    assert!(Arc::ptr_eq(&tables[0], &Table::for_device(&space, &devices[1]).unwrap()));
+    assert!(matches!(devices[2].attach(&own), Err(AttachError::Incompatible)));
+    assert!(matches!(devices[3].attach(&own), Err(AttachError::Incompatible)));
+    assert!(devices[1].attach(&own).is_ok());
+}
+
+#[test]
+fn devices_that_come_at_the_same_time_share_and_leave_nothing() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let before = space.statistics();
+    for _ in 0..50 {
+        let barrier = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            for rid in [DERIVED, DERIVED_TOO] {
+                let (space, double, barrier) = (&space, &double, &barrier);
+                scope.spawn(move || {
+                    let device = double.attached(rid, space);
+                    barrier.wait();
+                    assert_eq!(double.tables().len(), 1);
+                    assert_eq!(space.statistics().tables, 1);
+                    barrier.wait();
+                    // One goes while the other goes, or comes again and finds a table that is going.
+                    device.detach();
+                    device.attach(&Table::for_device(space, &device).unwrap()).unwrap();
+                    barrier.wait();
+                    assert_eq!(space.statistics().tables, 1);
+                    barrier.wait();
+                });
+            }
+        });
+        assert_eq!(space.statistics(), before);
+        assert_eq!(space.usable_ranges(), [IovaRange::ALL]);
+        assert!(double.tables().is_empty());
+    }
+}
+
+#[test]
+fn the_last_user_takes_the_table_along_and_the_space_is_as_if_it_had_never_been() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let before = (space.leaves(IovaRange::ALL), space.statistics());
+    let (one, two) = (double.attached(DERIVED, &space), double.attached(DERIVED_TOO, &space));
+    assert_eq!(space.usable_ranges().len(), 2);
+    drop(one);
+    assert_eq!((double.tables().len(), space.statistics().tables), (1, 1));
+    assert!(space.map(Iova::new(0xfee0_0000), &world.ram, 0, K4, RW).is_err());
+    two.detach();
+    assert!(double.tables().is_empty());
+    assert_eq!((space.leaves(IovaRange::ALL), space.statistics()), before);
+    assert_eq!(space.usable_ranges(), [IovaRange::ALL]);
+    space.map(Iova::new(0xfee0_0000), &world.ram, 0, K4, RW).unwrap();
+    space.map(Iova::new(1 << 60), &world.ram, 0, K4, RW).unwrap();
+    // To detach once more is nothing.
+    two.detach();
+}
+
+#[test]
+fn a_table_is_filled_beside_operations_that_run() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    double.switches.sleep_micros.store(20, Ordering::Relaxed);
+    for round in 0..3u64 {
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for worker in 0..3u64 {
+                let (space, world, stop) = (&space, &world, &stop);
+                scope.spawn(move || {
+                    // Each in a GiB of its own, in which it knows what is there; cuts reach into large leaves.
+                    let base = (16 + worker) * G1;
+                    let mut step = round.wrapping_mul(0x9e37_79b9) + worker;
+                    while !stop.load(Ordering::Relaxed) {
+                        step = step.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        let at = base + (step >> 33) % 8 * M2;
+                        match (step >> 60) % 4 {
+                            0 => drop(space.map(Iova::new(at), &world.ram, 5 * K4, 4 * K4, RW)),
+                            1 => drop(space.map(
+                                Iova::new(at),
+                                &world.ram,
+                                at - base,
+                                2 * M2,
+                                Permissions::READ,
+                            )),
+                            2 => drop(space.unmap(range(at + 3 * K4, 7 * K4)).unwrap()),
+                            _ => drop(space.unmap(range(at, 3 * M2)).unwrap()),
+                        }
+                    }
+                    space.unmap(range(base + 5 * M2, 6 * K4)).unwrap();
+                });
+            }
+            let devices: Vec<Device> =
+                [DERIVED, SMALL, DERIVED_TOO].iter().map(|rid| double.attached(*rid, &space)).collect();
+            stop.store(true, Ordering::Relaxed);
+            devices
+        });
+        // The devices are gone with the scope's value; attach for the comparison while all is quiet.
+        let devices = [DERIVED, SMALL].map(|rid| double.attached(rid, &space));
+        assert_in_step(&space, &double);
+        drop(devices);
+    }
+}
+
+#[test]
+fn a_table_that_came_while_operations_ran_is_in_step_when_they_end() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    for round in 0..20u64 {
+        let devices = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..2u64)
+                .map(|worker| {
+                    let (space, world) = (&space, &world);
+                    scope.spawn(move || {
+                        // Both in the same place, so that they also meet each other.
+                        for step in 0..60u64 {
+                            let at = 32 * G1 + (step * 7 + worker * 3 + round) % 16 * (M2 / 2);
+                            if step % 3 == worker {
+                                space.unmap(range(at, M2 + K4)).unwrap();
+                            } else {
+                                let _ = space.map(Iova::new(at), &world.ram, step * K4, M2, RW);
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let devices = [DERIVED, SMALL].map(|rid| double.attached(rid, &space));
+            workers.into_iter().for_each(|worker| worker.join().unwrap());
+            devices
+        });
+        assert_eq!(double.tables().len(), 2);
+        assert_in_step(&space, &double);
+        drop(devices);
+    }
+}
+
+/// Carries out an operation again and again, each time with another call failing, until it comes through, and then
+/// undoes it; checks that nothing is left of the times it failed. Returns how often that was.
+fn fail_everywhere<T, E: std::fmt::Debug>(
+    world: &World,
+    space: &Space,
+    double: &Double,
+    mut operation: impl FnMut() -> Result<T, E>,
+    mut undo: impl FnMut(T),
+) -> usize {
+    let before = world.state(space, double);
+    let mut failures = 0;
+    for late in [false, true] {
+        double.switches.late.store(late, Ordering::SeqCst);
+        for call in Call::ALL {
+            let mut number = 0;
+            loop {
+                number += 1;
+                double.switches.fail(call, number);
+                let result = operation();
+                if !double.switches.has_failed(call) {
+                    // There are fewer such calls in the whole operation.
+                    undo(result.unwrap_or_else(|error| panic!("no call has failed, and yet: {error:?}")));
+                    assert_eq!(world.state(space, double), before, "undone");
+                    break;
+                }
+                assert!(result.is_err(), "{call:?} number {number} has failed, and nobody noticed");
+                assert_eq!(world.state(space, double), before, "{call:?} number {number}, late: {late}");
+                failures += 1;
+            }
+        }
+    }
+    failures
+}
+
+#[test]
+fn a_map_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _devices = [NATIVE, DERIVED, SMALL].map(|rid| double.attached(rid, &space));
+    let length = 2 * M2 + 8 * K4;
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        // Three windows, so three parts in each of two tables.
+        || space.map(Iova::new(33 * G1 - K4), &world.ram, G1 - K4, G1 + 2 * K4, RW).map(|()| 33 * G1 - K4),
+        |iova| assert_eq!(space.unmap(range(iova, G1 + 2 * K4)).unwrap().bytes(), G1 + 2 * K4),
+    );
+    assert_eq!(failures, 2 * 6);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || space.map_anywhere(&world.ram, 0, length, RW),
+        |iova| assert_eq!(space.unmap(range(iova.get(), length)).unwrap().bytes(), length),
+    );
+    assert_eq!(failures, 2 * 2);
+}
+
+#[test]
+fn an_unmap_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _devices = [NATIVE, DERIVED, SMALL].map(|rid| double.attached(rid, &space));
+    let middle = range(2 * G1 + 4 * M2 + K4, M2);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || space.unmap(middle),
+        |unmapped| {
+            assert_eq!(unmapped.bytes(), M2);
+            space.map(Iova::new(middle.first()), &world.ram, 4 * M2 + K4, M2, RW).unwrap();
+        },
+    );
+    // In each table before and after the leaves are taken.
+    assert_eq!(failures, 2 * 4);
+}
+
+#[test]
+fn an_attach_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    // Few leaves, because each is a call that can fail.
+    let space = Space::new(&world.bus);
+    space.map(Iova::new(K4), &world.ram, 0, 3 * K4, RW).unwrap();
+    space.map(Iova::new(7 * G1), &world.ram, 0, G1, Permissions::READ).unwrap();
+    space.map(Iova::new(16 * G1), &world.ram, G1 - M2, 2 * M2, RW).unwrap();
+    let _first = double.attached(SMALL, &space);
+    let device = double.device(DERIVED);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || device.attach(&Table::for_device(&space, &device)?),
+        |()| device.detach(),
+    );
+    // A new table, its attachment, and a call for every leaf.
+    assert_eq!(failures, 2 * (2 + space.leaves(IovaRange::ALL).len()));
+    assert!(device.table().is_none());
+}
+
+#[test]
+fn a_replacement_that_fails_leaves_the_device_where_it_was() {
+    let (world, double) = (World::new(), Double::new());
+    let (space, target) = (world.space(), Space::new(&world.bus));
+    target.map(Iova::new(32 * G1), &world.ram, 0, 2 * M2, RW).unwrap();
+    let device = double.attached(DERIVED, &space);
+    let home = device.table().unwrap();
+    let there = world.state(&target, &double);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || {
+            let result = Table::for_device(&target, &device).and_then(|table| device.attach(&table));
+            if result.is_err() {
+                assert_eq!(world.state(&target, &double), there);
+                assert!(Arc::ptr_eq(&device.table().unwrap(), &home));
+            }
+            result
+        },
+        |()| {
+            assert_eq!(target.reserved_ranges().len(), 2);
+            assert_eq!(
+                space.reserved_ranges().len(),
+                1,
+                "the device's own reservation must have gone with it"
+            );
+            device.attach(&home).unwrap();
+        },
+    );
+    assert!(failures > 4);
+}
+
+#[test]
+fn a_device_moves_between_tables_in_one_step() {
+    let (world, double) = (World::new(), Double::new());
+    let (space, other) = (world.space(), world.space());
+    let device = double.attached(DERIVED, &space);
+    let reserved = space.reserved_ranges();
+
+    // To a table of its own in the same space: what it has reserved stays.
+    let own = Table::new(&space, &device).unwrap();
+    device.attach(&own).unwrap();
+    assert!(Arc::ptr_eq(&double.table_of(DERIVED).unwrap(), &own));
+    assert_eq!((double.tables().len(), space.statistics().tables), (1, 1));
+    assert_eq!(space.reserved_ranges(), reserved);
+
+    // To where it already is.
+    device.attach(&own).unwrap();
+    assert_eq!(space.reserved_ranges(), reserved);
+
+    // To another space: the first is as if it had never been there.
+    drop(own);
+    device.attach(&Table::for_device(&other, &device).unwrap()).unwrap();
+    assert_eq!((space.reserved_ranges().len(), space.statistics().tables), (0, 0));
+    assert_eq!((other.reserved_ranges(), other.statistics().tables), (reserved, 1));
+    assert_eq!(double.tables().len(), 1);
+    drop(device);
+    assert!(double.tables().is_empty() && double.table_of(DERIVED).is_none());
+}
+
+#[test]
+fn a_refused_attachment_names_the_addresses() {
+    let (world, double) = (World::new(), Double::new());
+    let device = double.device(DERIVED);
+    let attach =
+        |space: &Arc<Space>| Table::for_device(space, &device).and_then(|table| device.attach(&table));
+    let beyond = IovaRange::new(1 << 48, u64::MAX).unwrap();
+
+    let space = world.space();
+    space.map(Iova::new(0xfee0_0000 + 8 * K4), &world.ram, 0, K4, RW).unwrap();
+    assert!(matches!(attach(&space), Err(AttachError::Mapped { range }) if range == interrupts()));
+    let space = world.space();
+    space.map(Iova::new(1 << 48), &world.ram, 0, K4, RW).unwrap();
+    assert!(matches!(attach(&space), Err(AttachError::Mapped { range }) if range == beyond));
+    let space = world.space();
+    space.set_allowed(&[range(0xfee0_0000, K4)]).unwrap();
+    assert!(matches!(attach(&space), Err(AttachError::Allowed { range }) if range == interrupts()));
+    let space = world.space();
+    space.set_allowed(&[IovaRange::ALL]).unwrap();
+    assert!(matches!(attach(&space), Err(AttachError::Allowed { range }) if range == beyond));
+    assert!(double.tables().is_empty() && device.table().is_none());
+    assert_eq!(space.usable_ranges(), [IovaRange::ALL]);
+
+    // What the user has reserved for himself is in nobody's way.
+    let space = world.space();
+    space.reserve(range(0xfee0_0000, M2), ReservationOwner::User(7)).unwrap();
+    attach(&space).unwrap();
+    assert!(matches!(
+        space.map(Iova::new(1 << 48), &world.ram, 0, K4, RW),
+        Err(MapError::Reserved { range }) if range == beyond
+    ));
+}
+
+#[test]
+fn a_table_that_cannot_be_cut_refuses_and_keeps_everything() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _device = double.attached(DERIVED, &space);
+    double.switches.uncuttable.store(true, Ordering::SeqCst);
+    let before = world.state(&space, &double);
+    let at = 2 * G1 + 8 * M2 + K4;
+    let refused = space.unmap(range(at, K4));
+    assert!(matches!(refused, Err(UnmapError::Table(TableError::CannotCut { at: cut })) if cut == at));
+    // One end that is a boundary is not enough.
+    assert!(space.unmap(range(2 * G1 + 8 * M2, K4)).is_err());
+    assert!(space.unmap(range(2 * G1, 8 * M2 + K4)).is_err());
+    assert_eq!(world.state(&space, &double), before);
+    // Whole leaves can go, of course: the GiB was cut once, so these are 2 MiB.
+    assert_eq!(space.unmap(range(2 * G1 + 8 * M2, M2)).unwrap().bytes(), M2);
+    assert_in_step(&space, &double);
+}
+
+#[test]
+fn dropped_memory_leaves_even_a_table_that_cannot_be_cut() {
+    let (world, double) = (World::new(), Double::new());
+    // Natively in small pages, in the table in a large one: whole native leaves are not enough.
+    let space = double::space_of_leaves(&world.bus, 12);
+    let _device = double.attached(DERIVED, &space);
+    double.switches.uncuttable.store(true, Ordering::SeqCst);
+    let page = Memory::register(&world.backing, 7 * K4, K4, &world.account).unwrap();
+    space.map(Iova::new(4 * M2), &world.ram, 0, 4 * M2, RW).unwrap();
+    space.map(Iova::new(64 * M2), &page, 0, K4, RW).unwrap();
+    assert!(space.unmap(range(4 * M2, K4)).is_err());
+
+    let kept = Memory::register(&world.backing, 8 * K4, G1, &world.account).unwrap();
+    drop(world.ram);
+    // Seven pages of the first large page had to go; that took the whole of it, but not its neighbour.
+    assert_eq!(space.walk(Iova::new(4 * M2)), None);
+    assert!(space.walk(Iova::new(6 * M2)).is_some());
+    assert!(space.walk(Iova::new(64 * M2)).is_some());
+    assert_in_step(&space, &double);
+    drop((kept, page));
+    assert_eq!(mappings(&space), []);
+    assert_in_step(&space, &double);
+}
+
+#[test]
+fn dropped_memory_goes_although_cuts_fail() {
+    for number in 1..4 {
+        let (world, double) = (World::new(), Double::new());
+        let space = world.space();
+        let _device = double.attached(DERIVED, &space);
+        let kept = Memory::register(&world.backing, 4 * M2, 4 * M2, &world.account).unwrap();
+        double.switches.fail(Call::Cut, number);
+        drop(world.ram);
+        for (iova, length, ..) in mappings(&space) {
+            assert!(range(2 * G1 + 4 * M2, 4 * M2).covers(&range(iova, length)), "{iova:#x}, {length:#x}");
+        }
+        assert_in_step(&space, &double);
+        drop(kept);
+        assert_eq!(mappings(&space), []);
+    }
+}
+
+#[test]
+fn who_sleeps_in_an_iommu_keeps_only_overlapping_operations_waiting() {
+    let (world, double, still) = (World::new(), Double::new(), Double::new());
+    let (space, other) = (world.space(), world.space());
+    let (_device, _other) = (double.attached(DERIVED, &space), still.attached(DERIVED, &other));
+    let release = OpenGate(&double);
+    double.switches.close_gate(Stop::Calls);
+    std::thread::scope(|scope| {
+        let mapper = scope.spawn(|| space.map(Iova::new(16 * G1), &world.ram, 0, M2, RW));
+        double.switches.wait_for_call();
+        // The claimed range neither translates yet nor is free.
+        assert_eq!(space.walk(Iova::new(16 * G1)), None);
+        // Another space is not concerned.
+        other.map(Iova::new(16 * G1), &world.ram, 0, M2, RW).unwrap();
+        other.unmap(range(16 * G1, M2)).unwrap();
+        // Who wants the same range gets it afterwards.
+        let unmapper = scope.spawn(|| space.unmap(range(16 * G1, K4)));
+        assert!(!mapper.is_finished());
+        drop(release);
+        mapper.join().unwrap().unwrap();
+        // Either order is right: all or nothing of the page was unmapped.
+        let bytes = unmapper.join().unwrap().unwrap().bytes();
+        assert!(bytes == 0 || bytes == K4);
+        assert_eq!(space.walk(Iova::new(16 * G1)).is_none(), bytes == K4);
+    });
+    assert_in_step(&space, &double);
+}
+
+/// Opens the gate also when a test fails, or its threads would stand there for ever.
+struct OpenGate<'a>(&'a Double);
+
+impl Drop for OpenGate<'_> {
+    fn drop(&mut self) {
+        self.0.switches.open_gate();
+    }
+}
+
+#[test]
+fn memory_is_not_given_back_while_another_unmap_of_it_is_under_way() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    let ram = Memory::register(&world.backing, 0, M2, &Account::new("dropper", None)).unwrap();
+    let holds_before = world.backing.holds(0, M2);
+    drop(world.ram);
+    assert_eq!((holds_before, world.backing.holds(0, M2)), (2..=2, 1..=1));
+    space.map(Iova::new(M2), &ram, 0, M2, RW).unwrap();
+    let release = OpenGate(&double);
+    double.switches.close_gate(Stop::Unmaps);
+    let dropped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let unmapper = scope.spawn(|| space.unmap(range(M2, M2)));
+        double.switches.wait_for_call();
+        // The native leaf translates no more, but the derived one does.
+        assert_eq!((space.walk(Iova::new(M2)), double.tables()[0].mappings().len()), (None, 1));
+        let dropper = scope.spawn(|| {
+            drop(ram);
+            dropped.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!(!dropped.load(Ordering::SeqCst), "dropped while a device could still reach it");
+        drop(release);
+        assert_eq!(unmapper.join().unwrap().unwrap().bytes(), M2);
+        dropper.join().unwrap();
+    });
+    assert_eq!(mappings(&space), []);
+    assert_in_step(&space, &double);
+}
