@@ -16,6 +16,8 @@ use ioasid_server::{Server, ServerOptions};
 const UNKNOWN: u32 = 0x3bfe;
 /// IOAS_ALLOC; with a structure that is too short it is refused after its size has been read.
 const IOAS_ALLOC: u32 = 0x3b81;
+const IOAS_MAP: u32 = 0x3b85;
+const IOAS_UNMAP: u32 = 0x3b86;
 /// A terminal's command, which does not trap.
 const TCGETS: u32 = 0x5401;
 
@@ -30,6 +32,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         let arguments = ["IOASID_BENCH_CLIENT=1".into(), own].into_iter().chain(std::env::args_os().skip(1));
         let server = Server::new(ServerOptions::default())?;
         let outcome = run("env", arguments, &Options::default(), server)?;
+        println!("the supervisor's share, between receiving and sending:");
+        for (kind, totals) in outcome.statistics.iter() {
+            let mean = totals.total.as_secs_f64() * 1e6 / totals.calls as f64;
+            println!("  {kind:?}: {} calls, {mean:.2} us each", totals.calls);
+        }
         if !outcome.status.success() {
             return Err(format!("the client ended with {}", outcome.status).into());
         }
@@ -68,6 +75,25 @@ fn measure_client(criterion: &mut Criterion) -> Result<(), Box<dyn Error>> {
     });
     criterion.bench_function("client: ioctl refused by its argument", |bencher| {
         bencher.iter(|| black_box(ioctl(iommu.as_raw_fd(), IOAS_ALLOC, short)));
+    });
+    let mut alloc = [12u32, 0, 0];
+    if ioctl(iommu.as_raw_fd(), IOAS_ALLOC, (&raw mut alloc).addr() as u64) != 0 {
+        return Err("no address space".into());
+    }
+    let memory = vec![0u8; 8192];
+    let page = (memory.as_ptr().addr() as u64).next_multiple_of(4096);
+    // Size and flags (fixed, writable, readable), space, address, length, IOVA.
+    let map = [40 | 7 << 32, alloc[2].into(), page, 4096, 0x10_0000u64];
+    let map_address = (&raw const map).addr() as u64;
+    let unmap = [24 | u64::from(alloc[2]) << 32, 0x10_0000, 4096];
+    criterion.bench_function("client: map and unmap 4 KiB, no device", |bencher| {
+        bencher.iter(|| {
+            let mapped = ioctl(iommu.as_raw_fd(), IOAS_MAP, map_address);
+            // What was unmapped is written back, so each time it is asked for anew.
+            let mut command = unmap;
+            let unmapped = ioctl(iommu.as_raw_fd(), IOAS_UNMAP, (&raw mut command).addr() as u64);
+            assert_eq!((mapped, unmapped), (0, 0));
+        });
     });
     criterion.bench_function("client: trapped ioctl of another file", |bencher| {
         bencher.iter(|| black_box(ioctl(null.as_raw_fd(), UNKNOWN, 0)));

@@ -33,7 +33,8 @@ use crate::sys::{credentials, memory};
 /// More threads than this are not remembered: they are looked up anew.
 const REMEMBERED_THREADS: usize = 256;
 
-const CAP_IPC_LOCK: u32 = 14;
+/// The capability to lock memory without limit.
+pub(crate) const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_RESOURCE: u32 = 24;
 
 /// The user that stands for one that cannot be told.

@@ -13,6 +13,8 @@ use rustix::thread::{MembarrierCommand, membarrier_query};
 use crate::files;
 use crate::filter::Architecture;
 use crate::launch::refused_filter;
+use crate::process::CAP_IPC_LOCK;
+use crate::sys::credentials::effective_capabilities;
 use crate::trial::{self, Findings};
 
 /// How a requirement is met.
@@ -342,6 +344,10 @@ fn open_files() -> Requirement {
 fn locked_memory() -> Requirement {
     const NAME: &str = "locked memory (RLIMIT_MEMLOCK)";
     const ENOUGH: u64 = 1 << 30;
+    let own = rustix::process::getpid().as_raw_nonzero().get().unsigned_abs();
+    if effective_capabilities(own).is_ok_and(|set| set >> CAP_IPC_LOCK & 1 == 1) {
+        return Requirement::met(NAME, "no limit with CAP_IPC_LOCK");
+    }
     match getrlimit(Resource::Memlock).current {
         None => Requirement::met(NAME, "no limit"),
         Some(bytes) if bytes >= ENOUGH => Requirement::met(NAME, format!("{} MiB", bytes >> 20)),

@@ -81,8 +81,10 @@ impl Service {
             tracing::debug!(thread = notification.thread, "{kind:x?}: {reply:?}");
         }
         let failed = matches!(reply, Reply::Error(_));
+        // Sending wakes the client, which may well run before we do again.
+        let time = start.elapsed();
         self.answer(notification.id, reply);
-        statistics.record(kind, failed, start.elapsed());
+        statistics.record(kind, failed, time);
     }
 
     fn answer(&self, id: u64, reply: Reply) {

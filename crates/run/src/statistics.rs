@@ -35,8 +35,8 @@ impl CallKind {
     }
 }
 
-/// What the calls of one kind add up to. Times are those of the supervisor, from the receipt of a request to the
-/// answer; the way between client and supervisor comes on top.
+/// What the calls of one kind add up to. Times are those of the supervisor, from when it has received a request to when
+/// it has the answer; the way between client and supervisor comes on top.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CallTotals {
     /// How many there were.
