@@ -74,6 +74,6 @@ mod tests {
         let targets = parse("warn,ioasid_run=debug").unwrap();
         assert!(targets.would_enable("ioasid_run::files", &Level::DEBUG));
         assert!(!targets.would_enable("ioasid_server", &Level::INFO));
-        assert!(parse("loud").is_err_and(|error| error.to_string().contains("IOASID_LOG")));
+        assert!(parse("ioasid_run=loud").is_err_and(|error| error.to_string().contains("IOASID_LOG")));
     }
 }

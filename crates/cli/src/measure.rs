@@ -127,7 +127,7 @@ pub(crate) fn measure(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let cases = if arguments.cases.is_empty() { Case::value_variants() } else { &arguments.cases };
     let mut all = Vec::new();
     for case in cases {
-        let measured = time_case(*case, arguments).with_context(|| format!("{}", case.describe()))?;
+        let measured = time_case(*case, arguments).context(case.describe())?;
         if !arguments.json {
             let shown =
                 |nanoseconds| time(Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX)));

@@ -79,8 +79,8 @@ fn set_size<C: Command>(command: &mut C) {
 /// later, is of memory that may be written so.
 unsafe fn raw_ioctl<C: Command>(file: impl AsFd, command: &mut C) -> Result<(), Errno> {
     let file = file.as_fd().as_raw_fd();
-    // The type of the number differs between C libraries; numbers of this interface have 16 bits.
-    let number = C::NUMBER as libc::Ioctl;
+    // The type of the number differs between C libraries, but numbers of this interface have only 16 bits.
+    let number = libc::Ioctl::from(C::NUMBER as u16);
     // SAFETY: the descriptor is open; the caller answers for the argument.
     let result = unsafe { libc::ioctl(file, number, std::ptr::from_mut(command)) };
     if result < 0 { Err(last_errno()) } else { Ok(()) }

@@ -80,10 +80,10 @@ pub(super) struct Failure {
 impl Failure {
     pub(super) fn new(
         expected: impl Into<String>,
-        happened: impl ToString,
+        happened: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
-        Self { expected: expected.into(), happened: happened.to_string(), advice: advice.into() }
+        Self { expected: expected.into(), happened: happened.into(), advice: advice.into() }
     }
 }
 

@@ -60,10 +60,10 @@ pub(super) fn run(report: &mut Report, plan: &Plan, devices: &[PathBuf]) {
     let first_name = name(first_path);
     let file = report.step(format!("open {first_name}"), || open_device(first_path));
     report.after(file.as_ref(), format!("{first_name} answers nothing before BIND"), |file| {
-        expect_errno(file.info(), Errno::INVAL, "GET_INFO")
+        expect_errno(&file.info(), Errno::INVAL, "GET_INFO")
     });
     let first = bring_up(report, &first_name, iommu.as_ref(), file);
-    report.after(first.as_ref(), format!("{first_name} is alive"), |edu| alive(edu));
+    report.after(first.as_ref(), format!("{first_name} is alive"), alive);
     report.after(first.as_ref(), format!("{first_name} computes 10!"), factorial);
     let attached = report.after(
         space.as_ref().and(first.as_ref()).if_also(&mapped),
@@ -84,7 +84,7 @@ pub(super) fn run(report: &mut Report, plan: &Plan, devices: &[PathBuf]) {
     report.after(
         space.as_ref().if_also(&attached),
         "the address space cannot be destroyed meanwhile",
-        |space| expect_errno(space.iommu.destroy(space.id), Errno::BUSY, "DESTROY"),
+        |space| expect_errno(&space.iommu.destroy(space.id), Errno::BUSY, "DESTROY"),
     );
 
     let transfers = memory.as_ref().and(first.as_ref()).if_also(&attached);
@@ -123,7 +123,7 @@ pub(super) fn run(report: &mut Report, plan: &Plan, devices: &[PathBuf]) {
     report.after(space.as_ref().if_also(&attached), "its page tables", |space| tables(*space, first_path));
     report.after(space.as_ref().if_also(&attached), "a part of an area cannot be unmapped", |space| {
         let inside = space.iommu.unmap(space.id, plan.doomed.iova + 4096, 4096);
-        expect_errno(inside, Errno::NOENT, "UNMAP")
+        expect_errno(&inside, Errno::NOENT, "UNMAP")
     });
     let unmapped = report.after(space.as_ref().if_also(&attached), "unmap one whole area", |space| {
         unmap(*space, plan.doomed)?;
@@ -187,11 +187,11 @@ fn refused<E: ToString>(expected: &str) -> impl FnOnce(E) -> Failure {
 const REPORT_IT: &str = "run again with `ioasid -vv run` to see the calls; on a kernel, see `dmesg`";
 
 /// A call that has to fail in one way.
-fn expect_errno<T>(result: Result<T, Errno>, expected: Errno, call: &str) -> Verdict<()> {
+fn expect_errno<T>(result: &Result<T, Errno>, expected: Errno, call: &str) -> Verdict<()> {
     let wanted = || format!("{call}: {}", errno_name(expected));
     match result {
-        Err(errno) if errno == expected => Ok(((), errno_name(expected).to_owned())),
-        Err(other) => Err(Failure::new(wanted(), other, REPORT_IT).into()),
+        Err(errno) if *errno == expected => Ok(((), errno_name(expected).to_owned())),
+        Err(other) => Err(Failure::new(wanted(), other.to_string(), REPORT_IT).into()),
         Ok(_) => Err(Failure::new(wanted(), "success", REPORT_IT).into()),
     }
 }
@@ -219,13 +219,15 @@ fn open_advice(error: &std::io::Error) -> &'static str {
 
 fn open_iommu() -> Verdict<Iommufd> {
     let opened = Iommufd::open();
-    let iommu = opened.map_err(|error| Failure::new("an open file", &error, open_advice(&error)))?;
+    let iommu =
+        opened.map_err(|error| Failure::new("an open file", error.to_string(), open_advice(&error)))?;
     Ok((iommu, String::new()))
 }
 
 fn open_device(path: &Path) -> Verdict<VfioDevice> {
     let opened = VfioDevice::open(path);
-    let device = opened.map_err(|error| Failure::new("an open file", &error, open_advice(&error)))?;
+    let device =
+        opened.map_err(|error| Failure::new("an open file", error.to_string(), open_advice(&error)))?;
     Ok((device, String::new()))
 }
 
@@ -250,7 +252,11 @@ fn shown(ranges: &[IovaRange]) -> String {
 fn reserve(plan: &Plan) -> Verdict<DmaMemory> {
     let reserved = usize::try_from(plan.size().0).map_err(|_| Errno::NOMEM);
     let memory = reserved.and_then(|size| DmaMemory::reserve(size, ALIGNMENT)).map_err(|errno| {
-        Failure::new("memory", errno, "try a smaller --size, or raise the limit on address space (ulimit -v)")
+        Failure::new(
+            "memory",
+            errno.to_string(),
+            "try a smaller --size, or raise the limit on address space (ulimit -v)",
+        )
     })?;
     Ok((memory, "touched only where it is used".to_owned()))
 }
@@ -258,7 +264,11 @@ fn reserve(plan: &Plan) -> Verdict<DmaMemory> {
 fn map(space: Space<'_>, memory: &DmaMemory, area: Area) -> Result<(), Failure> {
     let Area { offset, iova, length, access } = area;
     space.iommu.map(space.id, memory, offset, length, iova, access).map_err(|errno| {
-        Failure::new(format!("{} mapped at {iova:#x}", Bytes(length)), errno, "try a smaller --size")
+        Failure::new(
+            format!("{} mapped at {iova:#x}", Bytes(length)),
+            errno.to_string(),
+            "try a smaller --size",
+        )
     })
 }
 
@@ -267,7 +277,7 @@ fn unmap(space: Space<'_>, area: Area) -> Result<(), Failure> {
     match space.iommu.unmap(space.id, area.iova, area.length) {
         Ok(length) if length == area.length => Ok(()),
         Ok(length) => Err(Failure::new(expected(), format!("{length} bytes"), REPORT_IT)),
-        Err(errno) => Err(Failure::new(expected(), errno, REPORT_IT)),
+        Err(errno) => Err(Failure::new(expected(), errno.to_string(), REPORT_IT)),
     }
 }
 
@@ -293,7 +303,7 @@ fn bind(iommu: &Iommufd, file: VfioDevice) -> Verdict<VfioDevice> {
             }
             _ => REPORT_IT,
         };
-        Failure::new("a device number", errno, advice)
+        Failure::new("a device number", errno.to_string(), advice)
     })?;
     Ok((file, format!("object number {id}")))
 }
@@ -344,7 +354,7 @@ fn factorial(edu: &Edu) -> Verdict<()> {
     if result == 3_628_800 {
         Ok(((), result.to_string()))
     } else {
-        Err(Failure::new("3628800", result, REPORT_IT).into())
+        Err(Failure::new("3628800", result.to_string(), REPORT_IT).into())
     }
 }
 
@@ -364,7 +374,7 @@ fn attach(space: Space<'_>, edu: &Edu, plan: &Plan) -> Verdict<Attached> {
                 }
                 _ => REPORT_IT,
             };
-            Err(Failure::new("a page table", errno, advice).into())
+            Err(Failure::new("a page table", errno.to_string(), advice).into())
         }
     }
 }
@@ -376,7 +386,7 @@ fn attach_reduced(space: Space<'_>, memory: &DmaMemory, edu: &Edu, plan: &Plan) 
     }
     map(space, memory, plan.small_far)?;
     let table = edu.file().attach(space.id).map_err(|errno| {
-        Failure::new("a page table", errno, "raise the limit on locked memory (ulimit -l)")
+        Failure::new("a page table", errno.to_string(), "raise the limit on locked memory (ulimit -l)")
     })?;
     let left = Bytes(plan.near().iter().map(|area| area.length).sum::<u64>() + plan.small_far.length);
     Ok((Attached::Reduced, format!("{left}, page table number {table} (raise `ulimit -l` for all of it)")))
@@ -457,7 +467,7 @@ fn tables(space: Space<'_>, device: &Path) -> Verdict<()> {
         found.ok_or_else(|| Failure::new("the address space", "it is not listed", "see /dev/ioasid"))?;
     if found.leaf_bytes() != found.mapped_bytes {
         let expected = format!("leaves for {}", Bytes(found.mapped_bytes));
-        return Err(Failure::new(expected, Bytes(found.leaf_bytes()), "see /dev/ioasid").into());
+        return Err(Failure::new(expected, Bytes(found.leaf_bytes()).to_string(), "see /dev/ioasid").into());
     }
     Ok(((), found.tables()))
 }

@@ -126,7 +126,7 @@ fn cannot_execute(program: &OsStr, source: &std::io::Error) -> ExitCode {
         }
         _ => (NOT_EXECUTABLE, "check that it is a program and that you may execute it (chmod +x)"),
     };
-    eprintln!("ioasid: cannot execute {}: {source}; {advice}", program.display());
+    eprintln!("ioasid: cannot execute {program:?}: {source}; {advice}");
     ExitCode::from(status)
 }
 

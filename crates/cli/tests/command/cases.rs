@@ -1,0 +1,282 @@
+//! What is checked.
+
+use std::fs;
+
+use super::Case;
+use crate::harness::{Command, Installed, Who};
+
+type Outcome = Result<(), String>;
+
+fn always(_: &Installed) -> bool {
+    true
+}
+
+macro_rules! cases {
+    ($($name:ident $(if $runnable:expr)?;)*) => {
+        &[$(Case {
+            name: stringify!($name),
+            runnable: cases!(@runnable $($runnable)?),
+            check: $name,
+        }),*]
+    };
+    (@runnable) => { always };
+    (@runnable $runnable:expr) => { $runnable };
+}
+
+pub(crate) const ALL: &[Case] = cases! {
+    every_step_of_the_probe_holds;
+    a_failing_step_says_what_to_do_and_what_was_not_run;
+    one_device_is_enough;
+    a_device_with_all_address_bits_reaches_above_4_gib;
+    locked_memory_is_limited;
+    the_exit_status_is_the_programs;
+    failures_of_its_own_have_their_statuses;
+    bad_usage_is_explained;
+    help_teaches;
+    a_nested_run_is_refused;
+    the_state_can_be_read;
+    calls_are_summed_up;
+    calls_are_logged_on_request;
+    pairs_are_measured;
+    the_doctor_is_content;
+    a_static_program if |installed| installed.static_client.is_some();
+    a_python_program if |installed| installed.python.is_some();
+    many_clients_at_once;
+    a_killed_client_leaves_nothing_and_disturbs_nobody;
+    clients_killed_at_any_moment_leave_nothing;
+};
+
+/// The newcomer's first command.
+fn every_step_of_the_probe_holds(command: &Command<'_>) -> Outcome {
+    let ended = command.run(&["run"]).exits(0)?.prints(" 0 failed, 0 not run")?;
+    let steps: Vec<_> = ended.output.lines().take_while(|line| !line.is_empty()).collect();
+    if steps.len() < 30 || !steps.iter().all(|line| line.starts_with("ok   ")) {
+        return Err(ended.report("lines other than ok"));
+    }
+    ended
+        .prints("map it: 8 areas")?
+        .prints("vfio0 cannot reach it")?
+        .prints("vfio1 reaches its neighbours")?;
+
+    let summary = command.script("exec \"$IOASID\" probe --json --size 3M").exits(0)?.json()?;
+    let steps = summary["steps"].as_array().ok_or("no steps")?;
+    if summary["failed"] != 0 || steps.iter().any(|step| step["status"] != "ok" || step["nanoseconds"] == 0) {
+        return Err(summary.to_string());
+    }
+    Ok(())
+}
+
+fn a_failing_step_says_what_to_do_and_what_was_not_run(command: &Command<'_>) -> Outcome {
+    let ended = command.script("exec \"$IOASID\" probe --size 1M --device /dev/vfio/devices/vfio7");
+    ended
+        .exits(1)?
+        .prints("FAIL open vfio7\n     expected: an open file\n     happened: No such file")?
+        .prints("--   attach vfio7: not run, because this failed: open vfio7")?
+        .prints("To do first (open vfio7): ")?
+        .prints("ok   map it")?;
+    Ok(())
+}
+
+fn one_device_is_enough(command: &Command<'_>) -> Outcome {
+    let ended = command.run(&["run", "--device", "edu:table=vtd"]).exits(0)?;
+    ended.prints("open vfio1: not run, there is no second device")?.prints(" 0 failed, 1 not run")?;
+    Ok(())
+}
+
+fn a_device_with_all_address_bits_reaches_above_4_gib(command: &Command<'_>) -> Outcome {
+    for device in ["edu:dma-mask=64", "edu:dma-mask=40,table=vtd"] {
+        command
+            .run(&["run", "--device", device])
+            .exits(0)?
+            .prints("vfio0 above 4 GiB: the bytes of 0x104000064 are right")?;
+    }
+    command.run(&["run", "--device", "edu"]).exits(0)?.prints("above 4 GiB: it drives fewer address bits")?;
+    Ok(())
+}
+
+/// As with a kernel's interface, whoever may not lock so much is refused, and can go on with less.
+fn locked_memory_is_limited(command: &Command<'_>) -> Outcome {
+    let limited = command.script("ulimit -l 1024 && exec \"$IOASID\" probe").exits(0)?;
+    if command.who == Who::Tester && rustix::process::getuid().is_root() {
+        // Its capability lifts the limit.
+        limited.prints("charged: 1 GiB")?;
+    } else {
+        limited
+            .prints("attach vfio0: refused rightly: 1 GiB is over this user's 1 MiB")?
+            .prints("charged: 640 KiB")?;
+    }
+    Ok(())
+}
+
+fn the_exit_status_is_the_programs(command: &Command<'_>) -> Outcome {
+    command.run(&["run", "--", "true"]).exits(0)?;
+    command.run(&["run", "--", "false"]).exits(1)?;
+    command.run(&["run", "false"]).exits(1)?;
+    command.script("exit 7").exits(7)?;
+    command.script("kill -9 $$").exits(128 + 9)?;
+    command.script("kill -TERM $$").exits(128 + 15)?;
+    Ok(())
+}
+
+fn failures_of_its_own_have_their_statuses(command: &Command<'_>) -> Outcome {
+    let missing = command.run(&["run", "--", "/nonexistent/program"]).exits(127)?;
+    missing.complains("/nonexistent/program")?.complains("check the name")?;
+    command.run(&["run", "--", "no-program-has-this-name"]).exits(127)?;
+    command.run(&["run", "--", "/etc/passwd"]).exits(126)?.complains("chmod +x")?;
+    let unwritable = command.run(&["run", "--json", "/nonexistent/file", "--", "true"]).exits(125)?;
+    unwritable.complains("cannot write /nonexistent/file")?;
+    let many = ["--device", "edu"].repeat(40);
+    command.run(&[&["run"], many.as_slice(), &["--", "true"]].concat()).exits(125)?.complains("--device")?;
+    Ok(())
+}
+
+fn bad_usage_is_explained(command: &Command<'_>) -> Outcome {
+    command.run(&["run", "--sumary", "--", "true"]).exits(125)?.complains("--summary")?;
+    command.run(&["run", "--device", "ioat", "--", "true"]).exits(125)?.complains("there is \"edu\"")?;
+    command.run(&["probe", "--size", "3"]).exits(2)?.complains("whole MiB")?;
+    command.run(&["doctor", "--surely"]).exits(2)?;
+    command.run(&[]).exits(2)?.complains("ioasid run")?;
+    command.run_with(&["doctor"], &[("IOASID_LOG", "ioasid_run=loud")]).exits(2)?.complains("IOASID_LOG")?;
+    Ok(())
+}
+
+fn help_teaches(command: &Command<'_>) -> Outcome {
+    for subcommand in ["run", "probe", "measure", "doctor"] {
+        command.run(&[subcommand, "--help"]).exits(0)?.prints("Examples:")?.prints("Exit status:")?;
+    }
+    command.run(&["--help"]).exits(0)?.prints("ioasid doctor")?;
+    command.run(&["--version"]).exits(0)?.prints(env!("CARGO_PKG_VERSION"))?;
+    Ok(())
+}
+
+fn a_nested_run_is_refused(command: &Command<'_>) -> Outcome {
+    let ended = command.script("\"$IOASID\" run -- true").exits(125)?;
+    ended.complains("already runs under a seccomp filter")?.complains("ioasid doctor")?;
+    let doctor = command.script("\"$IOASID\" doctor").exits(1)?;
+    doctor.prints("missing  seccomp user notification")?;
+    Ok(())
+}
+
+fn the_state_can_be_read(command: &Command<'_>) -> Outcome {
+    let state = command.run(&["run", "--", "cat", "/dev/ioasid"]).exits(0)?.json()?;
+    if state == serde_json::json!({ "contexts": [], "accounts": [] }) {
+        Ok(())
+    } else {
+        Err(state.to_string())
+    }
+}
+
+fn calls_are_summed_up(command: &Command<'_>) -> Outcome {
+    let file = command.writable_file("calls.json").map_err(|error| error.to_string())?;
+    let path = file.to_str().ok_or("the temporary directory's name is not text")?;
+    let script = "\"$IOASID\" probe --size 1M && exit 5";
+    let ended = command.run(&["run", "--summary", "--json", path, "--", "sh", "-c", script]).exits(5)?;
+    ended.complains("IOMMU_IOAS_MAP ")?.complains("VFIO_DEVICE_BIND_IOMMUFD ")?;
+    let text = fs::read_to_string(&file).map_err(|error| error.to_string())?;
+    let summary: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    let calls = summary["calls"].as_array().ok_or("no calls")?;
+    let map = calls.iter().find(|row| row["call"] == "IOMMU_IOAS_MAP").ok_or("no maps")?;
+    let unmap = calls.iter().find(|row| row["call"] == "IOMMU_IOAS_UNMAP").ok_or("no unmaps")?;
+    let right = summary["exit_status"] == 5
+        && map["calls"].as_u64() >= Some(8)
+        && map["mean_nanoseconds"].as_u64() > Some(0)
+        && unmap["failed"] == 1;
+    if right { Ok(()) } else { Err(text) }
+}
+
+fn calls_are_logged_on_request(command: &Command<'_>) -> Outcome {
+    let probe = ["run", "--", "sh", "-c", "exec \"$IOASID\" probe --size 1M"];
+    let quiet = command.run(&probe).exits(0)?;
+    if !quiet.errors.is_empty() {
+        return Err(quiet.report("nothing should be logged"));
+    }
+    command.run(&[&["-vv"], probe.as_slice()].concat()).exits(0)?.complains("Ioctl(3b81): Value(0)")?;
+    command.run_with(&probe, &[("IOASID_LOG", "ioasid_run=debug")]).exits(0)?.complains("Ioctl(3b85)")?;
+    Ok(())
+}
+
+fn pairs_are_measured(command: &Command<'_>) -> Outcome {
+    let measured = command.script("\"$IOASID\" measure --pairs 20 --json").exits(0)?.json()?;
+    let cases = measured.as_array().ok_or("no cases")?;
+    let names: Vec<_> = cases.iter().filter_map(|case| case["case"].as_str()).collect();
+    let timed = cases.iter().all(|case| case["median_nanoseconds"].as_u64() > Some(0));
+    if timed && names == ["refused", "pair", "pair-device", "pair-two-devices"] {
+        Ok(())
+    } else {
+        Err(measured.to_string())
+    }
+}
+
+fn the_doctor_is_content(command: &Command<'_>) -> Outcome {
+    let ended = command.run(&["doctor"]).exits(0)?.prints("seccomp user notification")?;
+    if ended.output.contains('\x1b') {
+        return Err(ended.report("colours where there is no terminal"));
+    }
+    let findings = command.run(&["doctor", "--json"]).exits(0)?.json()?;
+    let findings = findings.as_array().ok_or("no findings")?;
+    let named = findings.iter().any(|finding| finding["name"] == "kernel" && finding["state"] == "ok");
+    if named { Ok(()) } else { Err("nothing is said about the kernel".to_owned()) }
+}
+
+fn a_static_program(command: &Command<'_>) -> Outcome {
+    let client = command.installed.static_client.as_deref().ok_or("it was not built")?;
+    let client = client.to_str().ok_or("the temporary directory's name is not text")?;
+    command.run(&["run", "--", client]).exits(0)?.prints("the C client's bytes are right")?;
+    Ok(())
+}
+
+fn a_python_program(command: &Command<'_>) -> Outcome {
+    let (python, script) = command.python_client().ok_or("Python is not here")?;
+    let python = python.to_str().ok_or("Python's path is not text")?;
+    command.run(&["run", "--", python, "-c", script]).exits(0)?.prints("the Python client is content")?;
+    Ok(())
+}
+
+fn many_clients_at_once(command: &Command<'_>) -> Outcome {
+    let script = r#"
+        for number in 1 2 3 4 5; do
+            "$IOASID" measure --case pair --pairs 500 & clients="$clients $!"
+        done
+        "$IOASID" probe --size 64M || exit 2
+        for client in $clients; do wait $client || exit 3; done"#;
+    command.script(script).exits(0)?.prints(" 0 failed, 0 not run")?;
+    Ok(())
+}
+
+/// The victim is in a loop of maps and unmaps with the device attached when it is killed.
+fn a_killed_client_leaves_nothing_and_disturbs_nobody(command: &Command<'_>) -> Outcome {
+    let script = r#"
+        "$IOASID" measure --case pair-device --pairs 100000000 & victim=$!
+        "$IOASID" measure --case pair --pairs 5000 & neighbour=$!
+        until grep -q devices/vfio0 /dev/ioasid; do sleep 0.01; done
+        sleep 0.2
+        kill -9 $victim
+        wait $victim
+        test $? = 137 || exit 2
+        "$IOASID" probe --size 8M || exit 3
+        wait $neighbour || exit 4
+        cat /dev/ioasid"#;
+    let ended = command.script(script).exits(0)?.prints(" 0 failed, 0 not run")?;
+    ended.prints("\"contexts\": []")?;
+    Ok(())
+}
+
+fn clients_killed_at_any_moment_leave_nothing(command: &Command<'_>) -> Outcome {
+    let script = r#"
+        for delay in 001 002 003 004 005 006 007 008 010 012 015 020 025 030 040; do
+            "$IOASID" probe > /dev/null & victim=$!
+            sleep 0.$delay
+            kill -9 $victim
+            wait $victim
+        done
+        "$IOASID" probe --size 8M || exit 2
+        cat /dev/ioasid"#;
+    let ended = command.script(script).exits(0)?.prints("\"contexts\": []")?;
+    if ended.output.matches("\"charged_pages\": 0,").count()
+        == ended.output.matches("\"charged_pages\"").count()
+    {
+        Ok(())
+    } else {
+        Err(ended.report("something is still charged"))
+    }
+}
