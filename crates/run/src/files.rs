@@ -105,6 +105,9 @@ pub(crate) struct OpenFiles {
 /// For how long a suspect is asked about at every request; a thread inside `close` is through with it long before.
 const FRESH: Duration = Duration::from_millis(100);
 
+/// For how long the requests that follow a close wait for it.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
+
 impl OpenFiles {
     pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Self {
@@ -271,8 +274,8 @@ impl OpenFiles {
         if let Some(open_file) = removed {
             closing.by_watch.remove(&open_file.watch);
             self.remove_watch(open_file.watch);
-            // The server lets go of the file here, under the lock of `closing`, so that the requests that follow wait.
-            drop(open_file);
+            // Under the lock of `closing`, so that the requests that follow wait.
+            let_go(open_file);
             // Only now may a request pass by without looking.
             self.count.fetch_sub(1, Ordering::SeqCst);
         }
@@ -282,6 +285,28 @@ impl OpenFiles {
         if let Err(errno) = inotify::remove_watch(&self.inotify, watch) {
             tracing::debug!(%errno, "an inotify watch was gone already");
         }
+    }
+}
+
+/// Lets the server close a file, and waits until it has, but not for ever.
+///
+/// A close stops the device's DMA, and that may be waiting for memory whose owner makes it wait (userfaultfd, a FUSE
+/// file). Such a client shall not hold up the others, so after a moment its file closes in the background.
+fn let_go(open_file: Arc<OpenFile>) {
+    let (closed, wait) = std::sync::mpsc::sync_channel(1);
+    let close = move || {
+        drop(open_file);
+        // Nobody waits any more if it took too long.
+        let _ = closed.send(());
+    };
+    match std::thread::Builder::new().name("ioasid-close".to_owned()).spawn(close) {
+        Ok(_) => {
+            if wait.recv_timeout(CLOSE_PATIENCE).is_err() {
+                tracing::warn!("a file takes long to close: a device waits for memory of a client");
+            }
+        }
+        // The closure, and with it the file, was dropped here.
+        Err(error) => tracing::debug!(%error, "no thread for a close"),
     }
 }
 

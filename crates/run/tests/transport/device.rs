@@ -108,10 +108,19 @@ impl Machine {
         self.transfer(BUFFER, iova, length, 3);
     }
 
-    fn transfer(&self, source: u64, destination: u64, length: u64, command: u64) {
+    /// Has the device begin to fetch a page.
+    pub(crate) fn begin_to_fetch(&self, iova: u64) {
+        self.begin(iova, BUFFER, BUFFER_LENGTH, 1);
+    }
+
+    fn begin(&self, source: u64, destination: u64, length: u64, command: u64) {
         for (register, value) in [(0x80, source), (0x88, destination), (0x90, length), (0x98, command)] {
             self.device.write_all_at(&value.to_le_bytes(), self.registers + register).unwrap();
         }
+    }
+
+    fn transfer(&self, source: u64, destination: u64, length: u64, command: u64) {
+        self.begin(source, destination, length, command);
         let start = Instant::now();
         let mut state = [0; 8];
         loop {

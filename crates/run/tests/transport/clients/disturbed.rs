@@ -5,10 +5,12 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::calls::*;
+use crate::device::Machine;
 
 pub(super) fn threads() {
     let shared = open_iommu();
@@ -107,20 +109,27 @@ pub(super) fn killed_while_the_server_sleeps() {
     assert_eq!(files_in_server(), 0);
 }
 
-/// Copying from a client may take for ever: from memory that somebody else provides page by page, and does not.
+const PAGE: u64 = 4096;
+
+/// Memory that somebody else provides page by page, and does not: whoever touches it waits as long as this process
+/// lives.
+fn pages_that_never_come(count: u64) -> u64 {
+    const UFFDIO_API: u32 = 0xc018_aa3f;
+    const UFFDIO_REGISTER: u32 = 0xc020_aa00;
+    let userfaultfd = system_call(libc::SYS_userfaultfd, [libc::O_CLOEXEC as u64, 0, 0, 0]).unwrap() as i32;
+    let mut api = [0xaau64, 0, 0];
+    ioctl(userfaultfd, UFFDIO_API, (&raw mut api).addr() as u64).unwrap();
+    let memory = pages((count * PAGE) as usize, libc::PROT_READ | libc::PROT_WRITE);
+    let mut register = [memory, count * PAGE, 1, 0];
+    ioctl(userfaultfd, UFFDIO_REGISTER, (&raw mut register).addr() as u64).unwrap();
+    memory
+}
+
+/// Copying from a client may take for ever.
 pub(super) fn a_stalled_client_stops_nobody() {
-    let new_userfaultfd = || system_call(libc::SYS_userfaultfd, [libc::O_CLOEXEC as u64, 0, 0, 0]);
     let iommu = open_iommu();
-    let child = fork(|| {
-        const PAGE: u64 = 4096;
-        const UFFDIO_API: u32 = 0xc018_aa3f;
-        const UFFDIO_REGISTER: u32 = 0xc020_aa00;
-        let userfaultfd = new_userfaultfd().unwrap() as i32;
-        let mut api = [0xaau64, 0, 0];
-        ioctl(userfaultfd, UFFDIO_API, (&raw mut api).addr() as u64).unwrap();
-        let memory = pages(8 * PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
-        let mut register = [memory, 8 * PAGE, 1, 0];
-        ioctl(userfaultfd, UFFDIO_REGISTER, (&raw mut register).addr() as u64).unwrap();
+    let callers = fork(|| {
+        let memory = pages_that_never_come(8);
         thread::scope(|scope| {
             for number in 0..8 {
                 let iommu = &iommu;
@@ -128,18 +137,40 @@ pub(super) fn a_stalled_client_stops_nobody() {
             }
         });
     });
-    // Long enough for all eight to be stuck.
-    thread::sleep(Duration::from_millis(200));
+    // A device that is stuck in the memory of its program, which closes it.
+    let closer = fork(|| {
+        let machine = Machine::new();
+        machine.map(pages_that_never_come(1), PAGE, 0x10_0000).unwrap();
+        machine.begin_to_fetch(0x10_0000);
+        thread::sleep(Duration::from_millis(50));
+        drop(machine);
+        thread::sleep(Duration::from_secs(60));
+    });
+    // Long enough for all of them to be stuck.
+    thread::sleep(Duration::from_millis(300));
     let start = Instant::now();
     for _ in 0..100 {
         allocate(&iommu).unwrap();
     }
+    drop(open_iommu());
     assert!(start.elapsed() < Duration::from_secs(10));
-    kill_process(child, Signal::KILL).unwrap();
-    assert_eq!(wait(child).terminating_signal(), Some(libc::SIGKILL));
+    for child in [callers, closer] {
+        kill_process(child, Signal::KILL).unwrap();
+        assert_eq!(wait(child).terminating_signal(), Some(libc::SIGKILL));
+    }
     allocate(&iommu).unwrap();
     drop(iommu);
     expect_files_in_server(0);
+    // The device is free again when its last transfer has failed, which happens at the death of its program.
+    for _ in 0..200 {
+        let iommu = open_iommu();
+        let device = open("/dev/vfio/devices/vfio0", OFlags::RDWR | OFlags::CLOEXEC).unwrap();
+        if Machine::bind(&iommu, &device).is_ok() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    panic!("the device is still busy");
 }
 
 pub(super) fn signals_do_not_repeat_calls() {
