@@ -31,7 +31,9 @@
 
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
-use crate::format::{Attributes, Entry, Format, Native};
+#[cfg(feature = "std")]
+use crate::format::Native;
+use crate::format::{Attributes, Entry, Format};
 use crate::gather::{Gather, RetiredTable};
 #[cfg(feature = "std")]
 use crate::memory::HeapTables;

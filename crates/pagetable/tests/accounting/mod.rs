@@ -16,7 +16,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Table pages from the heap, and books about them. Clones share the books.
 #[derive(Clone, Default)]
-pub(crate) struct Accounting(Arc<Mutex<Books>>);
+pub(crate) struct Accounting {
+    books: Arc<Mutex<Books>>,
+    /// Set in the addresses that go into entries.
+    offset: u64,
+}
 
 #[derive(Default)]
 struct Books {
@@ -29,7 +33,12 @@ struct Books {
 
 impl Accounting {
     fn books(&self) -> MutexGuard<'_, Books> {
-        self.0.lock().unwrap()
+        self.books.lock().unwrap()
+    }
+
+    /// Tables that seem to lie at 2^50 and above.
+    pub(crate) fn far_away() -> Accounting {
+        Accounting { offset: 1 << 50, ..Accounting::default() }
     }
 
     /// How many tables are allocated and not yet freed.
@@ -92,11 +101,11 @@ unsafe impl TableMemory<AtomicU64> for Accounting {
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
-        HeapTables.address(table)
+        HeapTables.address(table) | self.offset
     }
 
     fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        HeapTables.pointer(address)
+        HeapTables.pointer(address & !self.offset)
     }
 }
 
