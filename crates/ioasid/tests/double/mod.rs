@@ -284,6 +284,11 @@ pub(crate) fn interrupts() -> IovaRange {
     IovaRange::new(0xfee0_0000, 0xfeef_ffff).unwrap()
 }
 
+/// Where a `SMALL` device takes no mappings either.
+pub(crate) fn also_reserved() -> IovaRange {
+    IovaRange::new(0x2_8000, 0x2_bfff).unwrap()
+}
+
 /// What the derived tables can translate.
 pub(crate) fn aperture() -> IovaRange {
     IovaRange::new(0, (1 << 48) - 1).unwrap()
@@ -308,7 +313,7 @@ impl Double {
             (NATIVE_TOO, native),
             (DERIVED, of_variant(0)),
             (DERIVED_TOO, of_variant(0)),
-            (SMALL, of_variant(1)),
+            (SMALL, Requirements { reserved: vec![interrupts(), also_reserved()], ..of_variant(1) }),
         ];
         Arc::new(Double {
             devices: devices.into(),
