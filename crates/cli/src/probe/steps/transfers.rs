@@ -6,7 +6,7 @@
 
 use super::super::plan::{Area, Plan};
 use super::super::report::{Failure, Verdict};
-use super::{REPORT_IT, refused};
+use super::{LOOK_DEEPER, unexpected};
 use crate::client::{DmaMemory, Edu};
 
 /// One device that is attached, and the memory behind it.
@@ -31,11 +31,11 @@ impl Transfers<'_> {
     pub(super) const LENGTH: usize = Edu::BUFFER;
 
     fn put(&self, area: Area, at: usize, bytes: &[u8]) -> Result<(), Failure> {
-        self.memory.write(area.offset + at, bytes).map_err(refused("room in the memory"))
+        self.memory.write(area.offset + at, bytes).map_err(unexpected("room in the memory"))
     }
 
     fn get(&self, area: Area, at: usize, length: usize) -> Result<Vec<u8>, Failure> {
-        self.memory.read(area.offset + at, length).map_err(refused("room in the memory"))
+        self.memory.read(area.offset + at, length).map_err(unexpected("room in the memory"))
     }
 
     /// The bytes at `at` have to be `expected`.
@@ -60,7 +60,7 @@ impl Transfers<'_> {
         self.put(to, end - 1, &untouched[..1])?;
         self.put(to, end + Self::LENGTH, &untouched[..1])?;
         let (source, target) = (from.iova + ODD as u64, to.iova + end as u64);
-        self.edu.copy(source, target, Self::LENGTH).map_err(refused("an end of the transfer"))?;
+        self.edu.copy(source, target, Self::LENGTH).map_err(unexpected("an end of the transfer"))?;
         self.arrived(to, end, &bytes)?;
         self.arrived(to, end - 1, &untouched[..1])?;
         self.arrived(to, end + Self::LENGTH, &untouched[..1])?;
@@ -82,7 +82,7 @@ impl Transfers<'_> {
         let iova = far.iova + ODD as u64;
         self.edu
             .copy(iova, self.plan.target.iova, Self::LENGTH)
-            .map_err(refused("an end of the transfer"))?;
+            .map_err(unexpected("an end of the transfer"))?;
         let found = self.get(self.plan.target, 0, Self::LENGTH)?;
         if found == high {
             Ok(((), format!("the bytes of {iova:#x} are right")))
@@ -91,7 +91,7 @@ impl Transfers<'_> {
             Ok(((), format!("it drives fewer address bits, and so reads {alias:#x} for {iova:#x}")))
         } else {
             let expected = format!("the bytes at {iova:#x}, or those at the same address without high bits");
-            Err(Failure::new(expected, "neither", REPORT_IT).into())
+            Err(Failure::new(expected, "neither", LOOK_DEEPER).into())
         }
     }
 
@@ -103,11 +103,11 @@ impl Transfers<'_> {
         self.put(self.plan.source, 0, &other)?;
         self.edu
             .copy(self.plan.source.iova, area.iova, Self::LENGTH)
-            .map_err(refused("an end of the transfer"))?;
+            .map_err(unexpected("an end of the transfer"))?;
         self.arrived(area, 0, &fixed)?;
         self.edu
             .copy(area.iova, self.plan.target.iova, Self::LENGTH)
-            .map_err(refused("an end of the transfer"))?;
+            .map_err(unexpected("an end of the transfer"))?;
         self.arrived(self.plan.target, 0, &fixed)?;
         Ok(((), "its bytes have stayed, and can be read".to_owned()))
     }
@@ -117,7 +117,7 @@ impl Transfers<'_> {
         let Plan { source, doomed, target, .. } = *self.plan;
         let bytes = pattern(30);
         self.put(source, ODD, &bytes)?;
-        let ended = || refused("an end of the transfer");
+        let ended = || unexpected("an end of the transfer");
         self.edu.copy(source.iova + ODD as u64, doomed.iova + ODD as u64, Self::LENGTH).map_err(ended())?;
         other.edu.copy(doomed.iova + ODD as u64, target.iova, Self::LENGTH).map_err(ended())?;
         self.arrived(target, 0, &bytes)?;
@@ -129,7 +129,7 @@ impl Transfers<'_> {
         const ADVICE: &str = "stop using this machine's IOMMU for protection: unmapped memory is reachable";
         let Plan { source, target, .. } = *self.plan;
         let (secret, known) = (pattern(40), pattern(41));
-        let ended = || refused("an end of the transfer");
+        let ended = || unexpected("an end of the transfer");
         // Something known is in the device's buffer, so that what does not arrive can be told from what was there.
         let before = if area == source { target } else { source };
         self.put(before, 0, &known)?;
@@ -157,7 +157,7 @@ impl Transfers<'_> {
         self.put(source, last, &bytes)?;
         self.edu
             .copy(doomed.iova - Self::LENGTH as u64, target.iova, Self::LENGTH)
-            .map_err(refused("an end of the transfer"))?;
+            .map_err(unexpected("an end of the transfer"))?;
         self.arrived(target, 0, &bytes)?;
         self.copies(target, source, 51)?;
         Ok(((), format!("to the last byte before and from the first after {:#x}", doomed.iova)))
