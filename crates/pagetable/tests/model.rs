@@ -49,6 +49,8 @@ struct Model {
     leaves: BTreeMap<u64, ModelLeaf>,
     /// Allowed sizes, ascending, as logarithms.
     sizes: Vec<u32>,
+    /// No leaf is larger than an entry of the top table, which is only as high as the addresses ask for.
+    largest: u32,
 }
 
 fn log2(first: u64, last: u64) -> u32 {
@@ -60,7 +62,7 @@ impl Model {
         let sizes = (1..=*format.top_levels().end())
             .flat_map(|level| (0..64).filter(move |&log2| format.leaf_sizes(level) >> log2 & 1 != 0))
             .collect();
-        Model { leaves: BTreeMap::new(), sizes }
+        Model { leaves: BTreeMap::new(), sizes, largest: 0 }
     }
 
     fn granule(&self) -> u64 {
@@ -97,7 +99,8 @@ impl Model {
                 None => {
                     let fits = |&&size: &&u32| {
                         let low = (1u64 << size) - 1;
-                        (at | output) & low == 0
+                        size <= self.largest
+                            && (at | output) & low == 0
                             && at | low <= range.last()
                             && self.leaves.range(at..=at | low).next().is_none()
                     };
@@ -258,6 +261,18 @@ impl<F: Format> Pair<F> {
         let model = Model::new(&format);
         let radix = Radix::new(format, memory.clone());
         Pair { radix, memory, model, cache: CachedWalk::new(), limit, specification }
+    }
+
+    /// Tells the model how high the top table will be when `range` is mapped.
+    fn grow(&mut self, range: IovaRange) {
+        let format = self.radix.format();
+        let covers = |&level: &u8| {
+            let bits = format.shift(level) + format.index_bits(level);
+            bits >= 64 || range.last() >> bits == 0
+        };
+        let needed = format.top_levels().find(covers).unwrap();
+        let level = self.radix.top().map_or(needed, |(_, level)| level.max(needed));
+        self.model.largest = format.shift(level);
     }
 
     /// Nothing runs between two operations of a test, so the tables can go at once.
@@ -500,6 +515,7 @@ impl<F: Format> Pair<F> {
             assert_eq!(result, Err(MapError::OutputOutOfRange { oa: Oa::new(oa) }));
             return;
         }
+        self.grow(range);
         let plan =
             if fill { self.plan_fill(range, oa, attributes) } else { self.model.plan(range, oa, false) };
         let Some(plan) = plan else { return };
@@ -640,6 +656,7 @@ impl Pair<Native> {
         if (range.last() - range.first()).checked_add(oa).is_none_or(|last| last >> 56 != 0) {
             return;
         }
+        self.grow(range);
         let Some(plan) = self.model.plan(range, oa, false) else { return };
         let mut gather = Gather::new();
         let result = self.radix.claim(range, Oa::new(oa), attributes, &mut gather);
@@ -842,6 +859,7 @@ fn survive_failures<F: Format>(format: F, specification: SpecificationWalk, oper
             _ => continue,
         };
         let range = pair.range(place, extent);
+        pair.grow(range);
         for allocations in 0.. {
             let mut gather = Gather::new();
             pair.memory.fail_after(Some(allocations));
