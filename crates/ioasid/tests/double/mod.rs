@@ -186,6 +186,11 @@ impl DoubleTable {
         join(leaves)
     }
 
+    /// The table for a walker of its own.
+    pub(crate) fn radix(&self) -> &ioasid::pagetable::Radix<VtdSecondStage> {
+        self.inner.radix()
+    }
+
     /// The translation of one address.
     pub(crate) fn walk(&self, iova: u64) -> Option<(u64, Attributes)> {
         let leaf = self.inner.radix().walk(iova).ok()?;

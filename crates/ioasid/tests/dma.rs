@@ -1,0 +1,535 @@
+//! DMA against unmap, with threads.
+//!
+//! What a program relies on: when an unmap has returned, no device touches the memory, so that it may be
+//! overwritten or freed; and whoever is next to what is unmapped notices nothing. The devices here are threads that
+//! translate and copy as an IOMMU in software does, through the native table or a derived one.
+
+mod double;
+
+use double::{DERIVED, Double, DoubleTable, NATIVE};
+use ioasid::{
+    Account, Attributes, Backing, Bus, CachedWalk, Iova, IovaRange, LateBound, Memory, MemoryGone,
+    Permissions, Rid, Space, Table, Translated, WalkFault, epoch,
+};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+const K4: u64 = 4 << 10;
+const M2: u64 = 2 << 20;
+const RW: Permissions = Permissions::READ_WRITE;
+/// How long each of the tests tries to find something.
+const PATIENCE: Duration = Duration::from_millis(700);
+/// What must happen happens within this time, however busy the machine is.
+const CERTAINTY: Duration = Duration::from_secs(30);
+
+fn range(first: u64, length: u64) -> IovaRange {
+    IovaRange::with_length(first, length).unwrap()
+}
+
+/// A device's way to memory, one for each thread.
+struct Port {
+    table: Arc<Table>,
+    cache: CachedWalk<AtomicU64>,
+}
+
+enum Transfer<'a> {
+    FromMemory(&'a mut [u8]),
+    ToMemory(&'a [u8]),
+}
+
+impl Port {
+    fn new(double: &Double, rid: Rid) -> Port {
+        Port { table: double.table_of(rid).unwrap(), cache: CachedWalk::new() }
+    }
+
+    /// One transfer within a page. `Ok(false)`: the memory was there, but its owner does not give it.
+    fn transfer(&mut self, iova: u64, transfer: Transfer<'_>) -> Result<bool, WalkFault> {
+        let section = epoch::dma();
+        let space = self.table.space();
+        let leaf = match self.table.derived() {
+            None => space.walk_for_dma(&section, iova, &mut self.cache)?,
+            Some(derived) => {
+                let derived = derived.as_any().downcast_ref::<DoubleTable>().unwrap();
+                derived.radix().walk_cached(iova, &mut self.cache)?
+            }
+        };
+        assert!(leaf.attributes.contains(Attributes::READ | Attributes::WRITE));
+        // Memory that goes while it is mapped is unmapped first; so what was translated is there.
+        match space.memory_at(&section, leaf.output(iova)).unwrap() {
+            Translated::Here(here) => match transfer {
+                Transfer::FromMemory(buffer) => here.read(buffer).unwrap(),
+                Transfer::ToMemory(bytes) => here.write(bytes).unwrap(),
+            },
+            Translated::Late(late) => {
+                drop(section);
+                let result = match transfer {
+                    Transfer::FromMemory(buffer) => late.read(buffer),
+                    Transfer::ToMemory(bytes) => late.write(bytes),
+                };
+                return Ok(result.is_ok());
+            }
+        }
+        Ok(true)
+    }
+
+    fn write(&mut self, iova: u64, bytes: &[u8]) -> Result<bool, WalkFault> {
+        self.transfer(iova, Transfer::ToMemory(bytes))
+    }
+
+    fn read(&mut self, iova: u64, buffer: &mut [u8]) -> Result<bool, WalkFault> {
+        self.transfer(iova, Transfer::FromMemory(buffer))
+    }
+}
+
+/// Lets the devices' threads end, also when the test fails.
+struct StopAtTheEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtTheEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What devices write.
+const FROM_DEVICE: [u8; K4 as usize] = [0xdd; K4 as usize];
+
+#[test]
+fn unmapped_memory_is_the_programs_own_and_neighbours_never_fault() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let account = Account::new("test", None);
+    let backing = Backing::anonymous(&bus, 2 * M2).unwrap();
+    let ram = Memory::register(&backing, 0, 2 * M2, &account).unwrap();
+    let space = Space::new(&bus);
+    space.map(Iova::new(0), &ram, 0, 2 * M2, RW).unwrap();
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    let stop = AtomicBool::new(false);
+    let written = [AtomicU64::new(0), AtomicU64::new(0)];
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for (rid, written) in [NATIVE, DERIVED].into_iter().zip(&written) {
+            let (mut port, stop) = (Port::new(&double, rid), &stop);
+            scope.spawn(move || {
+                for step in 0u64.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    // The victim may be there or not.
+                    let place = (step * 7919) % (M2 / K4) * K4;
+                    if port.write(place, &FROM_DEVICE).is_ok() {
+                        written.fetch_add(1, Ordering::Relaxed);
+                    }
+                    // The other half is nobody's business, nor is the page behind the victim's place.
+                    port.write(M2 + place, &FROM_DEVICE[..64]).expect("a neighbour has faulted");
+                    port.write(2 * M2 - 64, &FROM_DEVICE[..64]).expect("a neighbour has faulted");
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        let mut buffer = vec![0; M2 as usize];
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            // From one page to all of the first half, with cuts and without.
+            let length = K4 << (round % 10);
+            let first = if length == M2 { 0 } else { (round * K4 * 3) % (M2 - length) };
+            let (mine, length) = (vec![round as u8 & 0x7f; length as usize], length);
+            assert_eq!(space.unmap(range(first, length)).unwrap().bytes(), length);
+            backing.write(first, &mine).unwrap();
+            if round % 4 == 0 {
+                std::thread::yield_now();
+            }
+            let seen = &mut buffer[..length as usize];
+            backing.read(first, seen).unwrap();
+            assert!(*seen == *mine, "a device has written after the unmap, round {round}");
+            space.map(Iova::new(first), &ram, first, length, RW).unwrap();
+        }
+    });
+    for written in &written {
+        assert!(written.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");
+    }
+}
+
+/// Pages of this process that are unmapped from it at the end: whoever touches them afterwards crashes.
+struct Pages(NonNull<u8>, usize);
+
+impl Pages {
+    fn new(length: u64) -> Pages {
+        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+        let length = length as usize;
+        // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
+        let pointer = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        };
+        Pages(NonNull::new(pointer.unwrap().cast()).unwrap(), length)
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`. That nobody uses it any more is what the tests are about.
+        unsafe { rustix::mm::munmap(self.0.as_ptr().cast(), self.1) }.unwrap();
+    }
+}
+
+#[test]
+fn memory_is_freed_under_the_eyes_of_devices() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let account = Account::new("test", None);
+    let space = Space::new(&bus);
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    let stop = AtomicBool::new(false);
+    let copied = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for rid in [NATIVE, DERIVED] {
+            let (mut port, stop, copied) = (Port::new(&double, rid), &stop, &copied);
+            scope.spawn(move || {
+                let mut buffer = [0; K4 as usize];
+                for step in 0u64.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let place = step % 16 * K4;
+                    let done = if step % 2 == 0 {
+                        port.write(place, &FROM_DEVICE)
+                    } else {
+                        port.read(place, &mut buffer)
+                    };
+                    copied.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let pages = Pages::new(16 * K4);
+            // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
+            let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
+            let ram = Memory::register(&backing, 0, 16 * K4, &account).unwrap();
+            space.map(Iova::new(0), &ram, 0, 16 * K4, RW).unwrap();
+            let before = copied.load(Ordering::Relaxed);
+            let deadline = Instant::now() + Duration::from_millis(5);
+            while copied.load(Ordering::Relaxed) < before + 3 && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            // Unmapped by hand, or only by the drop.
+            if round % 2 == 0 {
+                space.unmap(range(0, 16 * K4)).unwrap();
+            }
+            drop((ram, backing));
+            drop(pages);
+        }
+    });
+    assert!(copied.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");
+}
+
+#[test]
+fn a_device_sees_one_memory_or_the_other_and_never_the_former_again() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let space = Space::new(&bus);
+    let _device = double.attached(NATIVE, &space);
+    let stop = AtomicBool::new(false);
+    // The number of the last memory that was certainly in place.
+    let mapped = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for _ in 0..2 {
+            let (mut port, stop, mapped) = (Port::new(&double, NATIVE), &stop, &mapped);
+            scope.spawn(move || {
+                let mut words = [0; 512];
+                while !stop.load(Ordering::Relaxed) {
+                    let least = mapped.load(Ordering::SeqCst);
+                    if port.read(0, &mut words).is_ok() {
+                        let number = u64::from_le_bytes(words[..8].try_into().unwrap());
+                        assert!(words.chunks(8).all(|word| word == number.to_le_bytes()), "a mixture");
+                        assert!(number >= least, "{number} is gone, {least} was there already");
+                    }
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        let mut before: Option<Arc<Memory>> = None;
+        for number in 1u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let backing = Backing::anonymous(&bus, K4).unwrap();
+            backing.write(0, &number.to_le_bytes().repeat(512)).unwrap();
+            let ram = Memory::register(&backing, 0, K4, &Account::new("test", None)).unwrap();
+            if number % 2 == 0 {
+                space.unmap(range(0, K4)).unwrap();
+            }
+            // Windows are used again and again.
+            drop(before.replace(ram.clone()));
+            space.map(Iova::new(0), &ram, 0, K4, RW).unwrap();
+            mapped.store(number, Ordering::SeqCst);
+        }
+    });
+}
+
+/// Memory behind calls that knows which of them are running, and lets those for one page wait.
+#[derive(Debug, Default)]
+struct Recorder {
+    state: Mutex<Recorded>,
+    moved: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Recorded {
+    running: Vec<(u64, u64)>,
+    calls: u64,
+    blocked_page: Option<u64>,
+    waiting: usize,
+}
+
+impl Recorder {
+    fn call(&self, offset: u64, length: usize) {
+        let call = (offset, offset + length as u64);
+        let mut state = self.state.lock().unwrap();
+        state.running.push(call);
+        state.calls += 1;
+        state.waiting += 1;
+        self.moved.notify_all();
+        state = self.moved.wait_while(state, |state| state.blocked_page == Some(offset / K4)).unwrap();
+        state.waiting -= 1;
+        drop(state);
+        // The copy itself takes its time.
+        std::thread::yield_now();
+        let mut state = self.state.lock().unwrap();
+        let index = state.running.iter().position(|running| *running == call).unwrap();
+        state.running.swap_remove(index);
+    }
+
+    fn block(&self, page: Option<u64>) {
+        self.state.lock().unwrap().blocked_page = page;
+        self.moved.notify_all();
+    }
+
+    fn wait_for_blocked_call(&self) {
+        let state = self.state.lock().unwrap();
+        let (state, timeout) =
+            self.moved.wait_timeout_while(state, CERTAINTY, |state| state.waiting == 0).unwrap();
+        drop(state);
+        assert!(!timeout.timed_out());
+    }
+
+    #[track_caller]
+    fn assert_nothing_runs_in(&self, first: u64, length: u64) {
+        let state = self.state.lock().unwrap();
+        let running = state.running.iter().find(|call| call.0 < first + length && first < call.1);
+        assert!(running.is_none(), "{running:x?} is running although {first:#x}+{length:#x} was unmapped");
+    }
+}
+
+impl LateBound for Recorder {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+        self.call(offset, buffer.len());
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
+        self.call(offset, bytes.len());
+        if offset / K4 == 13 { Err(MemoryGone { offset }) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn no_call_for_late_bound_memory_runs_when_its_unmap_has_returned() {
+    const PAGES: u64 = 32;
+    let (bus, double) = (Bus::new(), Double::new());
+    let recorder = Arc::new(Recorder::default());
+    let backing = Backing::late_bound(&bus, recorder.clone());
+    let ram = Memory::register(&backing, 0, PAGES * K4, &Account::new("test", None)).unwrap();
+    let space = Space::new(&bus);
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    // IOVA and offset are the same, so that a call says what it is for.
+    space.map(Iova::new(0), &ram, 0, PAGES * K4, RW).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for (thread, rid) in [NATIVE, DERIVED, NATIVE].into_iter().enumerate() {
+            let (mut port, stop) = (Port::new(&double, rid), &stop);
+            scope.spawn(move || {
+                let mut buffer = [0; 256];
+                let mut step = thread as u64;
+                while !stop.load(Ordering::Relaxed) {
+                    step += 3;
+                    let place = step * 5 % PAGES * K4;
+                    let _ = if step % 2 == 0 {
+                        port.read(place, &mut buffer)
+                    } else {
+                        port.write(place, &[1; 8])
+                    };
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let (first, length) = (round % (PAGES - 4) * K4, (1 + round % 4) * K4);
+            space.unmap(range(first, length)).unwrap();
+            recorder.assert_nothing_runs_in(first, length);
+            space.map(Iova::new(first), &ram, first, length, RW).unwrap();
+        }
+        drop(ram);
+        recorder.assert_nothing_runs_in(0, PAGES * K4);
+    });
+    assert!(recorder.state.lock().unwrap().calls > 0, "no device has ever reached the memory");
+}
+
+/// Opens what is blocked also when a test fails, or its threads would stand there for ever.
+struct Unblock<'a>(&'a Recorder);
+
+impl Drop for Unblock<'_> {
+    fn drop(&mut self) {
+        self.0.block(None);
+    }
+}
+
+#[test]
+fn who_blocks_his_own_memory_delays_only_his_own_space() {
+    let (bus, double, others) = (Bus::new(), Double::new(), Double::new());
+    let account = Account::new("test", None);
+    let recorder = Arc::new(Recorder::default());
+    let late = Backing::late_bound(&bus, recorder.clone());
+    let ram = Memory::register(&late, 0, 16 * K4, &account).unwrap();
+    let (space, other) = (Space::new(&bus), Space::new(&bus));
+    let _device = double.attached(NATIVE, &space);
+    space.map(Iova::new(0), &ram, 0, 16 * K4, RW).unwrap();
+    let shared = Memory::register(&late, 0, 16 * K4, &account).unwrap();
+    let own = Backing::anonymous(&bus, 16 * K4).unwrap();
+    let own = Memory::register(&own, 0, 16 * K4, &account).unwrap();
+
+    recorder.block(Some(5));
+    std::thread::scope(|scope| {
+        let unblock = Unblock(&recorder);
+        let mut port = Port::new(&double, NATIVE);
+        let reader = scope.spawn(move || port.read(5 * K4, &mut [0; 16]));
+        recorder.wait_for_blocked_call();
+        let (returned, unmapped) = mpsc::channel();
+        let unmapping = &space;
+        scope.spawn(move || {
+            let bytes = unmapping.unmap(range(4 * K4, 4 * K4)).unwrap().bytes();
+            returned.send(bytes).unwrap();
+        });
+        // The unmap has begun when the page translates no more.
+        let deadline = Instant::now() + CERTAINTY;
+        while space.walk(Iova::new(5 * K4)).is_some() {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+
+        // Whatever another space does, with that very memory or its own, ends while the call is blocked. So do the
+        // rest of the first one and its devices that do not touch the memory in question.
+        let (finished, all) = mpsc::channel();
+        let (space, other, others, shared, own, late, account) =
+            (&space, &other, &others, &shared, &own, &late, &account);
+        let double = &double;
+        scope.spawn(move || {
+            for round in 0..20 {
+                let device = others.attached(if round % 2 == 0 { DERIVED } else { NATIVE }, other);
+                other.map(Iova::new(0), shared, 0, 16 * K4, RW).unwrap();
+                other.map_anywhere(own, 0, 16 * K4, RW).unwrap();
+                other.unmap(range(4 * K4, K4)).unwrap();
+                other.reserve(range(4 * K4, K4), ioasid::ReservationOwner::User(round)).unwrap();
+                other.unreserve(ioasid::ReservationOwner::User(round));
+                let once_more = Memory::register(late, 64 * K4, K4, account).unwrap();
+                other.map(Iova::new(M2), &once_more, 0, K4, RW).unwrap();
+                drop(once_more);
+                other.unmap(IovaRange::ALL).unwrap();
+                drop(device);
+                // The space's own unmaps wait, but it can be used.
+                let place = M2 + round * 16 * K4;
+                space.map(Iova::new(place), own, 0, 16 * K4, RW).unwrap();
+                assert_eq!(Port::new(double, NATIVE).read(place, &mut [0; 8]), Ok(true));
+                assert_eq!(Port::new(double, NATIVE).read(0, &mut [0; 8]), Ok(true));
+            }
+            finished.send(()).unwrap();
+        });
+        all.recv_timeout(CERTAINTY).expect("another space was kept waiting");
+        assert!(
+            matches!(unmapped.try_recv(), Err(mpsc::TryRecvError::Empty)),
+            "unmapped under a running call"
+        );
+
+        drop(unblock);
+        assert_eq!(unmapped.recv_timeout(CERTAINTY).unwrap(), 4 * K4);
+        recorder.assert_nothing_runs_in(4 * K4, 4 * K4);
+        assert_eq!(reader.join().unwrap(), Ok(true));
+    });
+}
+
+#[test]
+fn a_replaced_table_is_free_of_dma_when_the_replacement_returns() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let account = Account::new("test", None);
+    let recorder = Arc::new(Recorder::default());
+    let late = Backing::late_bound(&bus, recorder.clone());
+    let ram = Memory::register(&late, 0, 4 * K4, &account).unwrap();
+    let (space, other) = (Space::new(&bus), Space::new(&bus));
+    let device = double.attached(NATIVE, &space);
+    space.map(Iova::new(0), &ram, 0, 4 * K4, RW).unwrap();
+    recorder.block(Some(1));
+    std::thread::scope(|scope| {
+        let unblock = Unblock(&recorder);
+        let mut port = Port::new(&double, NATIVE);
+        scope.spawn(move || port.read(K4, &mut [0; 16]));
+        recorder.wait_for_blocked_call();
+        let moved = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let mover = scope.spawn(|| {
+                device.attach(&Table::for_device(&other, &device).unwrap()).unwrap();
+                moved.store(true, Ordering::SeqCst);
+                recorder.assert_nothing_runs_in(0, 4 * K4);
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!moved.load(Ordering::SeqCst), "replaced while DMA through the former table was running");
+            drop(unblock);
+            mover.join().unwrap();
+        });
+    });
+    assert!(Arc::ptr_eq(device.table().unwrap().space(), &other));
+}
+
+#[test]
+fn a_thread_that_ends_can_still_drop_what_it_kept() {
+    // Thread-locals go in an order nobody promises, and dropping memory unmaps it.
+    thread_local! {
+        static KEPT: std::cell::RefCell<Vec<Arc<Memory>>> = const { std::cell::RefCell::new(Vec::new()) };
+    }
+    let bus = Bus::new();
+    let space = Space::new(&bus);
+    let backing = Backing::anonymous(&bus, 16 * K4).unwrap();
+    for order in 0..4u64 {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // Registered for destruction before the engine's own locals, or after them.
+                if order % 2 == 0 {
+                    KEPT.with_borrow_mut(Vec::clear);
+                }
+                let ram = Memory::register(&backing, 0, 16 * K4, &Account::new("test", None)).unwrap();
+                space.map(Iova::new(0), &ram, 0, 16 * K4, RW).unwrap();
+                drop(epoch::dma());
+                KEPT.with_borrow_mut(|kept| kept.push(ram));
+            });
+            // A scope does not wait for thread-locals, a join does.
+            thread.join().unwrap();
+        });
+        assert!(space.leaves(IovaRange::ALL).is_empty());
+        assert_eq!(backing.holds(0, 16 * K4), 0..=0);
+    }
+    // And nobody who waits afterwards waits for them.
+    epoch::wait_for_dma();
+}
