@@ -19,6 +19,8 @@ const MEBIBYTE: u64 = 1 << 20;
 
 /// The first IOVA of the near areas, in reach of 28 address bits.
 const NEAR: u64 = 64 * MEBIBYTE;
+/// Where the memory of one of them is mapped anew: behind them, in reach as well.
+const MOVED: u64 = 96 * MEBIBYTE;
 /// How far above the near areas the far ones begin.
 const ALIAS_DISTANCE: u64 = 1 << 32;
 /// The largest near area.
@@ -83,6 +85,8 @@ pub(super) struct Plan {
     pub(super) target: Area,
     /// The device may only read here.
     pub(super) read_only: Area,
+    /// The memory of `doomed` at another IOVA in reach.
+    pub(super) moved: Area,
     /// Large ones, above 4 GiB.
     pub(super) far: [Area; 4],
     /// What is mapped in place of `far` if that is more than may be locked.
@@ -118,6 +122,7 @@ impl Plan {
             doomed: near(1, Access::ReadWrite),
             target: near(2, Access::ReadWrite),
             read_only: near(3, Access::Read),
+            moved: Area { iova: MOVED, ..near(1, Access::ReadWrite) },
             far: [0, 1, 2, 3].map(far),
             small_far: Area { length: near_length.min(quarter), ..far(0) },
             lock_limit,
@@ -183,6 +188,7 @@ mod tests {
             }
             assert_eq!(plan.size(), size(text).0);
             assert!(areas[3].last() < 1 << 28, "in reach of 28 bits");
+            assert!(plan.moved.iova > areas[3].last() && plan.moved.last() < 1 << 28);
             assert_eq!(Plan::alias(plan.far[0].iova), plan.source.iova);
             assert!(plan.small_far.length <= plan.far[0].length);
         }

@@ -115,6 +115,21 @@ pub(super) fn run(report: &mut Report, plan: &Plan, devices: &[PathBuf]) {
         areas.retain(|area| *area != plan.doomed);
         accounts::mapped_and_charged(path, space.id, &areas)
     });
+    // With its memory in use, only the IOVA can be what keeps devices out.
+    let moved = space.clone().and(memory.as_ref()).if_also(&unmapped);
+    let moved = report.after(moved, "map its memory elsewhere", |(space, memory)| {
+        space.map(memory, plan.moved)?;
+        Ok(((), format!("at {:#x}", plan.moved.iova)))
+    });
+    for device in [&device, &second_device] {
+        let Held::Yes(Transfers { name, .. }) = device else { continue };
+        report.after(device.clone().if_also(&moved), format!("{name} reaches it there only"), |device| {
+            device.reaches_only(plan.moved, plan.doomed)
+        });
+    }
+    report.after(space.clone().if_also(&moved), "its page tables now", |space| {
+        accounts::tables(path, space.id)
+    });
 
     let mut quiet = Held::Yes(());
     if let Held::Yes((name, edu)) = &second {

@@ -149,6 +149,13 @@ impl Transfers<'_> {
         Ok(((), "it neither reads nor writes the memory".to_owned()))
     }
 
+    /// Reads memory at one area's IOVAs, and does not at another's, which had the same memory before.
+    pub(super) fn reaches_only(&self, here: Area, not_there: Area) -> Verdict<()> {
+        self.copies(here, self.plan.target, 60)?;
+        self.cannot_reach(not_there)?;
+        Ok(((), format!("not at {:#x}", not_there.iova)))
+    }
+
     /// Copies between the last page before the area that was unmapped and the first page after it.
     pub(super) fn neighbours(&self) -> Verdict<()> {
         let Plan { source, doomed, target, .. } = *self.plan;
