@@ -1,6 +1,6 @@
 //! A driver of QEMU's `edu` device, polling: no interrupts are used.
 //!
-//! The device copies at most 4096 bytes at a time between memory and a buffer of its own. It has no register for
+//! The device copies a few thousand bytes at a time between memory and a buffer of its own. It has no register for
 //! errors: after a transfer that faulted it looks as after any other, and only the bytes tell.
 
 use std::thread;
@@ -46,8 +46,9 @@ pub(crate) struct Edu {
 }
 
 impl Edu {
-    /// How many bytes a transfer moves at most.
-    pub(crate) const BUFFER: usize = spec::BUFFER_SIZE;
+    /// How many bytes a transfer moves at most. QEMU 7.2 takes a transfer that fills the buffer to the end for one that
+    /// exceeds it, and stops the machine.
+    pub(crate) const LARGEST_TRANSFER: usize = spec::BUFFER_SIZE - 1;
 
     /// Finds the device's registers.
     pub(crate) fn new(file: VfioDevice) -> Result<Self, Errno> {

@@ -3,7 +3,7 @@
 //! The server of `ioasid run` answers in full, in `/dev/ioasid`. A kernel tells only how much of a process's memory is
 //! pinned.
 
-use std::io;
+use std::{fmt, io};
 
 use serde::Deserialize;
 
@@ -21,9 +21,13 @@ const PAGE: u64 = 4096;
 pub(super) enum Known {
     /// By the server.
     Server(Machine),
-    /// By the kernel: lines about pinned and locked memory.
-    Kernel(String),
+    /// By the kernel.
+    Kernel(Pinned),
 }
+
+/// How much memory of this process is pinned, for whatever purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Pinned(pub(super) Bytes);
 
 /// The part of the server's answer that is looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -72,11 +76,23 @@ pub(super) fn ask() -> io::Result<Known> {
         Ok(text) => Ok(Known::Server(serde_json::from_str(&text)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let text = std::fs::read_to_string(KERNEL)?;
-            let lines = text.lines().filter(|line| line.starts_with("VmPin") || line.starts_with("VmLck"));
-            let words = lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
-            Ok(Known::Kernel(words.collect::<Vec<_>>().join(", ")))
+            let pinned = pinned(&text).ok_or_else(|| io::Error::other(format!("no VmPin in {KERNEL}")))?;
+            Ok(Known::Kernel(pinned))
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Finds what is pinned in a text such as `/proc/self/status`.
+fn pinned(text: &str) -> Option<Pinned> {
+    let value = text.lines().find_map(|line| line.strip_prefix("VmPin:"))?;
+    let kibibytes: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024).map(|bytes| Pinned(Bytes(bytes)))
+}
+
+impl fmt::Display for Pinned {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} pinned, says the kernel", self.0)
     }
 }
 
@@ -132,6 +148,15 @@ impl AddressSpace {
 mod tests {
     use super::*;
     use ioasid_server::{AccountStatus, AddressSpaceStatus, ContextStatus, DeviceStatus, LeafStatus, Status};
+
+    #[test]
+    fn what_a_kernel_has_pinned_is_read() {
+        let text = "VmLck:\t       0 kB\nVmPin:\t   65536 kB\nVmHWM:\t    2048 kB\n";
+        assert_eq!(pinned(text), Some(Pinned(Bytes(64 << 20))));
+        for odd in ["", "VmPin:", "VmPin: x kB", "VmPin: 1 MB", "VmPin: 18446744073709551615 kB"] {
+            assert_eq!(pinned(odd), None, "{odd}");
+        }
+    }
 
     #[test]
     fn the_servers_own_text_is_understood() {

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::super::plan::Area;
 use super::super::report::{Failure, Stop, Verdict};
 use super::super::status::{self, Known};
-use super::unexpected;
+use super::{LOOK_DEEPER, unexpected};
 use crate::quantity::Bytes;
 
 const PAGE: u64 = 4096;
@@ -13,11 +13,15 @@ const SEE: &str = "see /dev/ioasid";
 
 /// The space of a bound device has these areas, and all of their memory is charged.
 pub(super) fn mapped_and_charged(device: &Path, space: u32, areas: &[Area]) -> Verdict<()> {
+    let bytes: u64 = areas.iter().map(|area| area.length).sum();
     let machine = match status::ask().map_err(unexpected("an answer"))? {
         Known::Server(machine) => machine,
-        Known::Kernel(lines) => return Ok(((), format!("{lines} (a kernel tells no more)"))),
+        Known::Kernel(pinned) if pinned.0.0 >= bytes => return Ok(((), pinned.to_string())),
+        Known::Kernel(pinned) => {
+            let expected = format!("{} or more pinned", Bytes(bytes));
+            return Err(Failure::new(expected, pinned.to_string(), LOOK_DEEPER).into());
+        }
     };
-    let bytes: u64 = areas.iter().map(|area| area.length).sum();
     let wanted = || format!("{} areas, {}, all of it charged", areas.len(), Bytes(bytes));
     let Some(found) = machine.address_space(&device.to_string_lossy(), space) else {
         return Err(Failure::new(wanted(), "the address space is not listed", SEE).into());
@@ -51,7 +55,8 @@ pub(super) fn tables(device: &Path, space: u32) -> Verdict<()> {
 /// After everything was closed, the device is not ours any more.
 pub(super) fn nothing_left(device: &Path, space: u32) -> Verdict<()> {
     match status::ask().map_err(unexpected("an answer"))? {
-        Known::Kernel(lines) => Ok(((), lines)),
+        Known::Kernel(pinned) if pinned.0.0 == 0 => Ok(((), pinned.to_string())),
+        Known::Kernel(pinned) => Err(Failure::new("nothing pinned", pinned.to_string(), LOOK_DEEPER).into()),
         Known::Server(machine) if machine.address_space(&device.to_string_lossy(), space).is_some() => {
             let advice = "another program may have bound the device at once; otherwise see /dev/ioasid";
             Err(Failure::new("no address space of the device", "there still is one", advice).into())

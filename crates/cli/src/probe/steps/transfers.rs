@@ -28,7 +28,7 @@ fn pattern(seed: u8) -> Vec<u8> {
 
 impl Transfers<'_> {
     /// How many bytes a transfer has.
-    pub(super) const LENGTH: usize = Edu::BUFFER;
+    pub(super) const LENGTH: usize = Edu::LARGEST_TRANSFER;
 
     fn put(&self, area: Area, at: usize, bytes: &[u8]) -> Result<(), Failure> {
         self.memory.write(area.offset + at, bytes).map_err(unexpected("room in the memory"))
