@@ -10,17 +10,18 @@
 //! section waits for its own domain, and nobody inside a DMA section waits for anything.
 
 use ioasid_pagetable::RetiredTable;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicPtr, AtomicU64};
 use std::sync::{Mutex, PoisonError};
 use std::thread::LocalKey;
 
 mod domain;
+mod sync;
 
 pub use domain::Section;
 use domain::{Domain, Local, Ticket};
 
-static DMA: Domain = Domain::new();
-static OPERATIONS: Domain = Domain::new();
+static DMA: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
+static OPERATIONS: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
 
 thread_local! {
     static DMA_LOCAL: Local = const { Local::new(&DMA) };

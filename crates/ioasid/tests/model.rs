@@ -474,7 +474,7 @@ impl World {
     fn take(&mut self, step: &Step) {
         match step {
             Step::Register { slot, object, pages, account } => {
-                self.register(*slot, *object, *pages, *account)
+                self.register(*slot, *object, *pages, *account);
             }
             Step::Drop { slot } => self.drop_memory(*slot),
             Step::Map { space, at, slot, part, permissions, fail } => {
@@ -576,7 +576,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 160, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, max_shrink_iters: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn every_sequence_of_calls_does_what_the_model_does(steps in prop::collection::vec(step(), 1..80)) {

@@ -9,15 +9,15 @@
 //! the most expensive instruction of a small DMA. Instead the waiter has the kernel run a fence on every CPU that
 //! runs a thread of ours (membarrier). Afterwards each thread either is seen inside, or sees all that the waiter
 //! did before. Where membarrier is missing, both sides fence.
+//!
+//! The atomics and fences come from the module beside this one ([`super::sync`]), so that a model checker can put
+//! its own in their place and run this very file.
 
-#[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
-#[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
-
+use super::sync::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, heavy_fence, light_fence, wait_a_little,
+};
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::ptr;
 
 /// The word of a thread that is in no section.
 const OUTSIDE: u64 = 0;
@@ -49,16 +49,10 @@ pub(crate) struct Participant {
 pub(crate) struct Ticket(u64);
 
 impl Domain {
-    /// A domain with no participants.
-    #[cfg(not(loom))]
-    pub(crate) const fn new() -> Domain {
-        Domain { epoch: AtomicU64::new(1), participants: AtomicPtr::new(ptr::null_mut()) }
-    }
-
-    /// A domain with no participants.
-    #[cfg(loom)]
-    pub(crate) fn new() -> Domain {
-        Domain { epoch: AtomicU64::new(1), participants: AtomicPtr::new(ptr::null_mut()) }
+    /// A domain of an epoch from 1 on and no (null) participants. It does not make its atomics itself, because a
+    /// model checker's cannot be made in a constant.
+    pub(crate) const fn new(epoch: AtomicU64, participants: AtomicPtr<Participant>) -> Domain {
+        Domain { epoch, participants }
     }
 
     /// Marks the present: whatever the caller did before is seen by every section that begins later.
@@ -206,83 +200,4 @@ impl Drop for Section {
             participant.taken.store(false, Ordering::Release);
         }
     }
-}
-
-#[cfg(not(loom))]
-mod barrier {
-    use std::sync::atomic::{AtomicU8, Ordering};
-
-    const UNKNOWN: u8 = 0;
-    const MEMBARRIER: u8 = 1;
-    const FENCES: u8 = 2;
-    static KIND: AtomicU8 = AtomicU8::new(UNKNOWN);
-
-    fn membarrier(command: libc::c_int) -> bool {
-        // SAFETY: the call takes two integers and touches no memory of ours.
-        unsafe { libc::syscall(libc::SYS_membarrier, command, 0) == 0 }
-    }
-
-    #[cold]
-    fn choose() -> u8 {
-        let kind =
-            if membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) { MEMBARRIER } else { FENCES };
-        // The first choice stands: both sides must always agree.
-        match KIND.compare_exchange(UNKNOWN, kind, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => kind,
-            Err(chosen) => chosen,
-        }
-    }
-
-    #[inline(always)]
-    fn kind() -> u8 {
-        match KIND.load(Ordering::Relaxed) {
-            UNKNOWN => choose(),
-            kind => kind,
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn light() {
-        if kind() == MEMBARRIER {
-            std::sync::atomic::compiler_fence(Ordering::SeqCst);
-        } else {
-            super::fence(Ordering::SeqCst);
-        }
-    }
-
-    pub(super) fn heavy() {
-        super::fence(Ordering::SeqCst);
-        if kind() == MEMBARRIER {
-            membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED);
-        }
-    }
-}
-
-#[inline(always)]
-fn light_fence() {
-    #[cfg(not(loom))]
-    barrier::light();
-    #[cfg(loom)]
-    fence(Ordering::SeqCst);
-}
-
-fn heavy_fence() {
-    #[cfg(not(loom))]
-    barrier::heavy();
-    #[cfg(loom)]
-    fence(Ordering::SeqCst);
-}
-
-#[cfg(not(loom))]
-fn wait_a_little(tries: u32) {
-    match tries {
-        0..64 => std::hint::spin_loop(),
-        64..256 => std::thread::yield_now(),
-        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
-    }
-}
-
-#[cfg(loom)]
-fn wait_a_little(_tries: u32) {
-    loom::thread::yield_now();
 }

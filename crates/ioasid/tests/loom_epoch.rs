@@ -1,0 +1,214 @@
+//! The epochs under the `loom` model checker, which tries every order of the threads' steps and every value that the
+//! memory model lets a load return:
+//!
+//! ```text
+//! RUSTFLAGS="--cfg loom" cargo test --release -p ioasid --test loom_epoch
+//! ```
+//!
+//! It runs the engine's own file, with loom's atomics in place of the standard library's.
+//!
+//! What this shows and what it does not: both halves of the asymmetric fence are full fences here, because loom
+//! knows no membarrier. So it shows that the algorithm is right where both sides fence, which is what the engine
+//! does where the kernel has no membarrier. With membarrier the fence of the reading side is a fence of the
+//! compiler only; that the kernel's interrupt of every running thread makes up for it is an argument (in the file's
+//! header) that no model here checks. Loom also takes sequentially consistent loads and stores for acquiring and
+//! releasing ones; it may find orders that cannot happen, but misses none of those that can.
+
+#![cfg(loom)]
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::AtomicUsize;
+use loom::thread;
+
+#[path = "../src/epoch/domain.rs"]
+#[allow(
+    unreachable_pub,
+    dead_code,
+    reason = "the file is a module of the engine and not all of it is used here"
+)]
+mod domain;
+
+/// What the engine's module of this name offers, by loom.
+mod sync {
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+
+    pub(crate) fn light_fence() {
+        fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn heavy_fence() {
+        fence(Ordering::SeqCst);
+    }
+
+    pub(crate) fn wait_a_little(_tries: u32) {
+        loom::thread::yield_now();
+    }
+}
+
+use domain::{Domain, Local, Section};
+use sync::{AtomicPtr, AtomicU64, Ordering};
+
+const ALIVE: u64 = 1;
+const FREED: u64 = 2;
+
+/// Something that is replaced: two places, of which one is the current one.
+struct Replaced {
+    domain: &'static Domain,
+    current: AtomicUsize,
+    /// Loom fails the test when a write is not ordered after every read.
+    places: [UnsafeCell<u64>; 2],
+}
+
+impl Replaced {
+    fn new() -> Arc<Replaced> {
+        let domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
+        Arc::new(Replaced {
+            domain: Box::leak(Box::new(domain)),
+            current: AtomicUsize::new(0),
+            places: [UnsafeCell::new(ALIVE), UnsafeCell::new(ALIVE)],
+        })
+    }
+
+    /// Reads what is current, as a walker does.
+    fn read(&self, _section: &Section) -> usize {
+        let place = self.current.load(Ordering::Acquire);
+        // SAFETY: what the model checks: nobody writes the place while a section is open that has found it.
+        let value = self.places[place].with(|value| unsafe { *value });
+        assert_eq!(value, ALIVE);
+        place
+    }
+
+    /// Reads what was found before, in the same section.
+    fn read_again(&self, _section: &Section, place: usize) {
+        // SAFETY: as above.
+        assert_eq!(self.places[place].with(|value| unsafe { *value }), ALIVE);
+    }
+
+    /// Replaces the first place, waits, and frees it.
+    fn replace(&self) {
+        self.current.store(1, Ordering::Release);
+        self.domain.synchronize();
+        // SAFETY: what the model checks: every section that may have found the place has ended.
+        self.places[0].with_mut(|value| unsafe { *value = FREED });
+    }
+}
+
+/// Every order with at most this many involuntary switches between threads.
+fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(preemptions);
+    builder.check(test);
+}
+
+#[test]
+fn a_section_never_sees_what_was_freed() {
+    model(4, || {
+        let replaced = Replaced::new();
+        let reader = replaced.clone();
+        let thread = thread::spawn(move || {
+            let local = Local::new(reader.domain);
+            let section = local.enter();
+            let place = reader.read(&section);
+            reader.read_again(&section, place);
+        });
+        replaced.replace();
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn the_end_of_a_section_is_seen_with_the_next_one() {
+    model(4, || {
+        let replaced = Replaced::new();
+        let reader = replaced.clone();
+        let thread = thread::spawn(move || {
+            let local = Local::new(reader.domain);
+            for _ in 0..2 {
+                reader.read(&local.enter());
+            }
+        });
+        replaced.replace();
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn a_word_is_taken_over_by_another_thread() {
+    model(2, || {
+        let replaced = Replaced::new();
+        let readers = [(); 2].map(|()| {
+            let reader = replaced.clone();
+            thread::spawn(move || {
+                // Comes, reads and goes; the second may find the word that the first has left, or bring its own.
+                let local = Local::new(reader.domain);
+                reader.read(&local.enter());
+            })
+        });
+        replaced.replace();
+        for reader in readers {
+            reader.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn inner_sections_end_without_ending_the_outer_one() {
+    model(3, || {
+        let replaced = Replaced::new();
+        let reader = replaced.clone();
+        let thread = thread::spawn(move || {
+            let local = Local::new(reader.domain);
+            let outer = local.enter();
+            let place = reader.read(&outer);
+            drop(local.enter());
+            reader.read_again(&outer, place);
+            // One that was made from the section itself and outlives it, as memory in a device's hands may.
+            let kept = outer.nested();
+            drop(outer);
+            reader.read_again(&kept, place);
+        });
+        replaced.replace();
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn a_section_outlives_its_threads_local() {
+    model(3, || {
+        let replaced = Replaced::new();
+        let reader = replaced.clone();
+        let thread = thread::spawn(move || {
+            let section = Local::new(reader.domain).enter();
+            let place = reader.read(&section);
+            // The word must not be given to this one, whose end would look like the other's.
+            drop(Local::new(reader.domain).enter());
+            reader.read_again(&section, place);
+            drop(section);
+            reader.read(&Local::new(reader.domain).enter());
+        });
+        replaced.replace();
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn a_ticket_is_passed_when_what_began_before_has_ended() {
+    model(3, || {
+        let replaced = Replaced::new();
+        let reader = replaced.clone();
+        let thread = thread::spawn(move || {
+            let local = Local::new(reader.domain);
+            reader.read(&local.enter());
+        });
+        replaced.current.store(1, Ordering::Release);
+        let ticket = replaced.domain.ticket();
+        // Who does not wait but asks, and frees only on a yes.
+        if replaced.domain.passed(ticket) {
+            // SAFETY: what the model checks.
+            replaced.places[0].with_mut(|value| unsafe { *value = FREED });
+        }
+        thread.join().unwrap();
+        assert!(replaced.domain.passed(ticket));
+    });
+}
