@@ -3,6 +3,8 @@
 //! No device is doing DMA, so an unmap that has to wait for DMA pays for the asymmetric fence and for nothing else.
 //! Memory is registered beforehand, as a program does that maps often.
 
+#![allow(missing_docs, reason = "criterion's macro makes a public function")]
+
 use criterion::{Criterion, criterion_group, criterion_main};
 use ioasid::pagetable::VtdSecondStage;
 use ioasid::{

@@ -108,7 +108,8 @@ pub enum TableError {
 /// A table that follows the native one, for devices that cannot walk that.
 ///
 /// The engine calls from many threads. For any one address it makes no two calls at the same time, except for
-/// [`cut`](Self::cut), which changes no translation. Every call may sleep.
+/// [`cut`](Self::cut), which changes no translation. Every call may sleep, but none may use the space, or drop
+/// memory or tables of it: it would wait for itself.
 pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Maps a range that nothing is mapped in. All or nothing.
     fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError>;

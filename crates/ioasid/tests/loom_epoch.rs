@@ -181,12 +181,14 @@ fn a_section_outlives_its_threads_local() {
         let thread = thread::spawn(move || {
             let section = Local::new(reader.domain).enter();
             let place = reader.read(&section);
-            // The word must not be given to this one, whose end would look like the other's.
             drop(Local::new(reader.domain).enter());
             reader.read_again(&section, place);
             drop(section);
+            // Now the word may be taken over.
             reader.read(&Local::new(reader.domain).enter());
         });
+        // The word must not be given to this one, whose end would look like the other's.
+        drop(Local::new(replaced.domain).enter());
         replaced.replace();
         thread.join().unwrap();
     });

@@ -287,6 +287,33 @@ fn reservations_and_mappings_exclude_each_other_in_both_orders() {
 }
 
 #[test]
+fn a_reservation_that_fails_keeps_nobody_from_mapping() {
+    let bus = Bus::new();
+    let (space, ram) = (Space::new(&bus), memory(&bus, 16 * K4));
+    space.map(Iova::new(15 * K4), &ram, 0, K4, RW).unwrap();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reserver = scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let refused = space.reserve(range(0, 16 * K4), ReservationOwner::User(1));
+                assert!(matches!(refused, Err(ReserveError::Mapped { .. })));
+            }
+        });
+        for round in 0..2000u64 {
+            let place = round % 15 * K4;
+            if let Err(error) = space.map(Iova::new(place), &ram, 0, K4, RW) {
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+                panic!("round {round}: {error}");
+            }
+            space.unmap(range(place, K4)).unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        reserver.join().unwrap();
+    });
+    assert_eq!(space.reserved_ranges(), []);
+}
+
+#[test]
 fn a_page_is_charged_once_to_an_account_however_often_it_is_held() {
     let bus = Bus::new();
     let (payer, other) = (Account::new("payer", Some(16)), Account::new("other", Some(4)));

@@ -2,9 +2,10 @@
 //!
 //! A change is made in three steps, under the space's one lock for changes: publish the new layout, wait for the
 //! operations that may still be using the old one, then check it against what is mapped. If the check fails, the
-//! old layout is published again. So a mapper that has seen no reservation is found by the one who reserves, and
-//! a table misses no mapping: what was mapped before it was published is copied, what is mapped afterwards is
-//! mapped in it by the mapper, and where both happen the copy finds an equal leaf.
+//! old layout is published again. So a mapper that has seen no reservation is found by the one who reserves; one
+//! that sees a reservation which is not decided yet waits for the decision. And a table misses no mapping: what was
+//! mapped before it was published is copied, what is mapped afterwards is mapped in it by the mapper, and where both
+//! happen the copy finds an equal leaf.
 
 use super::{Space, step_aside};
 use crate::epoch;
@@ -59,6 +60,8 @@ pub enum ReserveError {
 pub(super) struct Layout {
     /// By first address; may overlap each other.
     reserved: Vec<(IovaRange, ReservationOwner)>,
+    /// What will be reserved unless something is mapped there.
+    undecided: Vec<IovaRange>,
     /// By first address; do not overlap. None: everywhere.
     allowed: Vec<IovaRange>,
     tables: Vec<Follower>,
@@ -81,6 +84,11 @@ impl Layout {
         let until = self.reserved.partition_point(|(reserved, _)| reserved.first() <= range.last());
         let overlapping = self.reserved[..until].iter().map(|(reserved, _)| *reserved);
         overlapping.filter(|reserved| reserved.overlaps(&range)).max_by_key(IovaRange::last)
+    }
+
+    /// Whether a part of the range is just being reserved, successfully or not.
+    pub(super) fn is_undecided(&self, range: IovaRange) -> bool {
+        self.undecided.iter().any(|undecided| undecided.overlaps(&range))
     }
 
     /// Where mappings may be placed.
@@ -121,14 +129,14 @@ impl Space {
         }
         let _changing = self.changing();
         let old = self.layout.load_full();
-        let mut new = Layout::clone(&old);
         for range in ranges {
             if old.allowed.iter().any(|allowed| allowed.overlaps(range)) {
                 return Err(ReserveError::Allowed { range: *range });
             }
-            new.reserve(*range, owner);
         }
-        self.layout.store(Arc::new(new));
+        let mut new = Layout::clone(&old);
+        new.undecided = ranges.to_vec();
+        self.layout.store(Arc::new(new.clone()));
         epoch::wait_for_operations();
         let mapped = {
             let _operation = epoch::operation();
@@ -138,6 +146,11 @@ impl Space {
             self.layout.store(old);
             return Err(ReserveError::Mapped { range: *range });
         }
+        new.undecided = Vec::new();
+        for range in ranges {
+            new.reserve(*range, owner);
+        }
+        self.layout.store(Arc::new(new));
         Ok(())
     }
 

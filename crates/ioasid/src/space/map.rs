@@ -230,6 +230,9 @@ impl Space {
         if let Some(range) = layout.reserved_in(request.range) {
             return Err(Try::Failed(MapError::Reserved { range }));
         }
+        if layout.is_undecided(request.range) {
+            return Err(Try::Contended);
+        }
         let mut gather = Gather::new();
         let mut result = self.claim_parts(request, &mut gather);
         if result.is_ok() {
