@@ -35,6 +35,13 @@ impl Runs {
         }
     }
 
+    /// Adds a range behind all others, if there is one.
+    pub(crate) fn extend(&mut self, range: Option<IovaRange>) {
+        if let Some(range) = range {
+            self.push(range);
+        }
+    }
+
     /// The runs, ascending.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = IovaRange> + '_ {
         self.earlier.iter().copied().chain(self.last)
@@ -75,9 +82,10 @@ impl<M, A> Gather<M, A> {
         }
     }
 
-    pub(crate) fn removed(&mut self, range: IovaRange, size: PageSize) {
+    /// Writes down `leaves` neighbouring leaves of one size that together cover the range.
+    pub(crate) fn removed(&mut self, range: IovaRange, size: PageSize, leaves: u64) {
         self.runs.push(range);
-        self.leaves += 1;
+        self.leaves += leaves;
         self.leaf_sizes |= size.bytes();
     }
 }

@@ -125,6 +125,14 @@ struct Slot<'a, A> {
     last: u64,
 }
 
+/// Neighbouring entries of one table, each covered by the visited range as a whole.
+struct Stretch<'a, A> {
+    node: Node<A>,
+    entries: &'a [A],
+    /// The first address that the first of them covers.
+    first: u64,
+}
+
 /// Where the visit goes on.
 enum Next {
     /// Behind this address.
@@ -148,7 +156,13 @@ trait Visitor<M, A: AtomicEntry> {
     /// At an entry that is no link.
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<Self::Error>>;
 
-    /// At a link, before the table below is entered. `Some` if it was dealt with.
+    /// At a stretch of entries, before they are shown one by one: how many of them, from the first on, it dealt
+    /// with. This is where the work on small pages is done.
+    fn stretch(&mut self, _stretch: Stretch<'_, A>) -> Result<usize, Stop<Self::Error>> {
+        Ok(0)
+    }
+
+    /// At a link that the range covers as a whole, before the table below is entered. `Some` if it was dealt with.
     fn link(&mut self, _slot: &Slot<'_, A>, _child: Node<A>) -> Option<Next> {
         None
     }
@@ -251,6 +265,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     /// The root, made or grown until it covers `last`.
     fn root_covering(&self, last: u64) -> Result<Node<A>, OutOfTables> {
+        match self.root() {
+            Some(node) if self.top_last(node.level) >= last => Ok(node),
+            _ => self.grow_to(last),
+        }
+    }
+
+    #[cold]
+    fn grow_to(&self, last: u64) -> Result<Node<A>, OutOfTables> {
         let levels = self.format.top_levels();
         loop {
             let word = self.root.load();
@@ -312,6 +334,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         unsafe { node.table.add(index).as_ref() }
     }
 
+    /// The `count` entries of a table from `index` on.
+    #[inline(always)]
+    fn entries<'a>(&self, node: Node<A>, index: usize, count: usize) -> &'a [A] {
+        debug_assert!(index + count <= 1 << self.format.index_bits(node.level));
+        // SAFETY: as for `entry`, of which these are neighbours in the same table.
+        unsafe { core::slice::from_raw_parts(node.table.add(index).as_ptr(), count) }
+    }
+
     #[inline(always)]
     fn live<'a>(&self, node: Node<A>) -> &'a A {
         // SAFETY: as for `entry`; the count lives as long as its table.
@@ -335,9 +365,69 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         self.live(node).fetch_sub(count);
     }
 
+    /// The entries for a range that lies within one table of the lowest level, without filling it. This is the short
+    /// way of operations on a few small pages; everything else goes the long way of [`run`](Self::run).
+    #[inline(always)]
+    fn small_pages<'a>(&self, range: IovaRange) -> Option<Stretch<'a, A>> {
+        let (first, last) = (range.first(), range.last());
+        let span = self.format.shift(1) + self.format.index_bits(1);
+        let low = (1u64 << span) - 1;
+        if first & !low != last & !low || last - first == low {
+            return None;
+        }
+        let mut node = self.root()?;
+        if last > self.top_last(node.level) {
+            return None;
+        }
+        while node.level > 1 {
+            let entry = self.entry(node, self.index(node.level, first)).load();
+            let Entry::Table(address) = self.format.decode(node.level, entry) else { return None };
+            node = self.child(node, address);
+        }
+        let (begin, end) = (self.index(1, first), self.index(1, last));
+        Some(Stretch { node, entries: self.entries(node, begin, end - begin + 1), first })
+    }
+
     /// Carries a visitor over those addresses of the range that the table covers today.
+    #[inline]
     fn run<V: Visitor<M, A>>(&self, visitor: &mut V, range: IovaRange) -> Result<(), V::Error> {
-        let mut first = range.first();
+        match self.run_small(visitor, range)? {
+            None => Ok(()),
+            Some(first) => self.run_from(visitor, first, range),
+        }
+    }
+
+    /// The short way: `None` if it led to the end, otherwise the address from which the long way has to be gone.
+    #[inline(always)]
+    fn run_small<V: Visitor<M, A>>(
+        &self,
+        visitor: &mut V,
+        range: IovaRange,
+    ) -> Result<Option<u64>, V::Error> {
+        let Some(stretch) = self.small_pages(range) else { return Ok(Some(range.first())) };
+        let (node, count) = (stretch.node, stretch.entries.len());
+        match visitor.stretch(stretch) {
+            Ok(done) if done == count => {
+                if visitor.prunes() && self.live(node).load() & (COUNT | KEPT | DEAD) == 0 {
+                    if let Some(gather) = visitor.gather() {
+                        self.sweep_path(range.first(), gather);
+                    }
+                }
+                Ok(None)
+            }
+            Ok(done) => Ok(Some(range.first() + ((done as u64) << self.format.shift(1)))),
+            Err(Stop::Stale(at)) => Ok(Some(at)),
+            Err(Stop::Error(error)) => Err(error),
+        }
+    }
+
+    #[inline(never)]
+    fn run_from<V: Visitor<M, A>>(
+        &self,
+        visitor: &mut V,
+        mut first: u64,
+        range: IovaRange,
+    ) -> Result<(), V::Error> {
         loop {
             let Some(root) = self.root() else { return Ok(()) };
             let last = range.last().min(self.top_last(root.level));
@@ -359,38 +449,57 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         first: u64,
         last: u64,
     ) -> Result<(), Stop<V::Error>> {
-        let low = (1u64 << self.format.shift(node.level)) - 1;
+        let shift = self.format.shift(node.level);
+        let low = (1u64 << shift) - 1;
         let mut at = first;
         loop {
-            let entry = self.entry(node, self.index(node.level, at));
+            let index = self.index(node.level, at);
+            if at & low == 0 {
+                // Entries that end in the range; the last one of the table may be the last one of all.
+                let whole = (last - at) >> shift;
+                let whole = whole + u64::from(last & low == low);
+                if whole > 0 {
+                    let entries = self.entries(node, index, whole as usize);
+                    let done = visitor.stretch(Stretch { node, entries, first: at })? as u64;
+                    if done > 0 {
+                        let done = at + ((done << shift) - 1);
+                        if done >= last {
+                            return Ok(());
+                        }
+                        at = done + 1;
+                        continue;
+                    }
+                }
+            }
+            let entry = self.entry(node, index);
             let value = entry.load();
             let decoded = self.format.decode(node.level, value);
             let slot = Slot { node, entry, value, decoded, first: at, last: (at | low).min(last) };
             let next = match decoded {
                 Entry::Table(address) if node.level > 1 => {
                     let child = self.child(node, address);
-                    match visitor.link(&slot, child) {
+                    let whole = slot.first & low == 0 && slot.last & low == low;
+                    let dealt_with = if whole { visitor.link(&slot, child) } else { None };
+                    match dealt_with {
                         Some(next) => next,
-                        None => {
-                            match self.visit(visitor, child, slot.first, slot.last) {
-                                Ok(()) => {}
-                                Err(Stop::Stale(stale)) => {
+                        None => match self.visit(visitor, child, slot.first, slot.last) {
+                            Ok(()) => {
+                                if visitor.prunes() {
                                     if let Some(gather) = visitor.gather() {
-                                        self.unlink(gather, &slot, child);
+                                        self.prune(gather, &slot, child, whole);
                                     }
-                                    at = stale;
-                                    continue;
                                 }
-                                error => return error,
+                                Next::After(slot.last)
                             }
-                            if visitor.prunes() {
-                                let whole = slot.first & low == 0 && slot.last & low == low;
+                            Err(Stop::Stale(stale)) => {
                                 if let Some(gather) = visitor.gather() {
-                                    self.prune(gather, &slot, child, whole);
+                                    self.unlink(gather, &slot, child);
                                 }
+                                at = stale;
+                                continue;
                             }
-                            Next::After(slot.last)
-                        }
+                            error => return error,
+                        },
                     }
                 }
                 _ => visitor.slot(slot)?,

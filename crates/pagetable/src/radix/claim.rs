@@ -17,8 +17,8 @@
 
 use super::cut::SoftwareBits;
 use super::map::{ClaimBits, Install, InstallError, MapError};
-use super::{CutError, Leaf, Mapping, Next, Radix, Slot, Stop, Visitor, check_mapping, leaf_span};
-use crate::address::{IovaRange, Oa};
+use super::{CutError, Leaf, Mapping, Next, Radix, Slot, Stop, Stretch, Visitor, check_mapping, leaf_span};
+use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
 use crate::gather::{Gather, Runs};
@@ -77,6 +77,31 @@ struct Settle<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> {
 impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle<'_, F, M, A> {
     type Error = core::convert::Infallible;
 
+    #[inline]
+    fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<Self::Error>> {
+        let mut settled = 0;
+        let mut done = 0;
+        for entry in stretch.entries {
+            let value = entry.load();
+            if value & (F::BUSY | F::PRESENT) == F::BUSY {
+                // The entry is ours: a store is enough.
+                match self.outcome {
+                    Outcome::Present => entry.store((value & !F::BUSY) | F::PRESENT),
+                    Outcome::Absent => entry.store(0),
+                }
+                settled += 1;
+            } else if value & F::PRESENT != 0 {
+                // A leaf of somebody else's, or a link, which is for the walker.
+                break;
+            }
+            done += 1;
+        }
+        if self.outcome == Outcome::Absent && settled > 0 {
+            self.radix.subtract_live(stretch.node, settled);
+        }
+        Ok(done)
+    }
+
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<Self::Error>> {
         if slot.value & F::BUSY == 0 || slot.value & F::PRESENT != 0 {
             return Ok(Next::After(slot.last));
@@ -110,6 +135,27 @@ struct Retract<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> {
 impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retract<'_, F, M, A> {
     type Error = RetractError;
 
+    /// Takes leaves of the entries' own size back as long as they are present and nobody else's.
+    #[inline]
+    fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<RetractError>> {
+        let Stretch { node, entries, first } = stretch;
+        let format = &self.radix.format;
+        let size = PageSize(format.shift(node.level) as u8);
+        let taken = entries.iter().position(|entry| {
+            let value = entry.load();
+            let ours = value & F::BUSY == 0
+                && matches!(format.decode(node.level, value), Entry::Leaf { size: found, .. } if found == size);
+            !ours || entry.compare_exchange(value, (value & !F::PRESENT) | F::BUSY).is_err()
+        });
+        let done = taken.unwrap_or(entries.len());
+        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
+            if let Some(range) = IovaRange::new(first, leaf_span(last, size).1) {
+                self.gather.removed(range, size, done as u64);
+            }
+        }
+        Ok(done)
+    }
+
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<RetractError>> {
         if slot.value & F::BUSY != 0 {
             return Err(Stop::Error(RetractError::Contended { at: slot.first }));
@@ -124,7 +170,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retrac
             return Ok(Next::Again);
         }
         if let Some(leaf) = IovaRange::new(first, last) {
-            self.gather.removed(leaf, size);
+            self.gather.removed(leaf, size, 1);
         }
         Ok(Next::After(last))
     }

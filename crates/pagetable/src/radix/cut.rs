@@ -94,6 +94,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return Err(CutError::Misaligned { at });
         }
         let Some(range) = IovaRange::new(at, at) else { return Ok(()) };
+        if self.small_pages(range).is_some() && self.format.leaf_sizes(1).is_power_of_two() {
+            // Every entry down there is a page of its own.
+            return Ok(());
+        }
         self.run(&mut CutAt { radix: self, at, software }, range)
     }
 

@@ -5,7 +5,9 @@
 //! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
 //! once in small pages can be mapped with large ones again.
 
-use super::{COUNT, Mapping, Next, Node, Radix, Slot, Stop, Sweep, Visitor, check_mapping, leaf_span};
+use super::{
+    COUNT, Mapping, Next, Node, Radix, Slot, Stop, Stretch, Sweep, Visitor, check_mapping, leaf_span,
+};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format};
@@ -161,6 +163,52 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_, F, M, A> {
     type Error = InstallError;
+
+    /// Fills entries with leaves of their own size as long as they are absent.
+    #[inline]
+    fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<InstallError>> {
+        let Stretch { node, entries, first } = stretch;
+        let radix = self.radix;
+        let size = PageSize(radix.format.shift(node.level) as u8);
+        let output = self.mapping.output(first);
+        // Where larger leaves could be meant, or equal ones met, entries are looked at one by one.
+        if self.accept_equal
+            || radix.format.leaf_sizes(node.level) != size.bytes()
+            || output & (size.bytes() - 1) != 0
+        {
+            return Ok(0);
+        }
+        self.at = first;
+        let count = entries.len() as u64;
+        if !radix.add_live(node, count) {
+            return Err(Stop::Stale(first));
+        }
+        let attributes = self.mapping.attributes;
+        let leaf = |index: usize| {
+            radix.format.leaf_entry(node.level, size, output + ((index as u64) << size.log2()), attributes)
+        };
+        let taken = match self.claim {
+            None => entries.iter().enumerate().position(|(index, entry)| {
+                let taken = entry.load() != 0;
+                if !taken {
+                    entry.store(leaf(index));
+                }
+                taken
+            }),
+            Some(bits) => entries.iter().enumerate().position(|(index, entry)| {
+                let begins = if index == 0 && first == self.mapping.range.first() { bits.first } else { 0 };
+                entry.compare_exchange(0, (leaf(index) & !bits.present) | bits.busy | begins).is_err()
+            }),
+        };
+        let done = taken.unwrap_or(entries.len());
+        if done < entries.len() {
+            radix.subtract_live(node, count - done as u64);
+        }
+        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
+            self.installed.extend(IovaRange::new(first, leaf_span(last, size).1));
+        }
+        Ok(done)
+    }
 
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
         self.at = slot.first;
