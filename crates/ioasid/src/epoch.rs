@@ -3,7 +3,7 @@
 //! Two kinds of activity have to be waited for. A DMA that looked a page up may still be copying when the page is
 //! unmapped: *strict* unmap returns only when it is done. An operation that reached a table, or that read which
 //! tables a space has, may still be using it when it is retired. Both happen far more often than anyone waits
-//! for them, so all of the cost is on the side of the waiter (see [`domain`]).
+//! for them, so all of the cost is on the side of the waiter (see `epoch/domain.rs`).
 //!
 //! They are two domains, because a DMA copy is short and never blocks, while an operation may sleep in the driver
 //! of a real IOMMU, and the first must never wait for the second. An operation may wait for DMA. Nobody inside a

@@ -5,7 +5,7 @@
 //! a hardware format, as it was declared; both kinds may stand side by side on one space, as incompatible devices
 //! do on a real machine.
 //!
-//! The way of a DMA is in [`port`]: it reads from top to bottom. What makes it quick is in [`iotlb`].
+//! The way of a DMA is in `iommu/port.rs`: it reads from top to bottom. What makes it quick is in `iommu/iotlb.rs`.
 //!
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
