@@ -569,3 +569,28 @@ fn threads_that_map_and_drop_in_one_space_do_not_disturb_each_other() {
     assert_eq!(leaves(&space), []);
     assert_eq!(account.charged_pages(), 0);
 }
+
+#[test]
+fn dropped_memory_takes_nothing_along_that_came_in_its_place() {
+    let bus = Bus::new();
+    let (space, other) = (Space::new(&bus), memory(&bus, 8 * K4));
+    let backing = Backing::anonymous(&bus, 8 * K4).unwrap();
+    let account = Account::new("test", None);
+    for round in 0..3000u64 {
+        let ram = Memory::register(&backing, 0, 8 * K4, &account).unwrap();
+        space.map(Iova::new(0), &ram, 0, 8 * K4, RW).unwrap();
+        let barrier = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                barrier.wait();
+                drop(ram);
+            });
+            barrier.wait();
+            for page in (0..8u64).rev() {
+                space.unmap(range(page * K4, K4)).unwrap();
+                space.map(Iova::new(page * K4), &other, page * K4, K4, RW).unwrap();
+            }
+        });
+        assert_eq!(space.unmap(range(0, 8 * K4)).unwrap().bytes(), 8 * K4, "round {round}");
+    }
+}

@@ -4,7 +4,7 @@
 mod double;
 
 use double::{
-    Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, SMALL, Stop, interrupts, mappings,
+    Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, SMALL, Stop, WIDE, interrupts, mappings,
 };
 use ioasid::{
     Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Permissions,
@@ -547,6 +547,29 @@ impl Drop for OpenGate<'_> {
     fn drop(&mut self) {
         self.0.switches.open_gate();
     }
+}
+
+#[test]
+fn an_unmap_that_began_before_a_table_leaves_nothing_in_it() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    let release = OpenGate(&double);
+    double.switches.close_gate(Stop::Cuts);
+    std::thread::scope(|scope| {
+        let unmapper = scope.spawn(|| space.unmap(range(M2, M2)));
+        double.switches.wait_for_call();
+        // The unmap does not know this table, which waits for the unmap.
+        let attacher = scope.spawn(|| double.attached(WIDE, &space));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        // This mapping begins when the table is known; the unmap, which began before, takes it away.
+        space.map(Iova::new(M2), &world.ram, 0, M2, RW).unwrap();
+        drop(release);
+        assert_eq!(unmapper.join().unwrap().unwrap().bytes(), M2);
+        let _device = attacher.join().unwrap();
+        assert_eq!(mappings(&space), []);
+        assert_in_step(&space, &double);
+    });
 }
 
 #[test]

@@ -5,7 +5,8 @@
 //! old layout is published again. So a mapper that has seen no reservation is found by the one who reserves; one
 //! that sees a reservation which is not decided yet waits for the decision. And a table misses no mapping: what was
 //! mapped before it was published is copied, what is mapped afterwards is mapped in it by the mapper, and where both
-//! happen the copy finds an equal leaf.
+//! happen the copy finds an equal leaf. A table joins in two such steps, so that at no time an operation maps in it
+//! what another one, running beside it, does not know to unmap there.
 
 use super::{Space, step_aside};
 use crate::epoch;
@@ -75,6 +76,8 @@ struct Follower {
     /// Whether devices that come later may share it.
     shared: bool,
     derived: Option<Arc<dyn DerivedTable>>,
+    /// Mappings are made in it. Before that comes a time in which they are only removed.
+    filling: bool,
     table: Weak<Table>,
 }
 
@@ -97,8 +100,17 @@ impl Layout {
         if self.allowed.is_empty() { EVERYWHERE } else { &self.allowed }
     }
 
+    /// The tables from which mappings are removed.
     pub(super) fn derived(&self) -> impl Iterator<Item = &Arc<dyn DerivedTable>> {
         self.tables.iter().filter_map(|follower| follower.derived.as_ref())
+    }
+
+    /// The tables in which mappings are made.
+    pub(super) fn filling(&self) -> impl Iterator<Item = &Arc<dyn DerivedTable>> {
+        self.tables
+            .iter()
+            .filter(|follower| follower.filling)
+            .filter_map(|follower| follower.derived.as_ref())
     }
 
     pub(super) fn table_count(&self) -> usize {
@@ -246,17 +258,33 @@ impl Space {
         derived: Option<&Arc<dyn DerivedTable>>,
     ) -> Result<(), AttachError> {
         let _changing = self.changing();
-        let mut layout = Layout::clone(&self.layout.load());
-        layout.tables.push(Follower { id, class, shared, derived: derived.cloned(), table: table.clone() });
-        self.layout.store(Arc::new(layout));
-        epoch::wait_for_operations();
+        let follower =
+            Follower { id, class, shared, derived: derived.cloned(), filling: false, table: table.clone() };
+        // First everybody removes from it, and only then anybody adds to it: an operation that does not know the
+        // table yet would leave in it what another one, that does, has mapped.
+        self.change_layout(|layout| layout.tables.push(follower));
         if let Some(derived) = derived {
+            self.change_layout(|layout| {
+                layout
+                    .tables
+                    .iter_mut()
+                    .filter(|table| table.id == id)
+                    .for_each(|table| table.filling = true);
+            });
             if let Err(error) = self.fill(&**derived) {
-                self.drop_follower(id);
+                self.change_layout(|layout| layout.tables.retain(|follower| follower.id != id));
                 return Err(error.into());
             }
         }
         Ok(())
+    }
+
+    /// Publishes a layout with a change, and waits until every operation uses it. Under the lock for changes.
+    fn change_layout(&self, change: impl FnOnce(&mut Layout)) {
+        let mut layout = Layout::clone(&self.layout.load());
+        change(&mut layout);
+        self.layout.store(Arc::new(layout));
+        epoch::wait_for_operations();
     }
 
     /// Copies all leaves into a new table, while operations go on.
@@ -288,14 +316,7 @@ impl Space {
     /// Ends what [`add_table`](Self::add_table) began: no operation uses the table any more.
     pub(crate) fn remove_table(&self, id: u64) {
         let _changing = self.changing();
-        self.drop_follower(id);
-    }
-
-    fn drop_follower(&self, id: u64) {
-        let mut layout = Layout::clone(&self.layout.load());
-        layout.tables.retain(|follower| follower.id != id);
-        self.layout.store(Arc::new(layout));
-        epoch::wait_for_operations();
+        self.change_layout(|layout| layout.tables.retain(|follower| follower.id != id));
     }
 }
 

@@ -275,7 +275,7 @@ impl Space {
 
     /// Maps the claimed range in every derived table, or in none; then DMA that has used it may still be running.
     fn fill_followers(&self, request: &Request<'_>, layout: &Layout) -> Result<(), TableError> {
-        for (position, table) in layout.derived().enumerate() {
+        for (position, table) in layout.filling().enumerate() {
             for part in request.parts() {
                 let Err(error) = table.map(part.range, part.oa, request.attributes) else { continue };
                 let mapped = part.range.first().checked_sub(1);
@@ -286,7 +286,7 @@ impl Space {
                     table.unmap(range);
                 }
                 table.invalidate(&visible);
-                for earlier in layout.derived().take(position) {
+                for earlier in layout.filling().take(position) {
                     earlier.unmap(request.range);
                     earlier.invalidate(&visible);
                 }

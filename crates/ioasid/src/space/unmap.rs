@@ -25,7 +25,7 @@ use crate::epoch;
 use crate::iommu::{DerivedTable, TableError};
 use crate::memory::Piece;
 use arc_swap::Guard;
-use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, PageSize, RetractError, Runs};
+use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -77,6 +77,8 @@ pub enum UnmapError {
 enum Step {
     /// Another operation was at work in the range.
     Contended,
+    /// Something was mapped in a hole of the range after it had been passed.
+    Overtaken,
     Failed(UnmapError),
 }
 
@@ -97,6 +99,15 @@ impl Space {
     ///
     /// When it returns, no device reaches the memory that was mapped there.
     pub fn unmap(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
+        self.unmap_wanted(range, None)
+    }
+
+    /// The same, for the leaves alone that `wanted` says yes to.
+    fn unmap_wanted(
+        &self,
+        range: IovaRange,
+        wanted: Option<&dyn Fn(&Leaf) -> bool>,
+    ) -> Result<Unmapped, UnmapError> {
         if !range.is_aligned(self.granule()) {
             return Err(UnmapError::Misaligned { range, granule: self.granule() });
         }
@@ -107,7 +118,7 @@ impl Space {
         loop {
             let operation = epoch::operation();
             let layout = self.layout.load();
-            match self.cut_and_retract(range, &mut rest, &layout, &mut gather) {
+            match self.cut_and_retract(range, wanted, &mut rest, &layout, &mut gather) {
                 Ok(()) => {
                     drop(unchanging);
                     self.settle(operation, layout, &mut gather);
@@ -127,6 +138,10 @@ impl Space {
                         unchanging = Some(self.changing());
                     }
                 }
+                Err(Step::Overtaken) => {
+                    self.give_back(&mut gather);
+                    rest = range;
+                }
                 Err(Step::Failed(error)) => {
                     self.give_back(&mut gather);
                     return Err(error);
@@ -139,6 +154,7 @@ impl Space {
     fn cut_and_retract(
         &self,
         range: IovaRange,
+        wanted: Option<&dyn Fn(&Leaf) -> bool>,
         rest: &mut IovaRange,
         layout: &Layout,
         gather: &mut Gather<HeapTables, AtomicU64>,
@@ -151,7 +167,11 @@ impl Space {
                 cut(&**table).map_err(|error| Step::Failed(error.into()))?;
             }
         }
-        match self.native.retract(*rest, gather) {
+        let retracted = match wanted {
+            None => self.native.retract(*rest, gather),
+            Some(wanted) => self.native.retract_if(*rest, wanted, gather),
+        };
+        match retracted {
             Ok(()) => {}
             Err(RetractError::Contended { at }) => {
                 *rest = IovaRange::new(at.max(rest.first()), rest.last()).unwrap_or(*rest);
@@ -159,10 +179,27 @@ impl Space {
             }
             Err(RetractError::Cut(error)) => return Err(error.into()),
         }
+        if wanted.is_none() && self.came_behind_us(range, &gather.runs) {
+            return Err(Step::Overtaken);
+        }
         for table in layout.derived() {
             cut(&**table).map_err(|error| Step::Failed(error.into()))?;
         }
         Ok(())
+    }
+
+    /// Whether a mapping has come into a hole of the range. A part of the same mapping may have been retracted
+    /// further on, and then only starting again makes it go as a whole.
+    fn came_behind_us(&self, range: IovaRange, retracted: &Runs) -> bool {
+        if range.length() == Some(retracted.bytes()) {
+            return false;
+        }
+        let mut came = false;
+        self.native.leaves(range, |_| {
+            came = true;
+            ControlFlow::Break(())
+        });
+        came
     }
 
     /// What was retracted translates again, as if nothing had been.
@@ -210,8 +247,8 @@ impl Space {
         let mut tries = 0;
         while !unknown.is_empty() {
             let (found, busy) = self.leading_to(&unknown, pieces);
-            for range in found {
-                self.unmap_at_any_price(range);
+            for range in found.iter() {
+                self.unmap_at_any_price(range, pieces);
             }
             // Another unmap may be about to end, or to give its leaves back. The memory may only go when that is
             // decided, and when the DMA that the other one waits for has ended.
@@ -230,21 +267,22 @@ impl Space {
 
     /// Where leaves in these ranges lead to the pieces, and where another operation is at work, so that nobody can
     /// say yet.
-    fn leading_to(&self, ranges: &[IovaRange], pieces: &[Piece]) -> (Vec<IovaRange>, Vec<IovaRange>) {
-        let (mut found, mut busy) = (Vec::new(), Vec::new());
+    fn leading_to(&self, ranges: &[IovaRange], pieces: &[Piece]) -> (Runs, Vec<IovaRange>) {
+        let (mut found, mut busy) = (Runs::default(), Vec::new());
         let _operation = epoch::operation();
         for range in ranges {
             self.native.occupied(*range, |occupied| {
                 let mut seen = 0u64;
                 self.native.leaves(occupied, |leaf| {
                     seen = seen.saturating_add(leaf.size.bytes());
-                    let (leaf_first, leaf_last) = (leaf.oa.get(), leaf.oa.get() + (leaf.size.bytes() - 1));
-                    let from = pieces.partition_point(|piece| piece.last() < leaf_first);
-                    for piece in pieces[from..].iter().take_while(|piece| piece.oa.get() <= leaf_last) {
+                    for piece in pieces_under(&leaf, pieces) {
                         // The part of the leaf that leads into the piece.
-                        let part = |oa: u64| leaf.iova + (oa - leaf_first);
-                        let (first, last) = (leaf_first.max(piece.oa.get()), leaf_last.min(piece.last()));
-                        found.extend(IovaRange::new(part(first), part(last)));
+                        let part = |oa: u64| leaf.iova + (oa - leaf.oa.get());
+                        let first = piece.oa.get().max(leaf.oa.get());
+                        let last = piece.last().min(leaf.oa.get() + (leaf.size.bytes() - 1));
+                        if let Some(range) = IovaRange::new(part(first), part(last)) {
+                            found.push(range);
+                        }
                     }
                     ControlFlow::Continue(())
                 });
@@ -257,20 +295,33 @@ impl Space {
         (found, busy)
     }
 
-    /// Unmaps the range, and more of what is around it if there is no other way. The memory behind it must not stay
-    /// reachable; without memory for a cut, or with a table that cannot be cut, whole leaves have to go.
-    fn unmap_at_any_price(&self, range: IovaRange) {
+    /// Unmaps what in the range leads to the pieces, and more of what is around it if there is no other way. The
+    /// memory must not stay reachable; without memory for a cut, or with a table that cannot be cut, whole leaves
+    /// have to go.
+    fn unmap_at_any_price(&self, range: IovaRange, pieces: &[Piece]) {
         let granule = self.granule().bytes() - 1;
         let (mut first, mut last) = (range.first() & !granule, range.last() | granule);
-        while let Some(range) = IovaRange::new(first, last) {
-            if self.unmap(range).is_ok() {
-                return;
-            }
+        let Some(exact) = IovaRange::new(first, last) else { return };
+        // Something else may be mapped there by now, and is none of our business.
+        if self.unmap_wanted(exact, Some(&|leaf| pieces_under(leaf, pieces).next().is_some())).is_ok() {
+            return;
+        }
+        while self.may_lead_to(exact, pieces) {
             // The next larger power of two around it. Leaves are powers of two, so one of them ends where leaves
             // end; and the last of them is everything.
             let block = u64::MAX >> (first ^ last).leading_zeros().min(63);
             let block = if first & block == 0 && last & block == block { block << 1 | 1 } else { block };
             (first, last) = (first & !block, last | block);
+            if IovaRange::new(first, last).is_none_or(|range| self.unmap(range).is_ok()) {
+                return;
+            }
         }
     }
+}
+
+/// Those of the pieces, which are in ascending order of their output addresses, that a leaf leads to.
+fn pieces_under<'a>(leaf: &Leaf, pieces: &'a [Piece]) -> impl Iterator<Item = &'a Piece> + use<'a> {
+    let (first, last) = (leaf.oa.get(), leaf.oa.get() + (leaf.size.bytes() - 1));
+    let from = pieces.partition_point(|piece| piece.last() < first);
+    pieces[from..].iter().take_while(move |piece| piece.oa.get() <= last)
 }

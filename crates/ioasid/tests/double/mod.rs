@@ -86,6 +86,8 @@ struct Gate {
 pub(crate) enum Stop {
     /// Calls that can fail.
     Calls,
+    /// Calls that cut.
+    Cuts,
     /// Calls that empty a table.
     Unmaps,
 }
@@ -228,6 +230,7 @@ impl DerivedTable for DoubleTable {
     }
 
     fn cut(&self, range: IovaRange) -> Result<(), TableError> {
+        self.switches.pass_gate(Stop::Cuts);
         if self.switches.fails(Call::Cut) {
             return Err(refused());
         }
@@ -284,6 +287,9 @@ pub(crate) const DERIVED_TOO: Rid = Rid(0x11);
 /// A device with a derived table of another kind, without leaves of 1 GiB.
 pub(crate) const SMALL: Rid = Rid(0x20);
 
+/// A device with a derived table of yet another kind, that reserves nothing.
+pub(crate) const WIDE: Rid = Rid(0x30);
+
 /// The interrupt window of x86.
 pub(crate) fn interrupts() -> IovaRange {
     IovaRange::new(0xfee0_0000, 0xfeef_ffff).unwrap()
@@ -318,6 +324,7 @@ impl Double {
             (NATIVE_TOO, native),
             (DERIVED, of_variant(0)),
             (DERIVED_TOO, of_variant(0)),
+            (WIDE, Requirements { aperture: IovaRange::ALL, reserved: Vec::new(), ..of_variant(2) }),
             (SMALL, Requirements { reserved: vec![interrupts(), also_reserved()], ..of_variant(1) }),
         ];
         Arc::new(Double {

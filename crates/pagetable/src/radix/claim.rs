@@ -129,6 +129,8 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
 struct Retract<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> {
     radix: &'a Radix<F, M, A>,
     range: IovaRange,
+    /// Which leaves to take; `None`: all.
+    wanted: Option<&'a dyn Fn(&Leaf) -> bool>,
     gather: &'a mut Gather<M, A>,
 }
 
@@ -138,6 +140,9 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retrac
     /// Takes leaves of the entries' own size back as long as they are present and nobody else's.
     #[inline]
     fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<RetractError>> {
+        if self.wanted.is_some() {
+            return Ok(0);
+        }
         let Stretch { node, entries, first } = stretch;
         let format = &self.radix.format;
         let size = PageSize(format.shift(node.level) as u8);
@@ -160,8 +165,12 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retrac
         if slot.value & F::BUSY != 0 {
             return Err(Stop::Error(RetractError::Contended { at: slot.first }));
         }
-        let Entry::Leaf { size, .. } = slot.decoded else { return Ok(Next::After(slot.last)) };
+        let Entry::Leaf { oa, size, attributes } = slot.decoded else { return Ok(Next::After(slot.last)) };
         let (first, last) = leaf_span(slot.first, size);
+        let leaf = Leaf { iova: first, oa: Oa::new(oa), size, attributes };
+        if self.wanted.is_some_and(|wanted| !wanted(&leaf)) {
+            return Ok(Next::After(last));
+        }
         if first < self.range.first() || last > self.range.last() {
             self.radix.cut_leaf(&slot, software_bits::<F>()).map_err(|error| Stop::Error(error.into()))?;
             return Ok(Next::Again);
@@ -278,7 +287,18 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// name them; each run ends in [`release`](Self::release) or, if it shall stay after all,
     /// [`publish`](Self::publish).
     pub fn retract(&self, range: IovaRange, gather: &mut Gather<M, A>) -> Result<(), RetractError> {
-        self.run(&mut Retract { radix: self, range, gather }, range)
+        self.run(&mut Retract { radix: self, range, wanted: None, gather }, range)
+    }
+
+    /// Like [`retract`](Self::retract), for those leaves alone that `wanted` says yes to. It is asked again for each
+    /// part of a leaf that has to be cut, and what it was shown is what is taken.
+    pub fn retract_if(
+        &self,
+        range: IovaRange,
+        wanted: &dyn Fn(&Leaf) -> bool,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), RetractError> {
+        self.run(&mut Retract { radix: self, range, wanted: Some(wanted), gather }, range)
     }
 
     /// Finds the next present leaf of the range and keeps it as it is until [`let_go`](Self::let_go). `None`:
