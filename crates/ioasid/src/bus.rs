@@ -72,6 +72,7 @@ pub struct BusFull;
 impl Bus {
     /// An empty bus.
     pub fn new() -> Arc<Bus> {
+        crate::epoch::prepare();
         Arc::new(Bus {
             directory: (0..DIRECTORY).map(|_| OnceLock::new()).collect(),
             free: Mutex::new(Free {

@@ -41,6 +41,12 @@ pub fn dma() -> Section {
     enter(&DMA_LOCAL, &DMA)
 }
 
+/// Chooses the kind of fence. The kernel takes milliseconds for that in a process of several threads and no time in
+/// one of a single thread, so it is done when the first bus is made and not at the first unmap.
+pub(crate) fn prepare() {
+    DMA.prepare();
+}
+
 /// Returns when every DMA section that had begun has ended.
 pub fn wait_for_dma() {
     DMA.synchronize();

@@ -69,6 +69,11 @@ impl Domain {
         })
     }
 
+    /// Makes the first fence, so that no later one is the first.
+    pub(crate) fn prepare(&self) {
+        heavy_fence();
+    }
+
     /// Returns when every section that had begun has ended. A thread that calls this from inside a section of the
     /// same domain waits for itself.
     pub(crate) fn synchronize(&self) {
