@@ -29,12 +29,12 @@
 //! it, which is allowed only when all operations and walks that might have seen it are over. This is why
 //! everything here can be a safe function on `&self`.
 
-use crate::address::{IovaRange, Oa, PageSize};
+use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
 #[cfg(feature = "std")]
 use crate::format::Native;
-use crate::format::{Attributes, Entry, Format};
-use crate::gather::{Gather, RetiredTable};
+use crate::format::{Entry, Format};
+use crate::gather::Gather;
 #[cfg(feature = "std")]
 use crate::memory::HeapTables;
 use crate::memory::{OutOfTables, TableMemory};
@@ -44,6 +44,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 mod claim;
 mod cut;
 mod map;
+mod retire;
 mod unmap;
 mod walk;
 
@@ -175,29 +176,6 @@ trait Visitor<M, A: AtomicEntry> {
     /// Where retired tables go. Visitors that prune, or that add entries, have one.
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
         None
-    }
-}
-
-/// Retires empty tables and changes no translation.
-struct Sweep<'a, M, A> {
-    gather: &'a mut Gather<M, A>,
-    /// Give up at the first entry in use.
-    until_used: bool,
-}
-
-impl<M, A: AtomicEntry> Visitor<M, A> for Sweep<'_, M, A> {
-    type Error = ();
-
-    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
-        if self.until_used && slot.value != 0 { Err(Stop::Error(())) } else { Ok(Next::After(slot.last)) }
-    }
-
-    fn prunes(&self) -> bool {
-        true
-    }
-
-    fn gather(&mut self) -> Option<&mut Gather<M, A>> {
-        Some(self.gather)
     }
 }
 
@@ -513,67 +491,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
     }
 
-    /// Retires `child`, to which `slot` leads, if it is empty and need not stay.
-    fn prune(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>, whole: bool) {
-        let live = self.live(child);
-        let word = live.load();
-        if word & (COUNT | DEAD) != 0 {
-            return;
-        }
-        if !whole {
-            if word & KEPT != 0 {
-                return;
-            }
-            if self.kept.fetch_add(1, Ordering::Relaxed) < KEPT_LIMIT
-                && live.compare_exchange(word, KEPT).is_ok()
-            {
-                return;
-            }
-            self.kept.fetch_sub(1, Ordering::Relaxed);
-        }
-        if self.bury(child, word) {
-            self.unlink(gather, slot, child);
-        }
-    }
-
-    /// Takes the link to a dead table away, unless somebody else did.
-    fn unlink(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>) {
-        // The link cannot have been changed back: the table's page is not used again while we run.
-        if slot.entry.compare_exchange(slot.value, 0).is_ok() {
-            self.subtract_live(slot.node, 1);
-            self.retire(gather, child);
-        }
-    }
-
-    /// Retires the empty tables on the way to `at`, or keeps them as `prune` does.
-    fn sweep_path(&self, at: u64, gather: &mut Gather<M, A>) {
-        if let Some(range) = IovaRange::new(at, at) {
-            let _ = self.run(&mut Sweep { gather, until_used: false }, range);
-        }
-    }
-
-    /// Declares an empty table dead, whose live count was read as `word`. It can be unlinked then.
-    fn bury(&self, node: Node<A>, word: u64) -> bool {
-        let buried = word & (COUNT | DEAD) == 0 && self.live(node).compare_exchange(word, DEAD).is_ok();
-        if buried && word & KEPT != 0 {
-            self.kept.fetch_sub(1, Ordering::Relaxed);
-        }
-        buried
-    }
-
-    /// Hands over a table that this operation has just unlinked.
-    fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
-        // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
-        // too, or could remember a way to this table under that number and find it freed.
-        self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
-        self.tables.fetch_sub(1, Ordering::Relaxed);
-        gather.retired.push(RetiredTable {
-            table: node.table,
-            layout: self.format.table_layout(node.level),
-            memory: self.memory.clone(),
-        });
-    }
-
     /// Frees `node` and all below.
     ///
     /// # Safety
@@ -606,61 +523,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Drop for Radix<F, M, A> {
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> core::fmt::Debug for Radix<F, M, A> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_struct("Radix").field("format", &self.format).field("tables", &self.table_count()).finish()
-    }
-}
-
-/// Whether some leaf of the format can hold each part of a mapping.
-fn check_mapping<F: Format>(
-    format: &F,
-    range: IovaRange,
-    oa: Oa,
-    attributes: Attributes,
-) -> Result<(), MapError> {
-    let granule = PageSize::from_log2(format.shift(1)).ok_or(MapError::OutOfRange { range })?;
-    if !range.is_aligned(granule) || !oa.is_aligned(granule) {
-        return Err(MapError::Misaligned { range, oa, granule });
-    }
-    if !format.accepts(&range) {
-        return Err(MapError::OutOfRange { range });
-    }
-    let last = oa.get().checked_add(range.last() - range.first()).ok_or(MapError::OutputOutOfRange { oa })?;
-    if last >> format.output_bits().min(63) != 0 {
-        return Err(MapError::OutputOutOfRange { oa });
-    }
-    if !attributes.intersects(Attributes::READ | Attributes::WRITE) {
-        return Err(MapError::NoAccess { range });
-    }
-    Ok(())
-}
-
-/// A mapping to be made, and the best leaf for a place in it.
-#[derive(Clone, Copy)]
-struct Mapping {
-    range: IovaRange,
-    oa: u64,
-    attributes: Attributes,
-}
-
-impl Mapping {
-    #[inline(always)]
-    fn output(&self, iova: u64) -> u64 {
-        self.oa + (iova - self.range.first())
-    }
-
-    /// The largest leaf of the `sizes` that can begin at `iova`: the address, its output and what is left of the
-    /// range must all be multiples of it.
-    #[inline(always)]
-    fn best_size(&self, sizes: u64, iova: u64) -> Option<PageSize> {
-        let alignment = iova | self.output(iova);
-        let aligned = if alignment == 0 { u64::MAX } else { alignment ^ (alignment - 1) };
-        let left = self.range.last() - iova;
-        // Sizes up to `left + 1`; for the whole 2^64 every size fits.
-        let fits = match left.checked_add(1) {
-            Some(bytes) => u64::MAX >> bytes.leading_zeros(),
-            None => u64::MAX,
-        };
-        let usable = sizes & aligned & fits;
-        (usable != 0).then(|| PageSize(63 - usable.leading_zeros() as u8))
     }
 }
 

@@ -16,8 +16,8 @@
 //! and a mapper gives everything back before it tries again, so no two can wait for each other.
 
 use super::cut::SoftwareBits;
-use super::map::{ClaimBits, Install, InstallError, MapError};
-use super::{CutError, Leaf, Mapping, Next, Radix, Slot, Stop, Stretch, Visitor, check_mapping, leaf_span};
+use super::map::{ClaimBits, Install, InstallError, MapError, Mapping, check_mapping};
+use super::{CutError, Leaf, Next, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};

@@ -5,9 +5,8 @@
 //! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
 //! once in small pages can be mapped with large ones again.
 
-use super::{
-    COUNT, Mapping, Next, Node, Radix, Slot, Stop, Stretch, Sweep, Visitor, check_mapping, leaf_span,
-};
+use super::retire::Sweep;
+use super::{COUNT, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format};
@@ -54,6 +53,61 @@ pub enum MapError {
     /// No memory for a table.
     #[error(transparent)]
     OutOfTables(#[from] OutOfTables),
+}
+
+/// Whether some leaf of the format can hold each part of a mapping.
+pub(super) fn check_mapping<F: Format>(
+    format: &F,
+    range: IovaRange,
+    oa: Oa,
+    attributes: Attributes,
+) -> Result<(), MapError> {
+    let granule = PageSize::from_log2(format.shift(1)).ok_or(MapError::OutOfRange { range })?;
+    if !range.is_aligned(granule) || !oa.is_aligned(granule) {
+        return Err(MapError::Misaligned { range, oa, granule });
+    }
+    if !format.accepts(&range) {
+        return Err(MapError::OutOfRange { range });
+    }
+    let last = oa.get().checked_add(range.last() - range.first()).ok_or(MapError::OutputOutOfRange { oa })?;
+    if last >> format.output_bits().min(63) != 0 {
+        return Err(MapError::OutputOutOfRange { oa });
+    }
+    if !attributes.intersects(Attributes::READ | Attributes::WRITE) {
+        return Err(MapError::NoAccess { range });
+    }
+    Ok(())
+}
+
+/// A mapping to be made, and the best leaf for a place in it.
+#[derive(Clone, Copy)]
+pub(super) struct Mapping {
+    pub(super) range: IovaRange,
+    pub(super) oa: u64,
+    pub(super) attributes: Attributes,
+}
+
+impl Mapping {
+    #[inline(always)]
+    fn output(&self, iova: u64) -> u64 {
+        self.oa + (iova - self.range.first())
+    }
+
+    /// The largest leaf of the `sizes` that can begin at `iova`: the address, its output and what is left of the
+    /// range must all be multiples of it.
+    #[inline(always)]
+    fn best_size(&self, sizes: u64, iova: u64) -> Option<PageSize> {
+        let alignment = iova | self.output(iova);
+        let aligned = if alignment == 0 { u64::MAX } else { alignment ^ (alignment - 1) };
+        let left = self.range.last() - iova;
+        // Sizes up to `left + 1`; for the whole 2^64 every size fits.
+        let fits = match left.checked_add(1) {
+            Some(bytes) => u64::MAX >> bytes.leading_zeros(),
+            None => u64::MAX,
+        };
+        let usable = sizes & aligned & fits;
+        (usable != 0).then(|| PageSize(63 - usable.leading_zeros() as u8))
+    }
 }
 
 /// What a claiming mapper may meet besides.
