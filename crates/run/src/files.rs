@@ -302,7 +302,9 @@ fn let_go(open_file: Arc<OpenFile>) {
     match std::thread::Builder::new().name("ioasid-close".to_owned()).spawn(close) {
         Ok(_) => {
             if wait.recv_timeout(CLOSE_PATIENCE).is_err() {
-                tracing::warn!("a file takes long to close: a device waits for memory of a client");
+                tracing::warn!(
+                    "a file takes long to close: a device waits for memory of a client, or much is unmapped"
+                );
             }
         }
         // The closure, and with it the file, was dropped here.

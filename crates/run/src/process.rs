@@ -25,13 +25,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use ioasid_server::{LateBound, MemoryGone, Process};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use crate::listener::Listener;
 use crate::maps;
 use crate::sys::{credentials, memory};
 
-/// More threads than this are not remembered: they are looked up anew.
+/// More threads than this are never remembered: they are looked up anew.
 const REMEMBERED_THREADS: usize = 256;
+
+/// How many descriptors we may open for each thread that is remembered. One takes up to four: its directory, and its
+/// process's, memory and maps. The dead ones among them are noticed late, and must not use up what the living need.
+const DESCRIPTORS_PER_THREAD: u64 = 16;
 
 /// The capability to lock memory without limit.
 pub(crate) const CAP_IPC_LOCK: u32 = 14;
@@ -109,8 +114,10 @@ impl Thread {
 }
 
 /// The threads and address spaces that are known.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Processes {
+    /// How many threads are remembered.
+    remembered: usize,
     threads: Mutex<HashMap<u32, Arc<Thread>>>,
     /// By process id. The server keeps those alive whose memory it still needs.
     address_spaces: Mutex<HashMap<u32, Weak<AddressSpace>>>,
@@ -118,6 +125,18 @@ pub(crate) struct Processes {
 }
 
 impl Processes {
+    /// Nobody is known yet. How many will be remembered depends on how many descriptors this process may open now.
+    pub(crate) fn new() -> Self {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let most = usize::try_from(descriptors / DESCRIPTORS_PER_THREAD).unwrap_or(usize::MAX);
+        Self {
+            remembered: most.clamp(4, REMEMBERED_THREADS),
+            threads: Mutex::default(),
+            address_spaces: Mutex::default(),
+            identities: AtomicU64::new(0),
+        }
+    }
+
     /// The thread that waits for the answer to request `request`. What is remembered under its id may be a thread
     /// that has died since; then lookups through its directory fail, and [`Processes::renew`] finds the right one.
     pub(crate) fn thread(&self, listener: &Listener, request: u64, id: u32) -> Result<Arc<Thread>, Errno> {
@@ -154,10 +173,10 @@ impl Processes {
             complained: AtomicBool::new(false),
         });
         let mut threads = self.threads();
-        if threads.len() >= REMEMBERED_THREADS {
+        if threads.len() >= self.remembered {
             threads.retain(|_, thread| thread.directory.is_alive());
         }
-        if threads.len() >= REMEMBERED_THREADS {
+        if threads.len() >= self.remembered {
             threads.clear();
         }
         threads.insert(id, Arc::clone(&thread));
@@ -204,7 +223,7 @@ impl Processes {
                 space
             }
         };
-        if spaces.len() > REMEMBERED_THREADS {
+        if spaces.len() > self.remembered {
             spaces.retain(|_, space| space.strong_count() != 0);
         }
         *remembered = Some(Arc::clone(&space));

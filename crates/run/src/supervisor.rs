@@ -40,13 +40,14 @@ pub struct Options {
     /// the end, but it changes the whole process meanwhile: a library in a program with children of its own says
     /// `false`. Default: `true`.
     pub foreground: bool,
-    /// The most requests that are served at the same time. Default: 64.
+    /// The most requests that are served at the same time. A request that waits for its client's own memory takes one
+    /// as long as it waits. Default: 1024.
     pub workers: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { foreground: true, workers: 64 }
+        Self { foreground: true, workers: 1024 }
     }
 }
 
@@ -95,7 +96,7 @@ where
         server,
         listener,
         files,
-        processes: Processes::default(),
+        processes: Processes::new(),
         link_lookups: AtomicUsize::new(0),
     };
     let crew = Crew::new(&service, stop, options.workers.max(1));

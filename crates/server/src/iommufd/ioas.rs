@@ -22,7 +22,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
-use ioasid::{Device, Iova, IovaRange, Memory, PageSize, Permissions, ReservationOwner, Space, Table};
+use ioasid::{
+    Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space, Table,
+};
 use rustix::io::Errno;
 
 use super::areas::Areas;
@@ -139,6 +141,16 @@ impl State {
     fn all_aligned(&self) -> bool {
         self.areas.iter().all(|(range, area)| is_page_aligned(range, &area.source))
     }
+}
+
+/// Whether no area lies where the device cannot have a mapping. The engine finds out too, but only when all of the
+/// memory is registered and mapped.
+fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
+    let aperture = requirements.aperture;
+    let below = aperture.first().checked_sub(1).and_then(|last| IovaRange::new(0, last));
+    let above = aperture.last().checked_add(1).and_then(|first| IovaRange::new(first, u64::MAX));
+    let mut forbidden = requirements.reserved.iter().copied().chain(below).chain(above);
+    !forbidden.any(|range| areas.overlaps(range))
 }
 
 fn is_page_aligned(range: IovaRange, source: &Slice) -> bool {
@@ -385,7 +397,7 @@ impl Ioas {
         let mut state = lock(&self.state);
         let first = state.tables == 0;
         if first {
-            if !state.all_aligned() {
+            if !state.all_aligned() || !fits(&state.areas, device.requirements()) {
                 return Err(Errno::ADDRINUSE);
             }
             self.populate(state.areas.iter_mut())?;

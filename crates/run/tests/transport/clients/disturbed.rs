@@ -127,11 +127,12 @@ fn pages_that_never_come(count: u64) -> u64 {
 
 /// Copying from a client may take for ever.
 pub(super) fn a_stalled_client_stops_nobody() {
+    const CALLERS: u64 = 200;
     let iommu = open_iommu();
     let callers = fork(|| {
-        let memory = pages_that_never_come(8);
+        let memory = pages_that_never_come(CALLERS);
         thread::scope(|scope| {
-            for number in 0..8 {
+            for number in 0..CALLERS {
                 let iommu = &iommu;
                 scope.spawn(move || allocate_at(iommu, memory + number * PAGE));
             }
