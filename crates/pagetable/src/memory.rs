@@ -83,6 +83,15 @@ mod heap {
     #[derive(Clone, Copy, Debug, Default)]
     pub struct HeapTables;
 
+    impl HeapTables {
+        /// Lets all tables of the process together have no more than so many bytes of pages from now on. Whoever wants
+        /// more gets [`OutOfTables`]. Without a limit, whoever may map what he likes may use up all memory: a mapping
+        /// in small pages takes a 512th of its size in tables.
+        pub fn set_limit(bytes: u64) {
+            pool().limit = usize::try_from(bytes / PAGE as u64).unwrap_or(usize::MAX);
+        }
+    }
+
     /// The first page of a slab. `live` is shared with the walkers; the rest is only touched under the pool's lock.
     #[repr(C)]
     struct Header {
@@ -96,12 +105,15 @@ mod heap {
     /// Slabs that have free pages.
     struct Pool {
         slabs: Vec<NonNull<Header>>,
+        /// How many pages are handed out, and how many may be.
+        in_use: usize,
+        limit: usize,
     }
 
     // SAFETY: the pointers name heap memory that is reached only under the pool's lock.
     unsafe impl Send for Pool {}
 
-    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new() });
+    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new(), in_use: 0, limit: usize::MAX });
 
     fn pool() -> MutexGuard<'static, Pool> {
         // The lists are consistent between any two statements that can panic: there are none.
@@ -124,6 +136,9 @@ mod heap {
 
     impl Pool {
         fn take(&mut self) -> Result<NonNull<AtomicU64>, OutOfTables> {
+            if self.in_use >= self.limit {
+                return Err(OutOfTables);
+            }
             let slab = match self.slabs.last() {
                 Some(slab) => *slab,
                 None => {
@@ -142,6 +157,7 @@ mod heap {
             // SAFETY: slabs in the list are allocated; these fields are only touched under the lock.
             let free = unsafe { &mut (*slab.as_ptr()).free };
             let page = free.trailing_zeros() as usize;
+            self.in_use += 1;
             *free &= *free - 1;
             if *free == 0 {
                 self.slabs.pop();
@@ -151,6 +167,7 @@ mod heap {
         }
 
         fn put(&mut self, table: NonNull<AtomicU64>) {
+            self.in_use -= 1;
             let (slab, page) = locate(table);
             // SAFETY: the slab of a table in use is allocated; these fields are only touched under the lock.
             let header = unsafe { &mut *(&raw mut (*slab.as_ptr()).free).cast::<HeaderTail>() };

@@ -16,6 +16,7 @@ use ioasid_run::{Options, RunError};
 use ioasid_server::{DeviceOptions, Server, ServerOptions, TableKind};
 
 use crate::probe;
+use crate::quantity::Bytes;
 
 /// `run` itself failed; the program may not have been started.
 pub(crate) const OWN_FAILURE: u8 = 125;
@@ -43,6 +44,12 @@ pub(crate) struct Arguments {
     /// dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives.
     #[arg(long = "device", value_name = "SPEC")]
     devices: Vec<DeviceOptions>,
+
+    /// How much memory the page tables of all devices together may take [default: a quarter of the machine's]
+    ///
+    /// A map or attach that would need more gets ENOMEM. A mapping takes a 512th of its size where no large page fits.
+    #[arg(long, value_name = "BYTES")]
+    table_memory: Option<Bytes>,
 
     /// At the end, print to standard error how often each call was made and how long it took
     #[arg(long)]
@@ -82,6 +89,8 @@ pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> 
 /// This process could not do its part; the program may or may not have run.
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let devices = if arguments.devices.is_empty() { default_devices() } else { arguments.devices };
+    let table_memory = arguments.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
+    ioasid::pagetable::HeapTables::set_limit(table_memory);
     let server = Server::new(ServerOptions { devices })
         .context("the machine cannot be made; ask for other devices (--device)")?;
     let (program, program_arguments) = match arguments.program.split_first() {
@@ -104,6 +113,12 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(ExitCode::from(status))
+}
+
+/// A quarter of the machine's memory, in bytes.
+fn quarter_of_memory() -> u64 {
+    let machine = rustix::system::sysinfo();
+    (machine.totalram as u64).saturating_mul(machine.mem_unit.into()) / 4
 }
 
 /// A device on the space's own table and one on a table of another format, so that a space can have both.
