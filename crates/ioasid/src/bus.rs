@@ -10,9 +10,9 @@
 //! # From an OA to memory
 //!
 //! The bus is a directory of chunks of 1 GiB, each cut into windows of one size. The size of a chunk's windows
-//! is chosen when the first one is needed and stays. Finding the window of an address is two loads and a shift;
-//! a radix table would find it in four loads and could merge and split free space, which windows do not need:
-//! objects are either large, and whole chunks are all alike, or small and of few sizes.
+//! is chosen when the first one is needed and stays. Finding the window of an address takes no search: two
+//! levels of the directory, and an index into the chunk. A radix table could also merge and split free space, which
+//! windows do not need: objects are either large, and whole chunks are all alike, or small and of few sizes.
 //!
 //! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
 //! in it any more, after all mappings of that memory are gone.

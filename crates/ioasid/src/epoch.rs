@@ -6,8 +6,10 @@
 //! for them, so all of the cost is on the side of the waiter (see `epoch/domain.rs`).
 //!
 //! They are two domains, because a DMA copy is short and never blocks, while an operation may sleep in the driver
-//! of a real IOMMU, and the first must never wait for the second. An operation may wait for DMA. Nobody inside a
-//! section waits for its own domain, and nobody inside a DMA section waits for anything.
+//! of a real IOMMU, and the first must never wait for the second. Nobody inside a
+//! section waits for its own domain, and nobody inside a DMA section waits for anything. An operation that has to
+//! wait for DMA ends its section first and begins another: what it holds then are entries of a table, and nobody
+//! who changes another space has to wait for it.
 
 use ioasid_pagetable::RetiredTable;
 use std::sync::atomic::{AtomicPtr, AtomicU64};

@@ -40,13 +40,18 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code, reason = "takes memory that its caller vouches for")]
 mod backing;
 mod bus;
 mod coverage;
 mod derived;
 mod device;
 mod dma;
+#[allow(unsafe_code, reason = "frees what nobody can be using any more, and calls membarrier")]
 pub mod epoch;
+#[allow(unsafe_code, reason = "copies from and to memory that devices share")]
 mod host_memory;
 mod iommu;
 pub mod iova;

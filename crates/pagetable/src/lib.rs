@@ -34,14 +34,18 @@
 //! ```
 
 #![cfg_attr(not(feature = "std"), no_std)]
+#![deny(unsafe_code)]
 
 extern crate alloc;
 
 mod address;
 mod atomic;
 mod format;
+#[allow(unsafe_code, reason = "a retired table is freed when its caller vouches for it")]
 mod gather;
+#[allow(unsafe_code, reason = "table pages are raw memory")]
 mod memory;
+#[allow(unsafe_code, reason = "links of a table are addresses")]
 mod radix;
 
 pub use address::{Iova, IovaRange, Oa, PageSize};

@@ -5,8 +5,7 @@
 //! [`inspect`] reads a table word by word from the top, without the walker, and holds every live count against
 //! the entries that it counts.
 
-// Every test program uses another part of this.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "every test program uses another part of this")]
 
 use ioasid_pagetable::{Entry, Format, Gather, HeapTables, OutOfTables, Radix, TableLayout, TableMemory};
 use std::collections::HashMap;
