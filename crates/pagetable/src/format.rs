@@ -10,6 +10,14 @@
 //!   will translate.)
 //! - The absent entry that *we* write is 0. A format whose hardware takes other values for absent too reports
 //!   them as [`Entry::Absent`], but a fresh table of zeroes is always an empty table.
+//!
+//! # Two ways to read an entry
+//!
+//! [`decode`](Format::decode) is the whole truth about any 64 bits, reserved bits included. It is too much work to
+//! do 512 times for a table of pages that are all alike, and nearly all are. So a format also names two
+//! [`Pattern`]s per level, one that only links have and one that only plain pages have: whatever matches is
+//! certainly that, and whatever does not is decoded. A pattern is one AND and one comparison, and it can be
+//! applied to many entries at once.
 
 use crate::address::{IovaRange, PageSize};
 use core::ops::RangeInclusive;
@@ -22,6 +30,8 @@ pub use vtd_second_stage::VtdSecondStage;
 
 bitflags::bitflags! {
     /// What a leaf allows and how it is accessed, in no format's own bits.
+    ///
+    /// The memory type is a field of three bits, not a flag; see [`with_memory_type`](Attributes::with_memory_type).
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Attributes: u32 {
         /// Devices may read.
@@ -34,7 +44,56 @@ bitflags::bitflags! {
         const ACCESSED = 1 << 3;
         /// The leaf was written through (only formats and modes in which hardware says so).
         const DIRTY = 1 << 4;
+        /// Devices may fetch instructions (only formats that tell this from reading).
+        const EXECUTE = 1 << 5;
+        /// The bits of the memory type.
+        const MEMORY_TYPE = 7 << 8;
     }
+}
+
+impl Attributes {
+    /// What is asked of an access: the part of the attributes that [`Radix::protect`](crate::Radix::protect)
+    /// changes.
+    pub const PERMISSIONS: Attributes = Attributes::READ.union(Attributes::WRITE).union(Attributes::EXECUTE);
+    /// What hardware adds to a leaf.
+    pub const USED: Attributes = Attributes::ACCESSED.union(Attributes::DIRTY);
+
+    /// The same with this memory type.
+    pub const fn with_memory_type(self, memory_type: MemoryType) -> Attributes {
+        let others = self.difference(Attributes::MEMORY_TYPE);
+        others.union(Attributes::from_bits_retain((memory_type as u32) << 8))
+    }
+
+    /// The memory type.
+    pub const fn memory_type(self) -> MemoryType {
+        match self.intersection(Attributes::MEMORY_TYPE).bits() >> 8 {
+            1 => MemoryType::Uncached,
+            2 => MemoryType::WriteCombining,
+            3 => MemoryType::WriteThrough,
+            4 => MemoryType::WriteProtected,
+            5 => MemoryType::WriteBack,
+            _ => MemoryType::Inherit,
+        }
+    }
+}
+
+/// How memory behind a leaf is cached, in the terms of the x86 manuals, which are the ones most formats borrow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[repr(u8)]
+pub enum MemoryType {
+    /// Whatever the machine, or an outer stage of translation, has for it.
+    #[default]
+    Inherit = 0,
+    /// Device memory: neither cached nor combined nor reordered.
+    Uncached = 1,
+    /// Not cached, but writes may be combined and reordered.
+    WriteCombining = 2,
+    /// Cached for reads; writes go to memory.
+    WriteThrough = 3,
+    /// Cached for reads; writes go to memory and drop the cached line everywhere.
+    WriteProtected = 4,
+    /// Cached.
+    WriteBack = 5,
 }
 
 /// An entry, understood.
@@ -58,13 +117,49 @@ pub enum Entry {
     Malformed,
 }
 
-/// Whether a leaf may be replaced by a table of smaller leaves with the same translation while walkers run.
+bitflags::bitflags! {
+    /// What may change in a present leaf while walkers run. Anything else needs *break before make*: the leaf has to
+    /// be absent, and invalidated, in between.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct LiveChanges: u8 {
+        /// A leaf of one entry and a table of smaller leaves with the same translation may replace each other: until
+        /// the invalidation walkers use the old or the new, and both are right.
+        const SIZE = 1 << 0;
+        /// The permissions of a leaf.
+        const PERMISSIONS = 1 << 1;
+    }
+}
+
+/// A test that only entries of one kind pass: `entry & mask == value`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Split {
-    /// It may; old or new is used until the invalidation, and both are right.
-    Live,
-    /// The leaf has to be absent and invalidated in between.
-    NeedsBreak,
+pub struct Pattern {
+    /// The bits that are looked at.
+    pub mask: u64,
+    /// What they have to be.
+    pub value: u64,
+}
+
+impl Pattern {
+    /// Nothing passes.
+    pub const NEVER: Pattern = Pattern { mask: 0, value: 1 };
+
+    /// The pattern of entries in which all bits of `set` are 1 and all bits of `clear` are 0.
+    pub const fn new(set: u64, clear: u64) -> Pattern {
+        Pattern { mask: set | clear, value: set }
+    }
+
+    /// Whether the entry passes.
+    #[inline(always)]
+    pub const fn matches(self, entry: u64) -> bool {
+        entry & self.mask == self.value
+    }
+
+    /// Whether entries pass of which the conjunction and the disjunction of their bits are known: all of them, or
+    /// at least one does not.
+    #[inline(always)]
+    pub const fn matches_all(self, conjunction: u64, disjunction: u64) -> bool {
+        conjunction & self.value == self.value && disjunction & self.mask & !self.value == 0 && self.mask != 0
+    }
 }
 
 /// Size and alignment of a table, which differ by level in some formats (concatenated roots).
@@ -93,14 +188,63 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// Leaf sizes allowed at `level`: bit n stands for 2^n bytes, from [`shift`](Self::shift)`(level)` on.
     fn leaf_sizes(&self, level: u8) -> u64;
 
+    /// Whether the address bits above the table's width repeat the highest one within it: the table translates the
+    /// lowest and the highest addresses of the 2^64, and nothing in the gap between.
+    fn sign_extended(&self) -> bool {
+        false
+    }
+
+    /// Logarithm of the number of addresses that a table with its top at `level` translates; 64 at most.
+    #[inline(always)]
+    fn width(&self, level: u8) -> u32 {
+        self.shift(level) + self.index_bits(level)
+    }
+
     /// Whether every address of the range can be looked up (width, sign-extension gap).
-    fn accepts(&self, range: &IovaRange) -> bool;
+    #[inline(always)]
+    fn accepts(&self, range: &IovaRange) -> bool {
+        let width = self.width(*self.top_levels().end());
+        if width >= 64 {
+            return true;
+        }
+        if self.sign_extended() {
+            // Two halves, each with all of the bits from the sign on alike.
+            let signs = |iova: u64| (iova as i64) >> (width - 1);
+            signs(range.first()) == signs(range.last()) && matches!(signs(range.first()), 0 | -1)
+        } else {
+            range.last() >> width == 0
+        }
+    }
 
     /// Output addresses are below 2^this.
     fn output_bits(&self) -> u32;
 
-    /// Whether leaves may be cut under running walkers.
-    fn split(&self) -> Split;
+    /// Whether a leaf can say the memory type of these attributes. What else it cannot say is left out: a format
+    /// without forced snooping has none, and one that cannot forbid reading what may be written allows it.
+    fn has_memory_type(&self, memory_type: MemoryType) -> bool {
+        memory_type == MemoryType::Inherit
+    }
+
+    /// What may change in a present leaf while walkers run.
+    fn live_changes(&self) -> LiveChanges;
+
+    /// The bit that says, where it is 1 in a leaf, that the leaf was written through; 0 if there is none.
+    fn dirty_bit(&self) -> u64;
+
+    /// Whether hardware sets accessed and dirty bits in this table by itself.
+    fn hardware_marks(&self) -> bool;
+
+    /// The bits of a leaf at `level` that no hardware looks at. Operations that change a leaf keep them.
+    fn software_bits(&self, level: u8) -> u64;
+
+    /// Only [`Entry::Table`]s of `level` pass, and those that [`table_entry`](Self::table_entry) writes do.
+    fn table_pattern(&self, level: u8) -> Pattern;
+
+    /// Only [`Entry::Leaf`]s of one entry at `level`, of its own size, pass; those of reading and writing do.
+    fn leaf_pattern(&self, level: u8) -> Pattern;
+
+    /// Where a table entry leads: the inverse of [`table_entry`](Self::table_entry).
+    fn table_address(&self, entry: u64) -> u64;
 
     /// What the entry says. Every value of `entry` is possible input.
     fn decode(&self, level: u8, entry: u64) -> Entry;

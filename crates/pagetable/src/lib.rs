@@ -50,7 +50,10 @@ mod radix;
 
 pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
-pub use format::{Attributes, ClaimFormat, Entry, Format, Native, Split, TableLayout, VtdSecondStage};
+pub use format::{
+    Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, TableLayout,
+    VtdSecondStage,
+};
 pub use gather::{Gather, RetiredTable, Runs};
 #[cfg(feature = "std")]
 pub use memory::HeapTables;

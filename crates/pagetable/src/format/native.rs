@@ -9,7 +9,9 @@
 //! | 4     | WRITE   | 0     | devices may write |
 //! | 5     | SNOOP   | 0     | accesses are forced to snoop |
 //! | 6     | TABLE   | 1     | 0 |
-//! | 10:7  | zero    | 0     | 0 |
+//! | 7     | DIRTY   | 0     | a software walker wrote through it |
+//! | 8     | ACCESSED| 0     | a software walker used it |
+//! | 10:9  | zero    | 0     | 0 |
 //! | 55:11 | address | table | output address |
 //! | 63:56 | zero    | 0     | 0 |
 //!
@@ -21,14 +23,16 @@
 //! - A claimed leaf that is not present already holds its final address and permissions, so that publishing it is
 //!   one store.
 
-use super::{Attributes, ClaimFormat, Entry, Format, Split};
-use crate::address::{IovaRange, PageSize};
+use super::{Attributes, ClaimFormat, Entry, Format, LiveChanges, Pattern};
+use crate::address::PageSize;
 use core::ops::RangeInclusive;
 
 const READ: u64 = 1 << 3;
 const WRITE: u64 = 1 << 4;
 const SNOOP: u64 = 1 << 5;
 const TABLE: u64 = 1 << 6;
+const DIRTY: u64 = 1 << 7;
+const ACCESSED: u64 = 1 << 8;
 const ADDRESS: u64 = 0x00ff_ffff_ffff_f800;
 const INDEX_BITS: u32 = 9;
 
@@ -92,17 +96,43 @@ impl Format for Native {
         if shift <= self.largest_leaf.log2() || level == 1 { 1 << shift } else { 0 }
     }
 
-    #[inline(always)]
-    fn accepts(&self, _range: &IovaRange) -> bool {
-        true
-    }
-
     fn output_bits(&self) -> u32 {
         56
     }
 
-    fn split(&self) -> Split {
-        Split::Live
+    fn live_changes(&self) -> LiveChanges {
+        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+    }
+
+    #[inline(always)]
+    fn dirty_bit(&self) -> u64 {
+        DIRTY
+    }
+
+    fn hardware_marks(&self) -> bool {
+        false
+    }
+
+    fn software_bits(&self, _level: u8) -> u64 {
+        Self::FIRST | Self::BUSY
+    }
+
+    #[inline(always)]
+    fn table_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(Self::PRESENT | TABLE, 0)
+    }
+
+    #[inline(always)]
+    fn leaf_pattern(&self, level: u8) -> Pattern {
+        if self.leaf_sizes(level) == 0 {
+            return Pattern::NEVER;
+        }
+        Pattern::new(Self::PRESENT, TABLE)
+    }
+
+    #[inline(always)]
+    fn table_address(&self, entry: u64) -> u64 {
+        entry & ADDRESS
     }
 
     #[inline(always)]
@@ -117,6 +147,8 @@ impl Format for Native {
         attributes.set(Attributes::READ, entry & READ != 0);
         attributes.set(Attributes::WRITE, entry & WRITE != 0);
         attributes.set(Attributes::FORCE_SNOOP, entry & SNOOP != 0);
+        attributes.set(Attributes::ACCESSED, entry & ACCESSED != 0);
+        attributes.set(Attributes::DIRTY, entry & DIRTY != 0);
         Entry::Leaf { oa: entry & ADDRESS, size: PageSize(self.shift(level) as u8), attributes }
     }
 
@@ -136,6 +168,12 @@ impl Format for Native {
         }
         if attributes.contains(Attributes::FORCE_SNOOP) {
             entry |= SNOOP;
+        }
+        if attributes.contains(Attributes::ACCESSED) {
+            entry |= ACCESSED;
+        }
+        if attributes.contains(Attributes::DIRTY) {
+            entry |= DIRTY;
         }
         entry
     }

@@ -6,6 +6,8 @@
 //! |----------|-------------|---------------------------------|-----------------|
 //! | 0        | R           | R                               | R               |
 //! | 1        | W           | W                               | W               |
+//! | 5:3      | ignored     | EMT, memory type                | EMT             |
+//! | 6        | ignored     | IPAT, ignore the guest's type   | IPAT            |
 //! | 7        | 0           | 1 (page size)                   | ignored         |
 //! | 8        | A           | A                               | A               |
 //! | 9        | ignored     | D                               | D               |
@@ -17,21 +19,30 @@
 //! There is no present bit: an entry is present if R or W is set, and every other bit is free when neither is.
 //! Table entries always get R and W, so that the leaf alone decides.
 //!
+//! Hardware sets A and D only where the PASID entry says so (SSADE); a mapping begins with both clear. It looks at
+//! EMT and IPAT only where the PASID entry says so (EMTE); see
+//! [`with_memory_types`](VtdSecondStage::with_memory_types).
+//!
 //! The specification's text on cutting a leaf in place was not at hand; the translation is the same before and
-//! after, so either answer of a cache is right until the invalidation, and we take the format as [`Split::Live`].
+//! after, so either answer of a cache is right until the invalidation, and we take the format as one in which
+//! [sizes change live](LiveChanges::SIZE).
 
-use super::{Attributes, Entry, Format, Split};
-use crate::address::{IovaRange, PageSize};
+use super::{Attributes, Entry, Format, LiveChanges, MemoryType, Pattern};
+use crate::address::PageSize;
 use core::ops::RangeInclusive;
 
 const READ: u64 = 1 << 0;
 const WRITE: u64 = 1 << 1;
+const MEMORY_TYPE: u64 = 7 << 3;
+const IGNORE_PAT: u64 = 1 << 6;
 const PAGE_SIZE: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
 const DIRTY: u64 = 1 << 9;
 const SNOOP: u64 = 1 << 11;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const RESERVED: u64 = 1 << 62;
+/// Bits 10, 52 to 61 and 63 are ignored in leaves.
+const SOFTWARE: u64 = 1 << 10 | 0x3ff << 52 | 1 << 63;
 
 /// VT-d second stage as one IOMMU unit offers it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +51,8 @@ pub struct VtdSecondStage {
     host_address_width: u32,
     large_pages: u64,
     snoop_control: bool,
+    memory_types: bool,
+    marks: bool,
 }
 
 impl VtdSecondStage {
@@ -54,6 +67,8 @@ impl VtdSecondStage {
             host_address_width: 52,
             large_pages: PageSize::SIZE_2M.bytes() | PageSize::SIZE_1G.bytes(),
             snoop_control: true,
+            memory_types: false,
+            marks: false,
         })
     }
 
@@ -76,6 +91,17 @@ impl VtdSecondStage {
         VtdSecondStage { snoop_control, ..self }
     }
 
+    /// Whether leaves say the memory type (ECAP.MTS, and EMTE in the PASID entry). Without it no leaf has one.
+    pub const fn with_memory_types(self, memory_types: bool) -> VtdSecondStage {
+        VtdSecondStage { memory_types, ..self }
+    }
+
+    /// Whether hardware sets accessed and dirty flags (ECAP.SSADS, and SSADE in the PASID entry).
+    pub const fn with_accessed_dirty(self, marks: bool) -> VtdSecondStage {
+        VtdSecondStage { marks, ..self }
+    }
+
+    #[inline(always)]
     const fn address_mask(&self) -> u64 {
         ADDRESS & ((1 << self.host_address_width) - 1)
     }
@@ -107,17 +133,52 @@ impl Format for VtdSecondStage {
         }
     }
 
-    #[inline(always)]
-    fn accepts(&self, range: &IovaRange) -> bool {
-        range.last() >> (12 + 9 * u32::from(self.levels)) == 0
-    }
-
     fn output_bits(&self) -> u32 {
         self.host_address_width
     }
 
-    fn split(&self) -> Split {
-        Split::Live
+    fn has_memory_type(&self, memory_type: MemoryType) -> bool {
+        memory_type == MemoryType::Inherit || self.memory_types
+    }
+
+    fn live_changes(&self) -> LiveChanges {
+        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+    }
+
+    #[inline(always)]
+    fn dirty_bit(&self) -> u64 {
+        DIRTY
+    }
+
+    fn hardware_marks(&self) -> bool {
+        self.marks
+    }
+
+    fn software_bits(&self, _level: u8) -> u64 {
+        SOFTWARE
+    }
+
+    #[inline(always)]
+    fn table_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(READ | WRITE, PAGE_SIZE | SNOOP | RESERVED | (ADDRESS & !self.address_mask()))
+    }
+
+    #[inline(always)]
+    fn leaf_pattern(&self, level: u8) -> Pattern {
+        let reserved = RESERVED | (ADDRESS & !self.address_mask());
+        match level {
+            1 => Pattern::new(READ, reserved | if self.snoop_control { 0 } else { SNOOP }),
+            2 | 3 if self.leaf_sizes(level) != 0 => {
+                let low = ((1 << self.shift(level)) - 1) & ADDRESS;
+                Pattern::new(READ | PAGE_SIZE, reserved | low | if self.snoop_control { 0 } else { SNOOP })
+            }
+            _ => Pattern::NEVER,
+        }
+    }
+
+    #[inline(always)]
+    fn table_address(&self, entry: u64) -> u64 {
+        entry & ADDRESS
     }
 
     #[inline(always)]
@@ -151,6 +212,16 @@ impl Format for VtdSecondStage {
         attributes.set(Attributes::FORCE_SNOOP, entry & SNOOP != 0);
         attributes.set(Attributes::ACCESSED, entry & ACCESSED != 0);
         attributes.set(Attributes::DIRTY, entry & DIRTY != 0);
+        if self.memory_types && entry & IGNORE_PAT != 0 {
+            // Codes 2, 3 and 7 are reserved; hardware takes them for uncached.
+            attributes = attributes.with_memory_type(match (entry & MEMORY_TYPE) >> 3 {
+                1 => MemoryType::WriteCombining,
+                4 => MemoryType::WriteThrough,
+                5 => MemoryType::WriteProtected,
+                6 => MemoryType::WriteBack,
+                _ => MemoryType::Uncached,
+            });
+        }
         Entry::Leaf { oa: entry & self.address_mask(), size: PageSize(shift as u8), attributes }
     }
 
@@ -178,6 +249,17 @@ impl Format for VtdSecondStage {
         if self.snoop_control && attributes.contains(Attributes::FORCE_SNOOP) {
             entry |= SNOOP;
         }
+        if self.memory_types {
+            entry |= match attributes.memory_type() {
+                // Cached unless a guest's own type says otherwise.
+                MemoryType::Inherit => 6 << 3,
+                MemoryType::Uncached => IGNORE_PAT,
+                MemoryType::WriteCombining => IGNORE_PAT | 1 << 3,
+                MemoryType::WriteThrough => IGNORE_PAT | 4 << 3,
+                MemoryType::WriteProtected => IGNORE_PAT | 5 << 3,
+                MemoryType::WriteBack => IGNORE_PAT | 6 << 3,
+            };
+        }
         entry
     }
 }
@@ -185,6 +267,7 @@ impl Format for VtdSecondStage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::IovaRange;
 
     const READ_WRITE: Attributes = Attributes::READ.union(Attributes::WRITE);
 
@@ -209,6 +292,9 @@ mod tests {
         assert_eq!(format.leaf_entry(2, PageSize::SIZE_2M, 0x1_2340_0000, Attributes::READ), 0x1_2340_0081);
         assert_eq!(format.leaf_entry(2, PageSize::SIZE_2M, 0x1_2340_0000, snoop), 0x1_2340_0883);
         assert_eq!(format.leaf_entry(3, PageSize::SIZE_1G, 0x1_c000_0000, READ_WRITE), 0x1_c000_0083);
+        let typed = format.with_memory_types(true);
+        let write_back = snoop.with_memory_type(MemoryType::WriteBack);
+        assert_eq!(typed.leaf_entry(2, PageSize::SIZE_2M, 0x1_2340_0000, write_back), 0x1_2340_08f3);
     }
 
     #[test]

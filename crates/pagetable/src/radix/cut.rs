@@ -7,7 +7,7 @@
 use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
 use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
-use crate::format::{Entry, Format, Split};
+use crate::format::{Entry, Format, LiveChanges};
 use crate::memory::{OutOfTables, TableMemory};
 
 /// Why a leaf was not cut. Nothing was changed.
@@ -119,7 +119,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
         let needs_break = CutError::NeedsBreak { at: leaf_span(slot.first, size).0, size };
         // A leaf of several entries cannot be replaced in one step.
-        if self.format.split() == Split::NeedsBreak || level == 1 || size.log2() != self.format.shift(level) {
+        if !self.format.live_changes().contains(LiveChanges::SIZE)
+            || level == 1
+            || size.log2() != self.format.shift(level)
+        {
             return Err(needs_break);
         }
         let piece = PageSize(self.format.shift(level - 1) as u8);
