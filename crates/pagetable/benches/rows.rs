@@ -13,6 +13,9 @@
 //! the format at run time. All answers are checked, and a wrong one ends the program. A map begins with an empty
 //! [`Gather`]; an unmap frees, in the measured time, the tables that it retired.
 //!
+//! Table pages come from an [`Arena`], unless `--memory heap` asks for [`HeapTables`]: what an allocator costs is another
+//! question. The arena's pages have been touched before, and lie in large pages as far as the system gives them.
+//!
 //! A row's time is the median over its passes, and the lowest of these over the rounds. The formats that claim
 //! ([`Claiming`]) have rows of their own, so that the price of arbitration can be seen.
 //!
@@ -22,12 +25,14 @@ use ioasid_pagetable::{
     Attributes, ClaimFormat, Format, Gather, HeapTables, IovaRange, Native, Oa, OutOfTables, Radix,
     TableLayout, TableMemory, VtdSecondStage,
 };
+use std::alloc::{Layout, alloc_zeroed};
+use std::cell::RefCell;
 use std::fmt::Display;
 use std::hint::{black_box, spin_loop};
 use std::marker::PhantomData;
 use std::process::exit;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::thread;
 use std::time::Instant;
 
@@ -49,6 +54,7 @@ Options:
       --format NAME  Only this format (may be given several times)
       --op PART      Only operations whose name contains PART
       --rounds N     Repeat everything N times and print each row's best round [default: 5]
+      --memory KIND  Table pages from `arena` (touched before, no lock) or `heap` (HeapTables) [default: arena]
       --tables       Print table pages in place of times: `#tables,FORMAT,OP,PAGES` (the most in use at once,
                      the root included) and `#allocated,FORMAT,OP,PAGES_PER_CALL`
       --threads      Compare two threads on one table with two threads on a table each:
@@ -299,8 +305,16 @@ enum What {
     Threads,
 }
 
+/// Where table pages come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    Arena,
+    Heap,
+}
+
 struct Arguments {
     what: What,
+    memory: Memory,
     formats: Vec<String>,
     op: String,
     rounds: usize,
@@ -341,7 +355,11 @@ impl Bench {
 
     /// The numbers of a workload's passes; negative ones warm up and do not count.
     fn passes(&self, warm_up: i32, passes: i32) -> std::ops::Range<i32> {
-        if self.arguments.once || self.arguments.what == What::Tables { 0..1 } else { -warm_up..passes }
+        match self.arguments {
+            Arguments { once: true, .. } => 0..1,
+            Arguments { what: What::Tables, .. } => -1..1,
+            _ => -warm_up..passes,
+        }
     }
 
     /// Times one pass, which returns how many of its calls failed.
@@ -458,9 +476,9 @@ impl<F: Format, D: Mode<F>> Subject for Candidate<F, D> {
     }
 
     fn measure(&self, bench: &mut Bench) {
-        match bench.arguments.what {
-            What::Tables => self.measure_with::<CountedTables>(bench),
-            _ => self.measure_with::<HeapTables>(bench),
+        match bench.arguments.memory {
+            Memory::Arena => self.measure_with::<Arena>(bench),
+            Memory::Heap => self.measure_with::<HeapTables>(bench),
         }
     }
 
@@ -670,56 +688,109 @@ impl Pairs {
     }
 }
 
-/// Table pages handed out so far by [`CountedTables`], those in use, and the most of them at once.
+/// Whether the [`Arena`] counts pages: those handed out so far, those in use, and the most of them at once.
+static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATED: AtomicU64 = AtomicU64::new(0);
 static IN_USE: AtomicU64 = AtomicU64::new(0);
 static MOST: AtomicU64 = AtomicU64::new(0);
 
-/// [`HeapTables`], counted: pages that are retired and not freed yet count too.
-#[derive(Clone, Copy, Default)]
-struct CountedTables(HeapTables);
+/// Table pages that were touched when the program began. A thread has its own stack of free ones and takes no lock, as
+/// an allocator with a cache for each processor would have it.
+///
+/// Live counts stand as in [`HeapTables`]: 64 pages are aligned to their size, and the first holds the counts of
+/// the others.
+#[derive(Clone, Copy, Debug, Default)]
+struct Arena;
 
-// SAFETY: all is `HeapTables`' own doing.
-unsafe impl TableMemory<AtomicU64> for CountedTables {
+/// A multiple of the size of a slab, and several times what the largest workload takes.
+const ARENA: Layout = match Layout::from_size_align(64 << 20, 2 << 20) {
+    Ok(layout) => layout,
+    Err(_) => panic!("both are powers of two"),
+};
+const PAGE: usize = 4096;
+const SLAB: usize = 64 * PAGE;
+
+thread_local! {
+    static FREE: RefCell<Vec<NonNull<AtomicU64>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Arena {
+    /// Takes the memory, for this thread to use, until the program ends.
+    fn fill() {
+        // SAFETY: the size is not zero.
+        let Some(memory) = NonNull::new(unsafe { alloc_zeroed(ARENA) }) else {
+            fail("no memory for the arena")
+        };
+        #[cfg(target_os = "linux")]
+        // SAFETY: advice changes no contents. Whether the system follows it does not matter.
+        let _ = unsafe {
+            rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)
+        };
+        // SAFETY: all of it was allocated just now. Not zeroes, lest the compiler leaves them as they are.
+        unsafe { memory.write_bytes(0xff, ARENA.size()) };
+        let pages = (0..ARENA.size() / PAGE).rev().filter(|page| page % 64 != 0);
+        // SAFETY: below the arena's size.
+        let pages = pages.map(|page| unsafe { memory.add(page * PAGE).cast() });
+        FREE.with_borrow_mut(|free| free.extend(pages));
+    }
+}
+
+// SAFETY: a page is on one thread's stack, or in use; it is zeroed, with its count, when it is handed out. The count
+// of page n of a slab is word n of the slab, whose first page is never handed out. Addresses are exposed pointers,
+// which are below 2^56 in programs on 64-bit machines.
+unsafe impl TableMemory<AtomicU64> for Arena {
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
-        let table = self.0.allocate(layout)?;
-        ALLOCATED.fetch_add(1, Relaxed);
-        MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
+        if layout.entries * 8 > PAGE || layout.alignment > PAGE {
+            return Err(OutOfTables);
+        }
+        let table = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
+        // SAFETY: the page is ours alone until it is returned, and so is its count.
+        unsafe {
+            table.cast::<u8>().write_bytes(0, PAGE);
+            self.live(table, layout).store(0, Relaxed);
+        }
+        if COUNTING.load(Relaxed) {
+            ALLOCATED.fetch_add(1, Relaxed);
+            MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
+        }
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout) {
-        IN_USE.fetch_sub(1, Relaxed);
-        // SAFETY: passed on.
-        unsafe { self.0.free(table, layout) };
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout) {
+        if COUNTING.load(Relaxed) {
+            IN_USE.fetch_sub(1, Relaxed);
+        }
+        FREE.with_borrow_mut(|free| free.push(table));
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
-        // SAFETY: passed on.
-        unsafe { self.0.live(table, layout) }
+    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
+        let offset = table.as_ptr().addr() & (SLAB - 1);
+        // SAFETY: `offset` is how far the page stands in its slab, and the count's place is in the slab's first page.
+        unsafe { table.cast::<u8>().sub(offset).cast::<AtomicU64>().add(offset / PAGE).as_ref() }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
-        self.0.address(table)
+        table.as_ptr().expose_provenance() as u64
     }
 
     fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        self.0.pointer(address)
+        NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).unwrap_or(NonNull::dangling())
     }
 }
 
 /// What the machine does without any page-table code: a table page taken, zeroed and given back.
-fn table_pages(bench: &mut Bench) {
+fn table_pages<M: TableMemory<AtomicU64> + Default>(bench: &mut Bench) {
     const CALLS: u64 = 1024;
     let layout = TableLayout { entries: 512, alignment: 4096 };
+    let memory = M::default();
     let mut series = Series::default();
     for pass in bench.passes(5, 101) {
         bench.pass(&mut series, pass, CALLS, || {
             let mut failed = 0;
             for _ in 0..CALLS {
-                match HeapTables.allocate(layout) {
+                match memory.allocate(layout) {
                     // SAFETY: just allocated with this layout, and used by nobody.
-                    Ok(table) => unsafe { HeapTables.free(black_box(table), layout) },
+                    Ok(table) => unsafe { memory.free(black_box(table), layout) },
                     Err(_) => failed += 1,
                 }
             }
@@ -741,6 +812,7 @@ fn clock_cost() -> f64 {
 fn arguments() -> Arguments {
     let mut arguments = Arguments {
         what: What::Times,
+        memory: Memory::Arena,
         formats: Vec::new(),
         op: String::new(),
         rounds: 5,
@@ -757,6 +829,11 @@ fn arguments() -> Arguments {
             "--rounds" => match value().parse() {
                 Ok(rounds @ 1..=1000) => arguments.rounds = rounds,
                 _ => fail("--rounds needs a number from 1 to 1000"),
+            },
+            "--memory" => match value().as_str() {
+                "arena" => arguments.memory = Memory::Arena,
+                "heap" => arguments.memory = Memory::Heap,
+                _ => fail("--memory is arena or heap"),
             },
             "--tables" => arguments.what = What::Tables,
             "--threads" => arguments.what = What::Threads,
@@ -788,6 +865,12 @@ fn main() {
         list(&subjects);
         return;
     }
+    if arguments.memory == Memory::Arena {
+        Arena::fill();
+        COUNTING.store(arguments.what == What::Tables, Relaxed);
+    } else if arguments.what == What::Tables {
+        fail("only the arena counts table pages");
+    }
     let mut bench = Bench { arguments, clock_cost: clock_cost(), rows: Vec::new() };
     if bench.arguments.what == What::Threads {
         for subject in &subjects {
@@ -796,8 +879,11 @@ fn main() {
         return;
     }
     for _ in 0..bench.arguments.rounds {
-        if bench.arguments.what == What::Times && bench.wants("table_alloc_zero_free") {
-            table_pages(&mut bench);
+        if bench.wants("table_alloc_zero_free") && bench.arguments.what == What::Times {
+            match bench.arguments.memory {
+                Memory::Arena => table_pages::<Arena>(&mut bench),
+                Memory::Heap => table_pages::<HeapTables>(&mut bench),
+            }
         }
         for subject in &subjects {
             subject.measure(&mut bench);
