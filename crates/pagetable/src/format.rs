@@ -24,9 +24,11 @@ use core::ops::RangeInclusive;
 
 mod native;
 mod vtd_second_stage;
+mod x86_64;
 
 pub use native::Native;
 pub use vtd_second_stage::VtdSecondStage;
+pub use x86_64::X86_64;
 
 bitflags::bitflags! {
     /// What a leaf allows and how it is accessed, in no format's own bits.

@@ -52,7 +52,7 @@ pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
 pub use format::{
     Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, TableLayout,
-    VtdSecondStage,
+    VtdSecondStage, X86_64,
 };
 pub use gather::{Gather, RetiredTable, Runs};
 #[cfg(feature = "std")]
