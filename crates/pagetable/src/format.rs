@@ -22,6 +22,8 @@
 use crate::address::{IovaRange, PageSize};
 use core::ops::RangeInclusive;
 
+#[cfg(test)]
+mod agreement;
 mod amd_v1;
 mod native;
 mod risc_v;
