@@ -748,7 +748,7 @@ unsafe impl TableMemory<AtomicU64> for Arena {
         }
         let table = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
         // SAFETY: the page is ours alone until it is returned, and so is its count.
-        unsafe { self.live(table, layout).store(0, Relaxed) };
+        unsafe { self.state(table, layout).store(0, Relaxed) };
         if COUNTING.load(Relaxed) {
             ALLOCATED.fetch_add(1, Relaxed);
             MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
@@ -767,18 +767,31 @@ unsafe impl TableMemory<AtomicU64> for Arena {
         FREE.with_borrow_mut(|free| free.push(table));
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
+    #[inline(always)]
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
         let offset = table.as_ptr().addr() & (SLAB - 1);
         // SAFETY: `offset` is how far the page stands in its slab, and the count's place is in the slab's first page.
         unsafe { table.cast::<u8>().sub(offset).add(offset / PAGE * 64).cast::<AtomicU64>().as_ref() }
     }
 
+    #[inline(always)]
+    fn light_fence(&self) {
+        ioasid_pagetable::fence::light();
+    }
+
+    fn heavy_fence(&self) {
+        ioasid_pagetable::fence::heavy();
+    }
+
+    #[inline(always)]
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         table.as_ptr().expose_provenance() as u64
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).unwrap_or(NonNull::dangling())
+    #[inline(always)]
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        // SAFETY: the address of a table is not null.
+        unsafe { NonNull::new_unchecked(std::ptr::with_exposed_provenance_mut(address as usize)) }
     }
 }
 

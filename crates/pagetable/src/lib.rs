@@ -40,6 +40,9 @@ extern crate alloc;
 
 mod address;
 mod atomic;
+#[cfg(feature = "std")]
+#[allow(unsafe_code, reason = "one system call")]
+pub mod fence;
 mod format;
 #[allow(unsafe_code, reason = "a retired table is freed when its caller vouches for it")]
 mod gather;

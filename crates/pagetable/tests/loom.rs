@@ -16,8 +16,8 @@
 #![cfg(loom)]
 
 use ioasid_pagetable::{
-    Attributes, CachedWalk, ClaimError, ClaimFormat, Entry, Format, Gather, IovaRange, MapError, Oa,
-    OutOfTables, PageSize, Radix, RetractError, Split, TableLayout, TableMemory, WalkFault,
+    Attributes, CachedWalk, ClaimError, ClaimFormat, Entry, Format, Gather, IovaRange, LiveChanges, MapError,
+    Oa, OutOfTables, PageSize, Pattern, Radix, RetractError, TableLayout, TableMemory, WalkFault,
 };
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::thread;
@@ -58,16 +58,36 @@ impl Format for Tiny {
         1 << self.shift(level)
     }
 
-    fn accepts(&self, range: &IovaRange) -> bool {
-        range.last() >> (self.shift(self.highest) + 2) == 0
-    }
-
     fn output_bits(&self) -> u32 {
         56
     }
 
-    fn split(&self) -> Split {
-        Split::Live
+    fn live_changes(&self) -> LiveChanges {
+        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+    }
+
+    fn dirty_bit(&self) -> u64 {
+        0
+    }
+
+    fn hardware_marks(&self) -> bool {
+        false
+    }
+
+    fn software_bits(&self, _level: u8) -> u64 {
+        0
+    }
+
+    fn table_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(Self::PRESENT | TABLE, 0)
+    }
+
+    fn leaf_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(Self::PRESENT, TABLE | Self::BUSY)
+    }
+
+    fn table_address(&self, entry: u64) -> u64 {
+        entry & ADDRESS
     }
 
     fn decode(&self, level: u8, entry: u64) -> Entry {
@@ -113,7 +133,7 @@ impl ClaimFormat for Tiny {
 #[repr(C, align(64))]
 struct Page {
     entries: [AtomicU64; 4],
-    live: AtomicU64,
+    state: AtomicU64,
 }
 
 /// Pages by address.
@@ -136,7 +156,7 @@ impl Pages {
 // SAFETY: pages are zero when handed out, never handed out twice, and live as long as the memory does.
 unsafe impl TableMemory<AtomicU64> for Pages {
     fn allocate(&self, _layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
-        let page = Box::new(Page { entries: [(); 4].map(|()| AtomicU64::new(0)), live: AtomicU64::new(0) });
+        let page = Box::new(Page { entries: [(); 4].map(|()| AtomicU64::new(0)), state: AtomicU64::new(0) });
         let table = NonNull::from(&*page).cast();
         self.0.lock().unwrap().insert(self.address(table), Owned { page, freed: false });
         Ok(table)
@@ -154,16 +174,16 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         }
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
         // SAFETY: the entries are a page's first field.
-        unsafe { &(*table.cast::<Page>().as_ptr()).live }
+        unsafe { &(*table.cast::<Page>().as_ptr()).state }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         table.as_ptr().expose_provenance() as u64
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
         NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).unwrap()
     }
 }
@@ -260,25 +280,28 @@ fn leaves(radix: &Table) -> Vec<(u64, u64)> {
     found
 }
 
-/// Counts the linked tables and holds the live counts against their entries.
+/// Counts the linked tables. None of them is dead or pinned.
 fn linked(radix: &Table, memory: &Pages) -> u64 {
     fn below(format: &Tiny, memory: &Pages, table: NonNull<AtomicU64>, level: u8) -> u64 {
-        let (mut tables, mut used) = (1, 0);
+        let mut tables = 1;
         for index in 0..4 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
-            used += u64::from(value != 0);
             if let Entry::Table(address) = format.decode(level, value) {
-                tables += below(format, memory, memory.pointer(address), level - 1);
+                // SAFETY: the address stands in a link.
+                let table = unsafe { memory.pointer(address) };
+                tables += below(format, memory, table, level - 1);
             }
         }
         // SAFETY: as above.
-        let live = unsafe { memory.live(table, format.table_layout(level)) }.load(Ordering::Acquire);
-        assert_eq!(live & 0xffff_ffff, used, "live count at level {level}");
-        assert_eq!(live >> 63, 0, "a dead table is linked");
+        let state = unsafe { memory.state(table, format.table_layout(level)) }.load(Ordering::Acquire);
+        assert_eq!(state & 0xff_ffff, 0, "a table at level {level} is still pinned");
+        assert_eq!(state >> 63, 0, "a dead table is linked");
         tables
     }
-    radix.top().map_or(0, |(address, level)| below(radix.format(), memory, memory.pointer(address), level))
+    // SAFETY: the address is the root's.
+    let below_top = |address, level| below(radix.format(), memory, unsafe { memory.pointer(address) }, level);
+    radix.top().map_or(0, |(address, level)| below_top(address, level))
 }
 
 /// All threads are done: frees what they retired, and looks for leaks.

@@ -157,6 +157,7 @@ impl Default for AmdV1 {
 impl Format for AmdV1 {
     const NAME: &'static str = "amdv1";
 
+    #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
         self.lowest_top..=self.highest_top
     }
@@ -184,6 +185,7 @@ impl Format for AmdV1 {
         sizes & (self.leaf_sizes | 1 << (12 - self.finer))
     }
 
+    #[inline(always)]
     fn output_bits(&self) -> u32 {
         52 - self.finer
     }

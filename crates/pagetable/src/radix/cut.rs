@@ -160,7 +160,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return Err(needs_break);
         }
         let child: Node<A> = self.allocate(level - 1)?;
-        let entries = self.entries(child, 0, 1 << self.format.index_bits(level - 1));
+        let entries = self.all_entries(child);
         // What the entry holds beyond the format's own bits goes on with the pieces.
         let kept = slot.value & self.format.software_bits(level) & self.format.software_bits(level - 1);
         let first = self.leaf_like(level - 1, piece, oa, attributes) | kept;
@@ -168,7 +168,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         if let Some(entry) = entries.first() {
             entry.store(first | (slot.value & software.first));
         }
-        self.live(child).store(entries.len() as u64);
         let link = self.format.table_entry(level, self.memory.address(child.table));
         if slot.entry.compare_exchange(slot.value, link).is_err() {
             // SAFETY: never linked.

@@ -2,7 +2,7 @@
 //!
 //! [`Accounting`] hands out the pages of [`HeapTables`], so that freed ones are really used again, and knows at
 //! any time which tables are out. A page that is freed twice, with another layout, or never, fails the test.
-//! [`inspect`] reads a table word by word from the top, without the walker, and holds every live count against
+//! [`inspect`] reads a table word by word from the top, without the walker, and holds every state against
 //! the entries that it counts.
 
 #![allow(dead_code, reason = "every test program uses another part of this")]
@@ -90,17 +90,18 @@ unsafe impl TableMemory<AtomicU64> for Accounting {
         unsafe { HeapTables.free(table, layout, empty) };
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
         // SAFETY: passed on.
-        unsafe { HeapTables.live(table, layout) }
+        unsafe { HeapTables.state(table, layout) }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         HeapTables.address(table) | self.offset
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        HeapTables.pointer(address & !self.offset)
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        // SAFETY: passed on.
+        unsafe { HeapTables.pointer(address & !self.offset) }
     }
 }
 
@@ -140,18 +141,19 @@ pub(crate) fn inspect<F: Format>(radix: &Radix<F, Accounting>) -> Inspection {
 }
 
 fn inspect_table<F: Format>(format: &F, address: u64, level: u8, base: u64, found: &mut Inspection) {
-    let table = HeapTables.pointer(address);
+    // SAFETY: the address stands in a link, or is the root's.
+    let table = unsafe { HeapTables.pointer(address) };
     let layout = format.table_layout(level);
     found.tables += 1;
     found.bytes += layout.entries as u64 * 8;
-    let mut used = 0;
+    let mut used = false;
     for index in 0..1usize << format.index_bits(level) {
         // SAFETY: the table is linked, has this many entries, and nobody frees it meanwhile.
         let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
         if value == 0 {
             continue;
         }
-        used += 1;
+        used = true;
         let first = base + ((index as u64) << format.shift(level));
         match format.decode(level, value) {
             Entry::Table(child) => inspect_table(format, child, level - 1, first, found),
@@ -159,8 +161,8 @@ fn inspect_table<F: Format>(format: &F, address: u64, level: u8, base: u64, foun
         }
     }
     // SAFETY: as above.
-    let live = unsafe { HeapTables.live(table, layout) }.load(Ordering::Acquire);
-    assert_eq!(live & 0xffff_ffff, used, "live count of the level {level} table for {base:#x}");
-    assert_eq!(live >> 63, 0, "a dead table is linked for {base:#x}");
-    found.empty += u64::from(used == 0);
+    let state = unsafe { HeapTables.state(table, layout) }.load(Ordering::Acquire);
+    assert_eq!(state & 0xff_ffff, 0, "the level {level} table for {base:#x} is still pinned");
+    assert_eq!(state >> 63, 0, "a dead table is linked for {base:#x}");
+    found.empty += u64::from(!used);
 }
