@@ -22,11 +22,19 @@
 use crate::address::{IovaRange, PageSize};
 use core::ops::RangeInclusive;
 
+#[cfg(test)]
+mod agreement;
+mod amd_v1;
 mod native;
+mod risc_v;
 mod vtd_second_stage;
+mod x86_64;
 
+pub use amd_v1::AmdV1;
 pub use native::Native;
+pub use risc_v::RiscV;
 pub use vtd_second_stage::VtdSecondStage;
+pub use x86_64::X86_64;
 
 bitflags::bitflags! {
     /// What a leaf allows and how it is accessed, in no format's own bits.
@@ -255,6 +263,14 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// The entry, at `level`, of a leaf that begins at `oa`. `size` is one of
     /// [`leaf_sizes`](Self::leaf_sizes)`(level)` and `oa` a multiple of it.
     fn leaf_entry(&self, level: u8, size: PageSize, oa: u64, attributes: Attributes) -> u64;
+
+    /// What the entries of two neighbouring leaves of `level`'s own size differ by, if they map neighbouring output.
+    #[inline(always)]
+    fn leaf_step(&self, level: u8) -> u64 {
+        let size = PageSize(self.shift(level) as u8);
+        let entry = |oa| self.leaf_entry(level, size, oa, Attributes::READ);
+        entry(size.bytes()).wrapping_sub(entry(0))
+    }
 
     /// The shape of a table at `level`.
     fn table_layout(&self, level: u8) -> TableLayout {
