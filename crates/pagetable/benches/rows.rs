@@ -22,8 +22,8 @@
 //! Without `--bench`, as `cargo test --benches` calls it, everything runs once, for the checks alone.
 
 use ioasid_pagetable::{
-    Attributes, ClaimFormat, Format, Gather, HeapTables, IovaRange, Native, Oa, OutOfTables, Radix,
-    TableLayout, TableMemory, VtdSecondStage,
+    AmdV1, Attributes, ClaimFormat, Format, Gather, HeapTables, IovaRange, Native, Oa, OutOfTables, Radix,
+    RiscV, TableLayout, TableMemory, VtdSecondStage, X86_64,
 };
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::RefCell;
@@ -462,10 +462,15 @@ fn subject<F: Format, D: Mode<F>>(name: &'static str, _mode: D, format: Option<F
     }
 }
 
-/// Every format, by the name it has in all programs that print these rows.
+/// Every format, by the name it has in all programs that print these rows. All have 48 bits of IOVA and four levels, but
+/// for `amdv1_3l`, which begins with three, and the native one, which has 64 bits and begins with four levels.
 fn subjects() -> Vec<Box<dyn Subject>> {
     vec![
         subject("vtdss", Exclusive, VtdSecondStage::new(4)),
+        subject("amdv1", Exclusive, AmdV1::new().with_top_levels(4..=4)),
+        subject("x86_64", Exclusive, X86_64::new(4)),
+        subject("riscv64", Exclusive, RiscV::new(4)),
+        subject("amdv1_3l", Exclusive, AmdV1::new().with_top_levels(3..=4)),
         subject("native", Exclusive, Some(Native::new())),
         subject("native_claimed", Claiming, Some(Native::new())),
     ]
