@@ -712,6 +712,9 @@ static MOST: AtomicU64 = AtomicU64::new(0);
 /// Table pages that were touched when the program began. A thread has its own stack of free ones and takes no lock, as
 /// an allocator with a cache for each processor would have it.
 ///
+/// A page that does not come back empty is cleared for its next user, not for its last one as in `HeapTables`: whole
+/// tables are dropped outside the measured time, and clearing is a part of what a fresh table costs.
+///
 /// Live counts stand as in [`HeapTables`]: 64 pages are aligned to their size, and the first holds the counts of
 /// the others.
 #[derive(Clone, Copy, Debug, Default)]
@@ -726,7 +729,8 @@ const PAGE: usize = 4096;
 const SLAB: usize = 64 * PAGE;
 
 thread_local! {
-    static FREE: RefCell<Vec<NonNull<AtomicU64>>> = const { RefCell::new(Vec::new()) };
+    /// Free pages, and whether they are clear.
+    static FREE: RefCell<Vec<(NonNull<AtomicU64>, bool)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Arena {
@@ -741,29 +745,31 @@ impl Arena {
         let _ = unsafe {
             rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)
         };
-        // SAFETY: all of it was allocated just now. Something else before the zeroes, lest the compiler leaves them out.
-        unsafe {
-            memory.write_bytes(0xff, ARENA.size());
-            black_box(memory).write_bytes(0, ARENA.size());
-        }
+        // SAFETY: all of it was allocated just now. Not zeroes, lest the compiler leaves them out.
+        unsafe { memory.write_bytes(0xff, ARENA.size()) };
         let pages = (0..ARENA.size() / PAGE).rev().filter(|page| page % 64 != 0);
         // SAFETY: below the arena's size.
-        let pages = pages.map(|page| unsafe { memory.add(page * PAGE).cast() });
+        let pages = pages.map(|page| unsafe { (memory.add(page * PAGE).cast(), false) });
         FREE.with_borrow_mut(|free| free.extend(pages));
     }
 }
 
-// SAFETY: a page is on one thread's stack, and clear, or in use; its count is zeroed when it is handed out. The count
-// of page n of a slab is in cache line n of the slab, whose first page is never handed out. Addresses are exposed pointers,
-// which are below 2^56 in programs on 64-bit machines.
+// SAFETY: a page is on one thread's stack or in use; unless it is known to be clear it is zeroed when it is handed out,
+// and so is its count. The count of page n of a slab is in cache line n of the slab, whose first page is never handed
+// out. Addresses are exposed pointers, which are below 2^56 in programs on 64-bit machines.
 unsafe impl TableMemory<AtomicU64> for Arena {
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
         if layout.entries * 8 > PAGE || layout.alignment > PAGE {
             return Err(OutOfTables);
         }
-        let table = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
+        let (table, clear) = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
         // SAFETY: the page is ours alone until it is returned, and so is its count.
-        unsafe { self.live(table, layout).store(0, Relaxed) };
+        unsafe {
+            if !clear {
+                table.cast::<u8>().write_bytes(0, PAGE);
+            }
+            self.live(table, layout).store(0, Relaxed);
+        }
         if COUNTING.load(Relaxed) {
             ALLOCATED.fetch_add(1, Relaxed);
             MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
@@ -772,14 +778,10 @@ unsafe impl TableMemory<AtomicU64> for Arena {
     }
 
     unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
-        if !empty {
-            // SAFETY: the page is nobody else's any more.
-            unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
-        }
         if COUNTING.load(Relaxed) {
             IN_USE.fetch_sub(1, Relaxed);
         }
-        FREE.with_borrow_mut(|free| free.push(table));
+        FREE.with_borrow_mut(|free| free.push((table, empty)));
     }
 
     unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
