@@ -59,7 +59,7 @@ Options:
                      the root included) and `#allocated,FORMAT,OP,PAGES_PER_CALL`
       --threads      Compare two threads on one table with two threads on a table each, and with one thread alone:
                      `#two_threads,FORMAT,OP,ONE_TABLE,TWO_TABLES,ALONE,RATIO` (calls per microsecond, and
-                     one table's to two tables')
+                     the median ratio of one table's to two tables')
       --list         Print the names of formats and operations
       --help         Print this
 ";
@@ -609,27 +609,25 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
         let places = [IOVA, IOVA + 4 * SIZE_1G];
         let one = self.fresh::<HeapTables>();
         let two = [self.fresh::<HeapTables>(), self.fresh::<HeapTables>()];
-        let samples = if bench.arguments.once { 1 } else { 40 * bench.arguments.rounds.max(1) };
-        let (mut together, mut apart, mut alone) = (Vec::new(), Vec::new(), Vec::new());
-        // Interleaved, so that whatever else the machine does meets all of them.
+        let samples = if bench.arguments.once { 0 } else { 40 * bench.arguments.rounds.max(1) };
+        let (mut together, mut apart, mut alone, mut ratios) = (vec![], vec![], vec![], vec![]);
+        // Interleaved, and in either order, so that whatever else the machine does meets all of them.
         for sample in 0..samples + 2 {
-            let rates = [
-                in_threads::<F, D>(&[(&one, places[0]), (&one, places[1])], pairs),
-                in_threads::<F, D>(&[(&two[0], places[0]), (&two[1], places[1])], pairs),
-                in_threads::<F, D>(&[(&one, places[0])], pairs),
-            ];
-            if sample >= 2 {
-                together.push(rates[0]);
-                apart.push(rates[1]);
-                alone.push(rates[2]);
+            let on_one = || in_threads::<F, D>(&[(&one, places[0]), (&one, places[1])], pairs);
+            let on_two = || in_threads::<F, D>(&[(&two[0], places[0]), (&two[1], places[1])], pairs);
+            let (first, second) = if sample % 2 == 0 { (on_one(), on_two()) } else { (on_two(), on_one()) };
+            let (on_one, on_two) = if sample % 2 == 0 { (first, second) } else { (second, first) };
+            let by_itself = in_threads::<F, D>(&[(&one, places[0])], pairs);
+            if sample >= 2 || bench.arguments.once {
+                together.push(on_one);
+                apart.push(on_two);
+                alone.push(by_itself);
+                ratios.push(on_one / on_two);
             }
         }
-        let [together, apart, alone] = [together, apart, alone].map(|mut rates| median(&mut rates));
-        println!(
-            "#two_threads,{},{op},{together:.2},{apart:.2},{alone:.2},{:.3}",
-            self.name,
-            together / apart
-        );
+        let [together, apart, alone, ratio] =
+            [together, apart, alone, ratios].map(|mut samples| median(&mut samples));
+        println!("#two_threads,{},{op},{together:.2},{apart:.2},{alone:.2},{ratio:.3}", self.name);
     }
 }
 

@@ -57,10 +57,12 @@ impl ComparedRow {
 pub(crate) struct Goal {
     pub(crate) what: &'static str,
     pub(crate) limit: f64,
+    /// Of the worst row, or the mean.
     pub(crate) value: f64,
-    /// Over how many rows, and how many of them are beyond the limit (of a mean: none or all).
+    /// How many rows there are.
     pub(crate) rows: usize,
-    pub(crate) missed_by: usize,
+    /// How many of them are beyond the limit, where it is one for each.
+    pub(crate) missed_by: Option<usize>,
     pub(crate) held: bool,
 }
 
@@ -128,8 +130,8 @@ impl Comparison {
         if let Some(value) = self.worst().and_then(|row| row.ratio) {
             let rows = self.judged().count();
             let missed_by = self.judged().filter(|(row, _)| self.is_beyond(row)).count();
-            let limit = self.limits.each_row;
-            goals.push(Goal { what: "each row", limit, value, rows, missed_by, held: missed_by == 0 });
+            let (limit, held) = (self.limits.each_row, missed_by == 0);
+            goals.push(Goal { what: "each row", limit, value, rows, missed_by: Some(missed_by), held });
         }
         let logarithms: Vec<_> =
             self.judged().filter(|(row, _)| row.is_in_mean()).map(|(_, ratio)| ratio.ln()).collect();
@@ -137,8 +139,7 @@ impl Comparison {
             let rows = logarithms.len();
             let value = (logarithms.iter().sum::<f64>() / rows as f64).exp();
             let held = value <= limit;
-            let missed_by = if held { 0 } else { rows };
-            goals.push(Goal { what: "geometric mean", limit, value, rows, missed_by, held });
+            goals.push(Goal { what: "geometric mean", limit, value, rows, missed_by: None, held });
         }
         goals
     }
@@ -203,7 +204,7 @@ mod tests {
         assert_eq!((goals[1].value, goals[1].rows), (0.5, 2));
         // A look-up counts where it is alone.
         let goals = Comparison::new(&rows([0.1, 0.1, 1.1, 1.0, 1.0]), &peer(), Limits::TIMES).goals();
-        assert_eq!((goals[0].held, goals[0].missed_by, goals[0].rows), (false, 1, 4));
+        assert_eq!((goals[0].held, goals[0].missed_by, goals[0].rows), (false, Some(1), 4));
         assert!(goals[1].held);
     }
 

@@ -79,10 +79,11 @@ fn conclusion(comparison: &Comparison) {
     }
     for goal in comparison.goals() {
         let outcome = if goal.held { "held" } else { "missed" };
-        println!(
-            "goal: {} at most {:.2}: {outcome} ({:.3}; {} of {} rows beyond it)",
-            goal.what, goal.limit, goal.value, goal.missed_by, goal.rows
-        );
+        print!("goal: {} at most {:.2}: {outcome}", goal.what, goal.limit);
+        match goal.missed_by {
+            Some(rows) => println!(", by {rows} of {}", goal.rows),
+            None => println!(", with {:.3} over {} rows", goal.value, goal.rows),
+        }
     }
 }
 

@@ -24,7 +24,7 @@ pub(crate) struct TwoThreads {
     pub(crate) two_tables: f64,
     /// One thread by itself.
     pub(crate) alone: f64,
-    /// One table to two.
+    /// One table to two: the median over pairs of samples.
     pub(crate) ratio: f64,
 }
 
@@ -90,13 +90,20 @@ pub(crate) fn two_threads(output: &str) -> Result<Vec<TwoThreads>> {
     lines
         .map(|(line, fields)| {
             let fields: Vec<_> = fields.split(',').collect();
-            let [format, op, one, two, alone, _] = fields[..] else {
+            let [format, op, one, two, alone, ratio] = fields[..] else {
                 bail!("{line:?} does not compare threads")
             };
             let (format, op) = (format.to_owned(), op.to_owned());
-            let (one_table, two_tables, alone) =
-                (number(one, line)?, number(two, line)?, number(alone, line)?);
-            Ok(TwoThreads { format, op, one_table, two_tables, alone, ratio: one_table / two_tables })
+            let [one_table, two_tables, alone, ratio] =
+                [one, two, alone, ratio].map(|field| number(field, line));
+            Ok(TwoThreads {
+                format,
+                op,
+                one_table: one_table?,
+                two_tables: two_tables?,
+                alone: alone?,
+                ratio: ratio?,
+            })
         })
         .collect()
 }
