@@ -605,30 +605,52 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
     }
 
     fn compare_threads(&self, bench: &Bench, op: &str, pairs: Pairs) {
-        // Each in a gigabyte of its own, so that the threads share the upper tables and no leaf table.
-        let places = [IOVA, IOVA + 4 * SIZE_1G];
-        let one = self.fresh::<HeapTables>();
-        let two = [self.fresh::<HeapTables>(), self.fresh::<HeapTables>()];
-        let samples = if bench.arguments.once { 0 } else { 40 * bench.arguments.rounds.max(1) };
-        let (mut together, mut apart, mut alone, mut ratios) = (vec![], vec![], vec![], vec![]);
-        // Interleaved, and in either order, so that whatever else the machine does meets all of them.
-        for sample in 0..samples + 2 {
-            let on_one = || in_threads::<F, D>(&[(&one, places[0]), (&one, places[1])], pairs);
-            let on_two = || in_threads::<F, D>(&[(&two[0], places[0]), (&two[1], places[1])], pairs);
-            let (first, second) = if sample % 2 == 0 { (on_one(), on_two()) } else { (on_two(), on_one()) };
-            let (on_one, on_two) = if sample % 2 == 0 { (first, second) } else { (second, first) };
-            let by_itself = in_threads::<F, D>(&[(&one, places[0])], pairs);
-            if sample >= 2 || bench.arguments.once {
-                together.push(on_one);
-                apart.push(on_two);
-                alone.push(by_itself);
-                ratios.push(on_one / on_two);
+        // Which lines of the caches the tables share is a matter of luck, so there are many sets of tables, and all the
+        // earlier ones stay where they are.
+        let (sets, samples) = if bench.arguments.once { (1, 1) } else { (8 * bench.arguments.rounds, 10) };
+        let (mut rates, mut ratios) = ([const { Vec::new() }; 3], Vec::new());
+        let mut earlier = Vec::new();
+        for set in 0..sets {
+            let mut tables = [(); 3].map(|()| self.fresh::<HeapTables>());
+            // Or else each set would be laid out like the one before.
+            for place in 0..set as u64 % 8 {
+                map_one::<F, D, _>(&tables[0], IOVA + 64 * SIZE_1G + place * SIZE_2M, OA, SIZE_4K);
             }
+            if set % 2 == 1 {
+                tables.reverse();
+            }
+            for sample in 0..samples + 1 {
+                let sampled = sample_threads::<F, D>(&tables, sample % 2 == 0, pairs);
+                // The first one makes the tables.
+                if sample > 0 {
+                    rates.iter_mut().zip(sampled).for_each(|(rates, rate)| rates.push(rate));
+                    ratios.push(sampled[0] / sampled[1]);
+                }
+            }
+            earlier.push(tables);
         }
-        let [together, apart, alone, ratio] =
-            [together, apart, alone, ratios].map(|mut samples| median(&mut samples));
+        let ([together, apart, alone], ratio) =
+            (rates.map(|mut rates| median(&mut rates)), median(&mut ratios));
         println!("#two_threads,{},{op},{together:.2},{apart:.2},{alone:.2},{ratio:.3}", self.name);
     }
+}
+
+/// The rates of two threads on the first table, of two on the others, and of one by itself. One after the other, and in
+/// either order, so that whatever else the machine does meets all of them.
+fn sample_threads<F: Format, D: Mode<F>>(tables: &[Radix<F>; 3], in_order: bool, pairs: Pairs) -> [f64; 3] {
+    // Each in a gigabyte of its own, so that the threads share the upper tables and no leaf table.
+    let places = [IOVA, IOVA + 4 * SIZE_1G];
+    let [one, other, another] = tables;
+    let together = || in_threads::<F, D>(&[(one, places[0]), (one, places[1])], pairs);
+    let apart = || in_threads::<F, D>(&[(other, places[0]), (another, places[1])], pairs);
+    let (together, apart) = if in_order {
+        let together = together();
+        (together, apart())
+    } else {
+        let apart = apart();
+        (together(), apart)
+    };
+    [together, apart, in_threads::<F, D>(&[(one, places[0])], pairs)]
 }
 
 /// What each thread does: as often as `repetitions` say, `calls` ascending mappings and then unmappings of
