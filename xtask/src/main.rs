@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod command;
 mod kernel_selftest;
 mod kernel_source;
@@ -47,6 +48,9 @@ enum Chore {
     /// prints the results, and compares them with docs/conformance.md. The exit status is 0 only if every instance
     /// ended as that list says: an instance that is not listed has to pass, one that is listed must not.
     KernelSelftest(kernel_selftest::Arguments),
+
+    /// Run benchmarks whose results are judged: against other programs, and against goals
+    Bench(bench::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -55,6 +59,7 @@ fn main() -> anyhow::Result<()> {
         Chore::UapiCheck(arguments) => uapi_check::run(&arguments),
         Chore::Msrv => msrv::run(),
         Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
+        Chore::Bench(arguments) => bench::run(&arguments),
     }
 }
 

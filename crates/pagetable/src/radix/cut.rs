@@ -90,7 +90,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
-    /// Makes `at` a boundary between leaves. Changes no translation, and may run beside any other operation.
+    /// Makes `at` a boundary between leaves. Changes no translation.
+    ///
+    /// Exclusive mode: the caller has the page before `at` or the one behind it to himself. So nobody can be unmapping
+    /// the leaf as a whole; but others may be cutting it too.
     ///
     /// `gather` takes the range of the largest leaf that was cut. Until it is invalidated, caches may hold the old leaf,
     /// which says the same.

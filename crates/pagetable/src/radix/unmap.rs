@@ -1,8 +1,11 @@
 //! Unmapping in exclusive mode: emptying entries, and cutting leaves that reach over the ends.
 //!
 //! As with mapping there is a short way for what is most frequent: leaves of one size, neighbours in one table. And
-//! there is one shortcut on the long way: a table of pages that the range covers as a whole is not emptied entry by
-//! entry, it is unlinked as it is. Nobody else has business in it, because nobody else has a page of it.
+//! there is a shortcut on the long way: a table that the range covers as a whole is not emptied entry by entry, it is
+//! unlinked with all that is in it. Nobody else has business there, because nobody else has a page of it.
+//!
+//! For the same reason leaves are removed by plain stores. Somebody else may cut a leaf only if he has a part of it,
+//! and then it does not lie in our range as a whole.
 
 use super::cut::SoftwareBits;
 use super::retire::Filling;
@@ -33,19 +36,10 @@ pub(super) fn all_plain_leaves<F: Format, A: AtomicEntry>(format: &F, level: u8,
     format.leaf_pattern(level).matches_all(conjunction, disjunction)
 }
 
-/// Empties entries that hold leaves. How many, up to the first that changed meanwhile.
+/// Empties entries.
 #[inline(always)]
-fn empty_leaves<A: AtomicEntry>(level: u8, entries: &[A]) -> usize {
-    if level == 1 {
-        entries.iter().for_each(|entry| entry.store(0));
-        return entries.len();
-    }
-    // Above the lowest level somebody may cut a leaf right now, and the table that came in its place must not be lost.
-    let changed = entries.iter().position(|entry| {
-        let value = entry.load();
-        value == 0 || entry.compare_exchange(value, 0).is_err()
-    });
-    changed.unwrap_or(entries.len())
+fn empty<A: AtomicEntry>(entries: &[A]) {
+    entries.iter().for_each(|entry| entry.store(0));
 }
 
 /// The addresses of neighbouring leaves, from number `began` to before number `end` of those that begin at `first`.
@@ -73,6 +67,34 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Remove<'_, F, M, A> {
         }
     }
 
+    /// Writes down all leaves in and below a table that begins at `first` and that nobody else can change any more.
+    fn gather_leaves(&mut self, node: Node<A>, first: u64) {
+        let format = &self.radix.format;
+        let entries = self.radix.all_entries(node);
+        let size = PageSize(format.shift(node.level) as u8);
+        if all_plain_leaves(format, node.level, entries) {
+            return self.removed(first, 0, entries.len(), size);
+        }
+        let mut index = 0;
+        while let Some(entry) = entries.get(index) {
+            let at = first + ((index as u64) << size.log2());
+            index += match format.decode(node.level, entry.load()) {
+                Entry::Leaf { size: found, .. } => {
+                    let (first, last) = leaf_span(at, found);
+                    if let Some(leaf) = IovaRange::new(first, last) {
+                        self.gather.removed(leaf, found, 1);
+                    }
+                    ((found.bytes() >> size.log2()) as usize).max(1)
+                }
+                Entry::Table(address) if node.level > 1 => {
+                    self.gather_leaves(self.radix.child(node, address), at);
+                    1
+                }
+                _ => 1,
+            };
+        }
+    }
+
     fn removed(&mut self, first: u64, began: usize, end: usize, size: PageSize) {
         if let Some(range) = leaves_span(first, began, end, size) {
             self.gather.removed(range, size, (end - began) as u64);
@@ -89,11 +111,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
         let format = &self.radix.format;
         let size = PageSize(format.shift(node.level) as u8);
         if all_plain_leaves(format, node.level, entries) {
-            let done = empty_leaves(node.level, entries);
-            if done > 0 {
-                self.removed(first, 0, done, size);
-            }
-            return Ok(done);
+            empty(entries);
+            self.removed(first, 0, entries.len(), size);
+            return Ok(entries.len());
         }
         let mut done = 0;
         let leaves = entries.iter().map_while(|entry| {
@@ -103,8 +123,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
                 Entry::Absent => false,
                 _ => return None,
             };
-            if is_leaf && empty_leaves(node.level, core::slice::from_ref(entry)) == 0 {
-                return None;
+            if is_leaf {
+                entry.store(0);
             }
             done += 1;
             Some(is_leaf)
@@ -121,15 +141,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
             self.radix.cut_leaf(&slot, SoftwareBits::NONE, self.gather).map_err(Stop::Error)?;
             return Ok(Next::Again);
         }
-        let entries = self.radix.leaf_entries(slot.node, slot.first, size);
-        if entries.len() == 1 {
-            if empty_leaves(slot.node.level, entries) == 0 {
-                return Ok(Next::Again);
-            }
-        } else {
-            // Leaves of several entries are never cut.
-            entries.iter().for_each(|entry| entry.store(0));
-        }
+        empty(self.radix.leaf_entries(slot.node, slot.first, size));
         if let Some(leaf) = IovaRange::new(first, last) {
             self.gather.removed(leaf, size, 1);
         }
@@ -137,29 +149,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
     }
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
-        if child.level != 1 {
-            // Further up somebody may cut a leaf right now.
-            return None;
-        }
-        let radix = self.radix;
-        let size = PageSize(radix.format.shift(1) as u8);
-        let entries = radix.all_entries(child);
-        let full = all_plain_leaves(&radix.format, 1, entries);
-        let plain = |entry: &A| match radix.format.decode(1, entry.load()) {
-            Entry::Leaf { size: found, .. } => found == size,
-            Entry::Absent => true,
-            _ => false,
-        };
-        if (!full && !entries.iter().all(plain)) || slot.entry.compare_exchange(slot.value, 0).is_err() {
-            return None;
-        }
-        if full {
-            self.removed(slot.first, 0, entries.len(), size);
-        } else {
-            let is_leaf = |entry: &A| radix.format.decode(1, entry.load()) != Entry::Absent;
-            self.gather_runs(slot.first, size, entries.iter().map(is_leaf));
-        }
-        radix.retire_with_contents(self.gather, child);
+        slot.entry.compare_exchange(slot.value, 0).ok()?;
+        self.gather_leaves(child, slot.first);
+        self.radix.retire_with_contents(self.gather, child);
         Some(Next::After(slot.last))
     }
 
@@ -218,14 +210,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         if whole || !all_plain_leaves(&self.format, node.level, entries) {
             return false;
         }
-        let done = empty_leaves(node.level, entries);
-        if done < count {
-            // Somebody is cutting a leaf that is not his to cut. What is gone already has to be told.
-            if let Some(removed) = leaves_span(range.first(), 0, done, size) {
-                gather.removed(removed, size, done as u64);
-            }
-            return false;
-        }
+        empty(entries);
         gather.removed(range, size, count as u64);
         if self.is_idle(node, index, count) {
             self.sweep(range, gather, Filling::Store);
@@ -238,16 +223,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     fn unmap_leaf(&self, node: Node<A>, range: IovaRange, gather: &mut Gather<M, A>) -> bool {
         let index = self.index(node.level, range.first());
         let entry = self.entry(node, index);
-        let value = entry.load();
-        if !self.format.leaf_pattern(node.level).matches(value) {
+        if !self.format.leaf_pattern(node.level).matches(entry.load()) {
             return false;
         }
-        if node.level == 1 {
-            entry.store(0);
-        } else if entry.compare_exchange(value, 0).is_err() {
-            // Somebody is cutting it.
-            return false;
-        }
+        entry.store(0);
         gather.removed(range, PageSize(self.format.shift(node.level) as u8), 1);
         if self.is_idle(node, index, 1) {
             self.sweep(range, gather, Filling::Store);
