@@ -173,6 +173,20 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
     }
 
+    /// The entry to which the way to `iova` leads, and the table in which it stands.
+    pub(super) fn walk_entry(&self, iova: u64) -> Result<(Node<A>, u64), WalkFault> {
+        let mut node = self.root_over(iova)?;
+        loop {
+            let value = self.entry(node, self.index(node.level, iova)).load();
+            match self.format.decode(node.level, value) {
+                Entry::Table(address) if node.level > 1 => node = self.child(node, address),
+                Entry::Absent => return Err(WalkFault::NotMapped(iova)),
+                Entry::Leaf { .. } => return Ok((node, value)),
+                Entry::Table(_) | Entry::Malformed => return Err(WalkFault::Malformed(iova)),
+            }
+        }
+    }
+
     /// Shows the leaves that have an address in `range`, ascending, until the callback breaks. What other
     /// operations change meanwhile may or may not be seen.
     pub fn leaves(&self, range: IovaRange, mut callback: impl FnMut(Leaf) -> ControlFlow<()>) {
