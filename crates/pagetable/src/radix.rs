@@ -510,7 +510,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                     let entries = self.entries(node, index, whole as usize);
                     let done = visitor.stretch(Stretch { node, entries, first: at })? as u64;
                     if done > 0 {
-                        let done = at + ((done << shift) - 1);
+                        // All of the highest table may be all of the 2^64 addresses.
+                        let done = at + (((done - 1) << shift) | low);
                         if done >= last {
                             return Ok(());
                         }
