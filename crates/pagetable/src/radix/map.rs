@@ -233,6 +233,53 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         }
     }
 
+    /// The largest leaf that can begin in an absent entry: one of several entries only where all of them are free.
+    fn size_that_fits(&mut self, slot: &Slot<'_, A>) -> Option<PageSize> {
+        let mut sizes = self.radix.format.leaf_sizes(slot.node.level);
+        loop {
+            let size = self.mapping.best_size(sizes, slot.first)?;
+            if size.log2() <= self.radix.format.shift(slot.node.level) || self.is_free(slot, size) {
+                return Some(size);
+            }
+            sizes &= size.bytes() - 1;
+        }
+    }
+
+    /// Whether nothing is in the entries of a leaf to be, of which the first is absent. Tables that hold nothing go.
+    fn is_free(&mut self, slot: &Slot<'_, A>, size: PageSize) -> bool {
+        let (radix, node) = (self.radix, slot.node);
+        let entry_size = 1u64 << radix.format.shift(node.level);
+        let mut first = slot.first;
+        for entry in radix.leaf_entries(node, slot.first, size) {
+            let value = entry.load();
+            let last = first + (entry_size - 1);
+            if value != 0 {
+                let Entry::Table(address) = radix.format.decode(node.level, value) else { return false };
+                if node.level == 1 || !self.bury_unused(radix.child(node, address), first, last) {
+                    return false;
+                }
+                let slot = Slot { node, entry, value, decoded: Entry::Table(address), first, last };
+                radix.unlink(self.gather, &slot, radix.child(node, address));
+            }
+            first = last.wrapping_add(1);
+        }
+        true
+    }
+
+    /// Declares a table dead that the mapping covers as a whole, together with all that it leads to. `false`: it is in
+    /// use.
+    fn bury_unused(&mut self, child: Node<A>, first: u64, last: u64) -> bool {
+        let radix = self.radix;
+        // Nobody else has business below an entry that an exclusive mapping covers as a whole.
+        let filling = if self.claim.is_some() { Filling::Exchange } else { Filling::Nobody };
+        if !all_absent(radix.all_entries(child)) {
+            // All that it leads to may be empty too.
+            let mut sweep = Sweep { radix, gather: &mut *self.gather, filling, until_used: true };
+            let _ = radix.visit(&mut sweep, child, first, last);
+        }
+        radix.bury(child, filling)
+    }
+
     /// Writes down what was installed.
     fn installed_leaf(&mut self, first: u64, size: PageSize) -> Next {
         let (first, last) = leaf_span(first, size);
@@ -345,7 +392,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             _ => return Err(Stop::Error(MapError::Occupied { at: slot.first }.into())),
         }
         let radix = self.radix;
-        let Some(size) = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first) else {
+        let Some(size) = self.size_that_fits(&slot) else {
             if slot.node.level == 1 {
                 // Alignment was checked, so this is a format whose facts contradict each other.
                 let range = self.mapping.range;
@@ -371,19 +418,15 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
         let radix = self.radix;
+        let shift = radix.format.shift(slot.node.level);
         let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
-        if size.log2() != radix.format.shift(slot.node.level) {
+        if size.log2() < shift || !self.bury_unused(child, slot.first, slot.last) {
             return None;
         }
-        // Nobody else has business below an entry that an exclusive mapping covers as a whole.
-        let filling = if self.claim.is_some() { Filling::Exchange } else { Filling::Nobody };
-        if !all_absent(radix.all_entries(child)) {
-            // All that it leads to may be empty too.
-            let mut sweep = Sweep { radix, gather: &mut *self.gather, filling, until_used: true };
-            let _ = radix.visit(&mut sweep, child, slot.first, slot.last);
-        }
-        if !radix.bury(child, filling) {
-            return None;
+        if size.log2() > shift {
+            // The other entries of the leaf are looked at when this one is absent.
+            radix.unlink(self.gather, slot, child);
+            return Some(Next::Again);
         }
         let leaf = self.leaf(slot.node.level, size, slot.first);
         if slot.entry.compare_exchange(slot.value, leaf).is_err() {
