@@ -23,8 +23,8 @@
 //! Without `--bench`, as `cargo test --benches` calls it, everything runs once, for the checks alone.
 
 use ioasid_pagetable::{
-    AmdV1, Attributes, ClaimFormat, Format, Gather, HeapTables, IovaRange, Native, Oa, OutOfTables, Radix,
-    RiscV, TableLayout, TableMemory, VtdSecondStage, X86_64,
+    AmdV1, Attributes, ClaimFormat, DirtyBitmap, Format, Gather, HeapTables, IovaRange, Native, Oa,
+    OutOfTables, PageSize, Radix, RiscV, TableLayout, TableMemory, VtdSecondStage, X86_64,
 };
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::RefCell;
@@ -172,8 +172,10 @@ fn unmap_one<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(
 ) -> bool {
     let mut gather = Gather::new();
     let unmapped = D::unmap(radix, range(first, length), &mut gather);
-    // SAFETY: one thread at a time uses the tables that this function unmaps in.
-    unsafe { free_retired(gather) };
+    if !gather.retired.is_empty() {
+        // SAFETY: one thread at a time uses the tables that this function unmaps in.
+        unsafe { free_retired(gather) };
+    }
     unmapped
 }
 
@@ -288,6 +290,13 @@ const WORKLOADS: [Workload; 6] = [
     workload("256x2M", SIZE_2M, 256, 16, SIZE_2M, 101),
     workload("1x1G", SIZE_1G, 1, 256, 0, 101),
     workload("1G_as_4K", SIZE_4K, 262_144, 1, SIZE_4K, 11),
+];
+
+/// Rows of reading and clearing dirty pages: whether any are dirty, and whether they go into a bitmap.
+const DIRTY_ROWS: [(&str, bool, bool); 3] = [
+    ("dirty_scan_clean_1G_4K", false, false),
+    ("dirty_rc_all_1G_4K_count", true, false),
+    ("dirty_rc_all_1G_4K_bitmap", true, true),
 ];
 
 /// The look-ups: name, leaf size and number of leaves as logarithms.
@@ -505,6 +514,7 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
         for (op, shift, bits) in LOOK_UP_ROWS {
             self.look_ups::<M>(bench, op, shift, bits);
         }
+        self.dirty_pages::<M>(bench);
     }
 
     /// An empty table, from which the count of table pages starts anew.
@@ -597,6 +607,47 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
                     .pass(&mut series, pass, LOOK_UPS, || look_up_many(&radix, shift, bits, dependent, page));
             }
             bench.row(self.name, op, series, LOOK_UPS, 1);
+        }
+    }
+
+    /// Dirty pages of 1 GiB read and cleared: none are, all are and are counted, all are and go into a bitmap.
+    fn dirty_pages<M: TableMemory<AtomicU64> + Default>(&self, bench: &mut Bench) {
+        const PAGES: u64 = SIZE_1G / SIZE_4K;
+        if self.format.dirty_bit() == 0 || !DIRTY_ROWS.iter().any(|(op, ..)| bench.wants(op)) {
+            return;
+        }
+        let radix = self.filled::<M>(SIZE_1G, SIZE_4K);
+        let all = range(IOVA, SIZE_1G);
+        radix.read_and_clear_dirty(all, |_| {});
+        let mut words = vec![0; (PAGES / 64) as usize];
+        for (op, dirty, into_bitmap) in DIRTY_ROWS {
+            if !bench.wants(op) {
+                continue;
+            }
+            let mut series = Series::default();
+            for pass in bench.passes(2, 5) {
+                for page in 0..if dirty { PAGES } else { 0 } {
+                    let _ = radix.mark(IOVA + page * SIZE_4K, Attributes::USED);
+                }
+                words.fill(0);
+                let mut count = 0;
+                bench.pass(&mut series, pass, 1, || {
+                    let mut bitmap = DirtyBitmap::new(&mut words, IOVA, PageSize::SIZE_4K);
+                    if into_bitmap {
+                        radix.read_and_clear_dirty(all, |dirty| bitmap.set(dirty));
+                    } else {
+                        radix.read_and_clear_dirty(all, |dirty| {
+                            count += dirty.length().unwrap_or(0) / SIZE_4K
+                        });
+                    }
+                    0
+                });
+                let marked = words.iter().map(|word: &u64| u64::from(word.count_ones())).sum::<u64>() + count;
+                if marked != if dirty { PAGES } else { 0 } {
+                    fail(format_args!("{},{op}: {marked} pages were dirty", self.name));
+                }
+            }
+            bench.row(self.name, op, series, 1, PAGES);
         }
     }
 

@@ -38,7 +38,7 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
 use core::sync::atomic::Ordering;
 
 macro_rules! atomic_entry {
-    ($atomic:ty, $fence:path, $after:expr) => {
+    ($atomic:ty, $fence:path, { $($after:tt)* }) => {
         impl AtomicEntry for $atomic {
             #[inline(always)]
             fn new(value: u64) -> Self {
@@ -50,7 +50,7 @@ macro_rules! atomic_entry {
             }
             #[inline(always)]
             fn load_after_exchange(&self) -> u64 {
-                $after;
+                $($after)*
                 <$atomic>::load(self, Ordering::SeqCst)
             }
             #[inline(always)]
@@ -82,11 +82,9 @@ macro_rules! atomic_entry {
     };
 }
 
-atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, ());
+atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, {});
 // loom takes sequentially consistent accesses for weaker ones, but knows the fence.
 #[cfg(loom)]
-atomic_entry!(
-    loom::sync::atomic::AtomicU64,
-    loom::sync::atomic::fence,
-    loom::sync::atomic::fence(Ordering::SeqCst)
-);
+atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence, {
+    loom::sync::atomic::fence(Ordering::SeqCst);
+});

@@ -40,6 +40,7 @@ extern crate alloc;
 
 mod address;
 mod atomic;
+mod dirty_bitmap;
 #[cfg(feature = "std")]
 #[allow(unsafe_code, reason = "one system call")]
 pub mod fence;
@@ -53,6 +54,7 @@ mod radix;
 
 pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
+pub use dirty_bitmap::DirtyBitmap;
 pub use format::{
     AmdV1, Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, RiscV,
     TableLayout, VtdSecondStage, X86_64,
@@ -62,5 +64,6 @@ pub use gather::{Gather, RetiredTable, Runs};
 pub use memory::HeapTables;
 pub use memory::{OutOfTables, TableMemory};
 pub use radix::{
-    CachedWalk, ClaimError, CutError, Leaf, MapError, Radix, RetractError, UnmapError, WalkFault,
+    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RetractError, Span,
+    UnmapError, WalkFault,
 };

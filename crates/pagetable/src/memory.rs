@@ -78,7 +78,8 @@ mod heap {
     //! A 4 KiB table on its own would need a second, mostly empty page for its state. So 64 pages are taken
     //! together, aligned to their size: the first holds the states of the other 63, found by masking the address.
     //! Each has a cache line to itself, or threads at work on neighbouring tables would share one. A table costs
-    //! 4 KiB and 1/63, and a slab whose pages are all free goes back to the heap.
+    //! 4 KiB and 1/63. A slab whose pages are all free goes back to the heap, unless there is little to spare: memory
+    //! that comes back from the system has to be cleared and faulted in, which costs several times a table's use.
     //!
     //! Free pages are clear. Most tables come back empty, since being empty is why they were retired, so whoever
     //! needs a table seldom waits for 4 KiB to be cleared, and never between a map call and its return.
@@ -98,6 +99,8 @@ mod heap {
     };
     /// Every page but the header's.
     const ALL_FREE: u64 = !1;
+    /// So many pages may be to spare, and half as many again as are in use.
+    const SPARE: usize = 16 * (PAGES - 1);
 
     /// A state on a cache line of its own.
     #[repr(C, align(64))]
@@ -140,7 +143,8 @@ mod heap {
     /// Slabs that have free pages.
     struct Pool {
         slabs: Vec<NonNull<Header>>,
-        /// How many pages are handed out, and how many may be.
+        /// How many pages there are in all slabs, how many are handed out, and how many may be.
+        pages: usize,
         in_use: usize,
         limit: usize,
     }
@@ -148,7 +152,7 @@ mod heap {
     // SAFETY: the pointers name heap memory that is reached only under the pool's lock.
     unsafe impl Send for Pool {}
 
-    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new(), in_use: 0, limit: usize::MAX });
+    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new(), pages: 0, in_use: 0, limit: usize::MAX });
 
     fn pool() -> MutexGuard<'static, Pool> {
         // The lists are consistent between any two statements that can panic: there are none.
@@ -185,6 +189,7 @@ mod heap {
                         (*slab.as_ptr()).books = Books { free: ALL_FREE, position: 0 };
                     }
                     self.slabs.push(slab);
+                    self.pages += PAGES - 1;
                     slab
                 }
             };
@@ -210,7 +215,8 @@ mod heap {
                 self.slabs.push(slab);
             }
             books.free |= 1 << page;
-            if books.free == ALL_FREE && self.slabs.len() > 1 {
+            if books.free == ALL_FREE && self.pages - self.in_use > SPARE + self.in_use / 2 {
+                self.pages -= PAGES - 1;
                 let position = books.position;
                 self.slabs.swap_remove(position);
                 if let Some(moved) = self.slabs.get(position) {

@@ -55,15 +55,21 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 mod claim;
+mod cursor;
 mod cut;
+mod dirty;
 mod map;
+mod merge;
+mod protect;
 mod retire;
 mod unmap;
 mod walk;
 
 pub use claim::{ClaimError, RetractError};
+pub use cursor::{Cursor, Span};
 pub use cut::CutError;
 pub use map::MapError;
+pub use protect::ProtectError;
 pub use unmap::UnmapError;
 pub use walk::{CachedWalk, Leaf, WalkFault};
 

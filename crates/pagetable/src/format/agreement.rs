@@ -91,12 +91,10 @@ fn check_everywhere(check: &impl Check) -> Result<(), TestCaseError> {
     }
     let plain = AmdV1::new();
     let finer = AmdV1::new().with_granule_2k();
-    for format in [
-        plain.clone(),
-        finer.clone(),
-        plain.with_leaf_sizes(1 << 12 | 1 << 16 | 1 << 21),
-        finer.with_leaf_sizes(0x1f_ffff_f800),
-    ] {
+    for format in [plain.clone(), plain.with_leaf_sizes(1 << 12 | 1 << 16 | 1 << 21)] {
+        check.check(&Subject { format, says: no_execute, checks: true })?;
+    }
+    for format in [finer.clone(), finer.with_leaf_sizes(0x1f_ffff_f800)] {
         check.check(&Subject { format, says: no_execute, checks: true })?;
     }
     Ok(())

@@ -188,6 +188,12 @@ impl X86_64 {
     }
 }
 
+// The attributes stand in the order of the format's own bits.
+const _: () = {
+    assert!(Attributes::WRITE.bits() as u64 == WRITE && WRITE << 5 == DIRTY);
+    assert!((Attributes::DIRTY.bits() as u64) << 2 == DIRTY);
+};
+
 impl Format for X86_64 {
     const NAME: &'static str = "x86_64";
 
@@ -318,14 +324,14 @@ impl Format for X86_64 {
         if attributes.intersects(Attributes::PERMISSIONS) {
             entry |= USER;
         }
-        if attributes.contains(Attributes::WRITE) {
-            entry |= WRITE | DIRTY;
-        }
-        if attributes.contains(Attributes::DIRTY) {
-            entry |= DIRTY;
-        }
+        // Moving bits is cheaper than asking for each; what may be written begins dirty.
+        let bits = u64::from(attributes.bits());
+        entry |= bits & WRITE | (bits & WRITE) << 5 | (bits & u64::from(Attributes::DIRTY.bits())) << 2;
         if self.execute_disable && !attributes.contains(Attributes::EXECUTE) {
             entry |= EXECUTE_DISABLE;
+        }
+        if attributes.memory_type() == MemoryType::Inherit {
+            return entry;
         }
         let index = u64::from((self.indexes >> (4 * attributes.memory_type() as u32)) & 7);
         entry | (index & 3) << TYPE_LOW_SHIFT | (index >> 2) << X86_64::pat_shift(level)

@@ -252,11 +252,11 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         claim: Option<ClaimBits>,
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
-        self.prepare(&mapping)?;
-        let Mapping { range, oa, attributes, .. } = mapping;
-        if self.install_in_one_table(range, Oa::new(oa), attributes, claim, gather) {
+        let table = self.prepare(&mapping)?;
+        if table.is_some_and(|table| self.install_in(table, &mapping, claim, gather)) {
             return Ok(());
         }
+        let range = mapping.range;
         let mut install = Install {
             radix: self,
             mapping,

@@ -453,22 +453,21 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        self.prepare(&mapping)?;
-        let Mapping { range, oa, attributes, .. } = mapping;
-        if self.install_in_one_table(range, Oa::new(oa), attributes, None, gather) {
+        let table = self.prepare(&mapping)?;
+        if table.is_some_and(|table| self.install_in(table, &mapping, None, gather)) {
             return Ok(());
         }
         self.install_piecewise(mapping, accept_equal, gather)
     }
 
-    /// Checks a mapping, and makes the tables on the way to one that goes into one table.
-    pub(super) fn prepare(&self, mapping: &Mapping) -> Result<(), MapError> {
+    /// Checks a mapping, and makes the tables on the way to one that goes into one table, which is returned.
+    pub(super) fn prepare(&self, mapping: &Mapping) -> Result<Option<Node<A>>, MapError> {
         let range = mapping.range;
         check_mapping(&self.format, range, Oa::new(mapping.oa), mapping.attributes)?;
         let mut node = self.root_covering(range.last())?;
-        let Some(level) = self.leaf_level(node.level, mapping) else { return Ok(()) };
+        let Some(level) = self.leaf_level(node.level, mapping) else { return Ok(None) };
         if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
-            return Ok(());
+            return Ok(None);
         }
         while node.level > level {
             let entry = self.entry(node, self.index(node.level, range.first()));
@@ -479,12 +478,12 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                     let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
                     // Whatever is in the way, the long way will say it.
                     if value != 0 || self.link_table(&slot).is_err() {
-                        return Ok(());
+                        return Ok(None);
                     }
                 }
             }
         }
-        Ok(())
+        Ok(Some(node))
     }
 
     /// The short way: installs a mapping whose leaves are all of one size and stand in one table. `false`: nothing was
@@ -507,17 +506,34 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             let Some(node) = self.descend(root, 1, range.first()) else { return false };
             return self.install_leaf(node, range, oa, attributes, claim, gather);
         }
-        let Some(level) = self.leaf_level(root.level, &Mapping::new(range, oa, attributes)) else {
-            return false;
-        };
-        let shift = self.format.shift(level);
-        let apart = range.first() ^ range.last();
-        // Not in one table, or not from one end of an entry to another.
-        let low = (1u64 << shift) - 1;
-        if apart >> self.format.width(level).min(63) != 0 || (range.first() | !range.last()) & low != 0 {
+        let mapping = Mapping::new(range, oa, attributes);
+        let Some(level) = self.leaf_level(root.level, &mapping) else { return false };
+        // Not in one table.
+        if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
             return false;
         }
         let Some(node) = self.descend(root, level, range.first()) else { return false };
+        self.install_in(node, &mapping, claim, gather)
+    }
+
+    /// Installs a mapping whose leaves stand in `node`, all of one entry. `false`: as above.
+    #[inline(always)]
+    pub(super) fn install_in(
+        &self,
+        node: Node<A>,
+        mapping: &Mapping,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> bool {
+        let Mapping { range, oa, attributes, .. } = *mapping;
+        let (level, oa) = (node.level, Oa::new(oa));
+        let shift = self.format.shift(level);
+        let apart = range.first() ^ range.last();
+        // Not from one end of an entry to another.
+        let low = (1u64 << shift) - 1;
+        if (range.first() | !range.last()) & low != 0 {
+            return false;
+        }
         if apart <= low {
             return self.install_leaf(node, range, oa, attributes, claim, gather);
         }
