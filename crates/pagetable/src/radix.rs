@@ -27,7 +27,7 @@
 //! and goes again from above. Either the filler sees the mark, or step 2 sees the entry: that takes an exchange
 //! followed by an ordered load on both sides (claiming mode, which exchanges anyway), or an asymmetric fence
 //! (exclusive mode, which only stores). A link cannot be taken back once others have gone through it, so whoever
-//! links a table *pins* its parent before, and a pinned table cannot be marked.
+//! links a table *pins* its parent before, which takes a mark away, and a pinned table cannot be marked.
 //!
 //! Two removals that empty the last two entries at the same moment may each take the other's for filled still. Then
 //! the empty table stays until the next removal there, which is harmless.

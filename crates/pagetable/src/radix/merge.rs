@@ -76,19 +76,25 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Merge<'_, F
             return Ok(());
         }
         // Now that nobody else can change the leaves: once more.
+        // The leaf stays ours until no remembered way leads to the table any more: there the old leaves stand, and
+        // whoever took the new one away would have them translate still.
+        let busy = self.claim.map_or(0, |bits| bits.busy);
         let leaf = radix.merged_leaf(slot, child, self.claim);
-        let merged = leaf.is_some_and(|leaf| slot.entry.compare_exchange(slot.value, leaf).is_ok());
-        if !merged {
+        let installed = leaf.filter(|leaf| slot.entry.compare_exchange(slot.value, leaf | busy).is_ok());
+        let Some(leaf) = installed else {
             if let Some(bits) = self.claim {
                 self.let_go(radix.all_entries(child), bits);
             }
             return Ok(());
-        }
+        };
         self.merged += 1;
         if let Some(range) = IovaRange::new(slot.first, slot.last) {
             self.gather.removed(range, piece, radix.all_entries(child).len() as u64);
         }
         radix.retire_with_contents(self.gather, child);
+        if self.claim.is_some() {
+            slot.entry.store(leaf);
+        }
         Ok(())
     }
 

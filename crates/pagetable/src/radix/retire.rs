@@ -82,8 +82,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     /// Announces that a table is about to be linked in `node`; `false` if that is going away.
     pub(super) fn pin(&self, node: Node<A>) -> bool {
-        // Whoever has marked it finds that the word has changed. Pinning a dead table does no harm.
-        self.state(node).fetch_add(1) & DEAD == 0
+        // A mark has to go: without the pin the word would be again what the marker wrote, and he has looked already.
+        // Pinning a dead table does no harm.
+        self.state(node).fetch_add(1) & (DYING | DEAD) == 0 || self.revive(node)
     }
 
     pub(super) fn unpin(&self, node: Node<A>) {
