@@ -22,11 +22,15 @@
 use crate::address::{IovaRange, PageSize};
 use core::ops::RangeInclusive;
 
+mod amd_v1;
 mod native;
 mod vtd_second_stage;
+mod x86_64;
 
+pub use amd_v1::AmdV1;
 pub use native::Native;
 pub use vtd_second_stage::VtdSecondStage;
+pub use x86_64::X86_64;
 
 bitflags::bitflags! {
     /// What a leaf allows and how it is accessed, in no format's own bits.
