@@ -51,7 +51,8 @@ impl<F: Format> DerivedTable for RadixTable<F> {
     fn cut(&self, range: IovaRange) -> Result<(), TableError> {
         let ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
         for at in ends {
-            self.radix.cut(at).map_err(|error| match error {
+            // Walkers in software remember no leaves, so nobody has to be told.
+            self.radix.cut(at, &mut Gather::new()).map_err(|error| match error {
                 CutError::OutOfTables(_) => TableError::OutOfTables,
                 _ => TableError::CannotCut { at },
             })?;

@@ -260,6 +260,14 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// [`leaf_sizes`](Self::leaf_sizes)`(level)` and `oa` a multiple of it.
     fn leaf_entry(&self, level: u8, size: PageSize, oa: u64, attributes: Attributes) -> u64;
 
+    /// What the entries of two neighbouring leaves of `level`'s own size differ by, if they map neighbouring output.
+    #[inline(always)]
+    fn leaf_step(&self, level: u8) -> u64 {
+        let size = PageSize(self.shift(level) as u8);
+        let entry = |oa| self.leaf_entry(level, size, oa, Attributes::READ);
+        entry(size.bytes()).wrapping_sub(entry(0))
+    }
+
     /// The shape of a table at `level`.
     fn table_layout(&self, level: u8) -> TableLayout {
         let entries = 1usize << self.index_bits(level);

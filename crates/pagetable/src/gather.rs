@@ -22,6 +22,7 @@ pub struct Runs {
 
 impl Runs {
     /// Adds a range behind all others.
+    #[inline]
     pub fn push(&mut self, range: IovaRange) {
         match self.last {
             Some(last) if last.last().checked_add(1) == Some(range.first()) => {
@@ -58,15 +59,19 @@ impl Runs {
     }
 }
 
-/// Collects what operations took away: which ranges, leaves of which sizes, which tables.
+/// Collects what operations took away or changed: which ranges, leaves of which sizes, which tables.
 #[derive(Debug)]
 pub struct Gather<M, A> {
-    /// Ranges whose translation is gone.
+    /// Ranges whose translation is gone or another, and has to be invalidated. An unmap writes down exactly what it
+    /// unmapped.
     pub runs: Runs,
     /// How many leaves that were.
     pub leaves: u64,
     /// Bit n: a leaf of 2^n bytes was among them.
     pub leaf_sizes: u64,
+    /// Whether entries that lead to tables came or went in the place of others, so that caches of those have to be
+    /// invalidated too. (VT-d: no IH hint. AMD: PDE=1. RISC-V: AV=0 or NL=1.)
+    pub tables_changed: bool,
     /// Tables that are linked nowhere any more.
     pub retired: Vec<RetiredTable<M, A>>,
 }
@@ -78,11 +83,13 @@ impl<M, A> Gather<M, A> {
             runs: Runs { earlier: Vec::new(), last: None },
             leaves: 0,
             leaf_sizes: 0,
+            tables_changed: false,
             retired: Vec::new(),
         }
     }
 
     /// Writes down `leaves` neighbouring leaves of one size that together cover the range.
+    #[inline(always)]
     pub(crate) fn removed(&mut self, range: IovaRange, size: PageSize, leaves: u64) {
         self.runs.push(range);
         self.leaves += leaves;
@@ -104,6 +111,8 @@ impl<M, A> Default for Gather<M, A> {
 pub struct RetiredTable<M, A> {
     pub(crate) table: NonNull<A>,
     pub(crate) layout: TableLayout,
+    /// All of its entries are 0.
+    pub(crate) empty: bool,
     pub(crate) memory: M,
 }
 
@@ -119,7 +128,7 @@ impl<M: TableMemory<A>, A: AtomicEntry> RetiredTable<M, A> {
     /// walks included, and hardware that walks the table has been invalidated.
     pub unsafe fn free(self) {
         // SAFETY: the page came from this allocator with this layout; the caller vouches for the rest.
-        unsafe { self.memory.free(self.table, self.layout) };
+        unsafe { self.memory.free(self.table, self.layout, self.empty) };
     }
 }
 

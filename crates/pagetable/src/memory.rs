@@ -29,12 +29,13 @@ pub unsafe trait TableMemory<A: AtomicEntry>: Clone + Send + Sync + 'static {
     /// A fresh table of absent entries.
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<A>, OutOfTables>;
 
-    /// Takes a table back.
+    /// Takes a table back. `empty`: all its entries are 0 again, and need not be cleared for the next user.
     ///
     /// # Safety
     ///
-    /// `table` came from `allocate` with this `layout`, and nobody uses it or its live count any more.
-    unsafe fn free(&self, table: NonNull<A>, layout: TableLayout);
+    /// `table` came from `allocate` with this `layout`, and nobody uses it or its live count any more. If `empty`, all
+    /// entries are 0.
+    unsafe fn free(&self, table: NonNull<A>, layout: TableLayout, empty: bool);
 
     /// The word beside the table in which the walker counts its entries.
     ///
@@ -59,7 +60,11 @@ mod heap {
     //!
     //! A 4 KiB table on its own would need a second, mostly empty page for its live count. So 64 pages are taken
     //! together, aligned to their size: the first holds the counts of the other 63, found by masking the address.
-    //! A table costs 4 KiB and 1/63, and a slab whose pages are all free goes back to the heap.
+    //! Each count has a cache line to itself, or threads at work on neighbouring tables would share one. A table costs
+    //! 4 KiB and 1/63, and a slab whose pages are all free goes back to the heap.
+    //!
+    //! Free pages are clear. Most tables come back empty, since being empty is why they were retired, so whoever
+    //! needs a table seldom waits for 4 KiB to be cleared, and never between a map call and its return.
 
     use super::{OutOfTables, TableMemory};
     use crate::format::TableLayout;
@@ -76,6 +81,10 @@ mod heap {
     };
     /// Every page but the header's.
     const ALL_FREE: u64 = !1;
+
+    /// A live count on a cache line of its own.
+    #[repr(C, align(64))]
+    struct Count(AtomicU64);
 
     /// Table pages from the program's heap; the entry's address is the page's virtual address.
     ///
@@ -95,12 +104,21 @@ mod heap {
     /// The first page of a slab. `live` is shared with the walkers; the rest is only touched under the pool's lock.
     #[repr(C)]
     struct Header {
-        live: [AtomicU64; PAGES],
+        books: Books,
+        /// The counts of the pages from number 1 on.
+        live: [Count; PAGES - 1],
+    }
+
+    /// The part of the header that the lock guards, so that no exclusive reference ever covers the live counts.
+    #[repr(C, align(64))]
+    struct Books {
         /// Bit n: page n is free.
         free: u64,
         /// Where the slab stands in the pool's list, while it has free pages.
         position: usize,
     }
+
+    const _: () = assert!(size_of::<Header>() == PAGE);
 
     /// Slabs that have free pages.
     struct Pool {
@@ -147,15 +165,14 @@ mod heap {
                     let slab = NonNull::new(memory.cast::<Header>()).ok_or(OutOfTables)?;
                     // SAFETY: zeroed memory is a valid header, and nobody else knows it yet.
                     unsafe {
-                        (*slab.as_ptr()).free = ALL_FREE;
-                        (*slab.as_ptr()).position = 0;
+                        (*slab.as_ptr()).books = Books { free: ALL_FREE, position: 0 };
                     }
                     self.slabs.push(slab);
                     slab
                 }
             };
             // SAFETY: slabs in the list are allocated; these fields are only touched under the lock.
-            let free = unsafe { &mut (*slab.as_ptr()).free };
+            let free = unsafe { &mut (*slab.as_ptr()).books.free };
             let page = free.trailing_zeros() as usize;
             self.in_use += 1;
             *free &= *free - 1;
@@ -170,18 +187,18 @@ mod heap {
             self.in_use -= 1;
             let (slab, page) = locate(table);
             // SAFETY: the slab of a table in use is allocated; these fields are only touched under the lock.
-            let header = unsafe { &mut *(&raw mut (*slab.as_ptr()).free).cast::<HeaderTail>() };
-            if header.free == 0 {
-                header.position = self.slabs.len();
+            let books = unsafe { &mut (*slab.as_ptr()).books };
+            if books.free == 0 {
+                books.position = self.slabs.len();
                 self.slabs.push(slab);
             }
-            header.free |= 1 << page;
-            if header.free == ALL_FREE && self.slabs.len() > 1 {
-                let position = header.position;
+            books.free |= 1 << page;
+            if books.free == ALL_FREE && self.slabs.len() > 1 {
+                let position = books.position;
                 self.slabs.swap_remove(position);
                 if let Some(moved) = self.slabs.get(position) {
                     // SAFETY: as above; `moved` is another slab of the list.
-                    unsafe { (*moved.as_ptr()).position = position };
+                    unsafe { (*moved.as_ptr()).books.position = position };
                 }
                 // SAFETY: allocated with this layout; all of its pages are free, so nobody uses it.
                 unsafe { dealloc(slab.cast().as_ptr(), SLAB) };
@@ -189,14 +206,19 @@ mod heap {
         }
     }
 
-    /// The part of the header that the lock guards, so that no exclusive reference ever covers the live counts.
-    #[repr(C)]
-    struct HeaderTail {
-        free: u64,
-        position: usize,
+    /// Whether all entries of a table page are 0.
+    ///
+    /// # Safety
+    ///
+    /// `table` is a page of the pool.
+    unsafe fn is_clear(table: NonNull<AtomicU64>) -> bool {
+        use core::sync::atomic::Ordering::Relaxed;
+        // SAFETY: the caller vouches for the page.
+        (0..PAGE / 8).all(|index| unsafe { table.add(index).as_ref() }.load(Relaxed) == 0)
     }
 
     /// The slab of a table page, and which of its pages that is.
+    #[inline(always)]
     fn locate(table: NonNull<AtomicU64>) -> (NonNull<Header>, usize) {
         let address = table.as_ptr().expose_provenance();
         let offset = address & (SLAB.size() - 1);
@@ -219,15 +241,18 @@ mod heap {
                 return Ok(unsafe { memory.add(layout.alignment).cast() });
             };
             // SAFETY: the page is ours alone until it is returned; its count belongs to it.
-            unsafe {
-                table.cast::<u8>().write_bytes(0, PAGE);
-                self.live(table, layout).store(0, core::sync::atomic::Ordering::Relaxed);
-            }
+            unsafe { self.live(table, layout).store(0, core::sync::atomic::Ordering::Relaxed) };
             Ok(table)
         }
 
-        unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout) {
+        unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
             if is_page(layout) {
+                // SAFETY: a whole page of entries; the caller gave it back.
+                debug_assert!(!empty || unsafe { is_clear(table) }, "an empty table has something in it");
+                if !empty {
+                    // SAFETY: the page is nobody else's any more.
+                    unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
+                }
                 pool().put(table);
             } else if let Ok(single) = single(layout) {
                 // SAFETY: allocated with this layout, `alignment` bytes further down.
@@ -238,8 +263,9 @@ mod heap {
         unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
             if is_page(layout) {
                 let (slab, page) = locate(table);
-                // SAFETY: `page` is below PAGES, and the header lives as long as the table does.
-                unsafe { &*(&raw const (*slab.as_ptr()).live).cast::<AtomicU64>().add(page) }
+                // SAFETY: `page` is below PAGES and not 0, and the header lives as long as the table does. Number n has
+                // the n-th cache line of the header.
+                unsafe { slab.cast::<Count>().add(page).cast::<AtomicU64>().as_ref() }
             } else {
                 // SAFETY: the word lies in the same allocation, in front of the table.
                 unsafe { table.sub(8).as_ref() }
@@ -285,7 +311,7 @@ mod heap {
             }
             for table in tables {
                 // SAFETY: allocated with this layout, used no more.
-                unsafe { memory.free(table, LAYOUT) };
+                unsafe { memory.free(table, LAYOUT, false) };
             }
         }
 
@@ -299,7 +325,7 @@ mod heap {
             unsafe {
                 memory.live(table, layout).fetch_add(1, core::sync::atomic::Ordering::Relaxed);
                 assert_eq!(table.as_ref().load(core::sync::atomic::Ordering::Relaxed), 0);
-                memory.free(table, layout);
+                memory.free(table, layout, false);
             }
         }
     }

@@ -168,12 +168,12 @@ trait Visitor<M, A: AtomicEntry> {
         None
     }
 
-    /// Whether tables that are found empty behind the visitor shall go.
-    fn prunes(&self) -> bool {
-        false
+    /// Behind a table that was visited from one end of the range to the other. `whole`: the range covers all of it.
+    fn left(&mut self, _slot: &Slot<'_, A>, _child: Node<A>, _whole: bool) -> Result<(), Self::Error> {
+        Ok(())
     }
 
-    /// Where retired tables go. Visitors that prune, or that add entries, have one.
+    /// Where retired tables go. Visitors that retire tables, or that add entries, have one.
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
         None
     }
@@ -235,16 +235,39 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         })
     }
 
-    /// The last address that a top table at `level` covers.
-    fn top_last(&self, level: u8) -> u64 {
-        let bits = self.format.shift(level) + self.format.index_bits(level);
-        if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
+    /// Whether a top table at `level` covers the address.
+    #[inline(always)]
+    fn reaches(&self, level: u8, iova: u64) -> bool {
+        let width = self.format.width(level);
+        if width >= 64 {
+            true
+        } else if self.format.sign_extended() {
+            matches!((iova as i64) >> (width - 1), 0 | -1)
+        } else {
+            iova >> width == 0
+        }
+    }
+
+    /// The next piece, from `first` on, of what a range has in common with the addresses that a top table at `level`
+    /// covers. There are two pieces at most: the lower and the upper half of a sign-extended table.
+    fn covered(&self, level: u8, first: u64, last: u64) -> Option<IovaRange> {
+        let width = self.format.width(level);
+        if width >= 64 {
+            return IovaRange::new(first, last);
+        }
+        if !self.format.sign_extended() {
+            return IovaRange::new(first, last.min((1 << width) - 1));
+        }
+        let half = 1u64 << (width - 1);
+        IovaRange::new(first, last.min(half - 1))
+            .or_else(|| IovaRange::new(first.max(half.wrapping_neg()), last))
     }
 
     /// The root, made or grown until it covers `last`.
+    #[inline(always)]
     fn root_covering(&self, last: u64) -> Result<Node<A>, OutOfTables> {
         match self.root() {
-            Some(node) if self.top_last(node.level) >= last => Ok(node),
+            Some(node) if self.reaches(node.level, last) => Ok(node),
             _ => self.grow_to(last),
         }
     }
@@ -256,11 +279,11 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             let word = self.root.load();
             let old = self.decode_root(word);
             let level = match old {
-                Some(node) if self.top_last(node.level) >= last || node.level == *levels.end() => {
+                Some(node) if self.reaches(node.level, last) || node.level == *levels.end() => {
                     return Ok(node);
                 }
                 Some(node) => node.level + 1,
-                None => levels.clone().find(|&level| self.top_last(level) >= last).unwrap_or(*levels.end()),
+                None => levels.clone().find(|&level| self.reaches(level, last)).unwrap_or(*levels.end()),
             };
             let new = self.allocate(level)?;
             if let Some(old) = old {
@@ -280,14 +303,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         if self.memory.address(table) >> self.format.output_bits().min(63) != 0 {
             // No entry can hold the address: as good as no memory at all.
             // SAFETY: just allocated with this layout, and nobody has seen it.
-            unsafe { self.memory.free(table, layout) };
+            unsafe { self.memory.free(table, layout, true) };
             return Err(OutOfTables);
         }
         self.tables.fetch_add(1, Ordering::Relaxed);
         Ok(Node { table, level })
     }
 
-    /// Gives back a table that was never linked.
+    /// Gives back a table that was never linked, and is perhaps not empty any more.
     ///
     /// # Safety
     ///
@@ -295,7 +318,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     unsafe fn discard(&self, node: Node<A>) {
         self.tables.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: allocated with this layout; the caller vouches that nobody uses it.
-        unsafe { self.memory.free(node.table, self.format.table_layout(node.level)) };
+        unsafe { self.memory.free(node.table, self.format.table_layout(node.level), false) };
     }
 
     #[inline(always)]
@@ -320,6 +343,12 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         unsafe { core::slice::from_raw_parts(node.table.add(index).as_ptr(), count) }
     }
 
+    /// All entries of the leaf of `size` that stands in `node` and maps `iova`.
+    fn leaf_entries<'a>(&self, node: Node<A>, iova: u64, size: PageSize) -> &'a [A] {
+        let count = (size.bytes() >> self.format.shift(node.level)).max(1) as usize;
+        self.entries(node, self.index(node.level, leaf_span(iova, size).0), count)
+    }
+
     #[inline(always)]
     fn live<'a>(&self, node: Node<A>) -> &'a A {
         // SAFETY: as for `entry`; the count lives as long as its table.
@@ -338,68 +367,59 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         self.live(node).fetch_add(count) & DEAD == 0
     }
 
+    /// Announces that entries of `node` have been emptied. What the count was before.
     #[inline(always)]
-    fn subtract_live(&self, node: Node<A>, count: u64) {
-        self.live(node).fetch_sub(count);
+    fn subtract_live(&self, node: Node<A>, count: u64) -> u64 {
+        self.live(node).fetch_sub(count)
     }
 
-    /// The entries for a range that lies within one table of the lowest level, without filling it. This is the short
-    /// way of operations on a few small pages; everything else goes the long way of [`run`](Self::run).
+    /// The table and the level in which the ends of a range part, and the first address's way to it: the way is
+    /// followed through links alone, as long as one entry covers the range. `None`: it leads nowhere.
     #[inline(always)]
-    fn small_pages<'a>(&self, range: IovaRange) -> Option<Stretch<'a, A>> {
-        let (first, last) = (range.first(), range.last());
-        let span = self.format.shift(1) + self.format.index_bits(1);
-        let low = (1u64 << span) - 1;
-        if first & !low != last & !low || last - first == low {
-            return None;
-        }
+    fn parting(&self, range: IovaRange) -> Option<Node<A>> {
         let mut node = self.root()?;
-        if last > self.top_last(node.level) {
+        if !self.reaches(node.level, range.first()) || !self.reaches(node.level, range.last()) {
             return None;
         }
-        while node.level > 1 {
-            let entry = self.entry(node, self.index(node.level, first)).load();
-            let Entry::Table(address) = self.format.decode(node.level, entry) else { return None };
-            node = self.child(node, address);
+        // The highest bit in which the ends differ; no table is so small that bit 0 could stand for none.
+        let spread = 63 - ((range.first() ^ range.last()) | 1).leading_zeros();
+        if spread >= self.format.width(node.level) {
+            return None;
         }
-        let (begin, end) = (self.index(1, first), self.index(1, last));
-        Some(Stretch { node, entries: self.entries(node, begin, end - begin + 1), first })
+        while node.level > 1 && self.format.shift(node.level) > spread {
+            let entry = self.entry(node, self.index(node.level, range.first())).load();
+            if !self.format.table_pattern(node.level).matches(entry) {
+                break;
+            }
+            node = self.child(node, self.format.table_address(entry));
+        }
+        Some(node)
+    }
+
+    /// The entries of `node` that the range, which lies within the table, covers. `None` if it covers one in part.
+    #[inline(always)]
+    fn covered_entries<'a>(&self, node: Node<A>, range: IovaRange) -> Option<&'a [A]> {
+        let low = (1u64 << self.format.shift(node.level)) - 1;
+        if (range.first() | !range.last()) & low != 0 {
+            return None;
+        }
+        let first = self.index(node.level, range.first());
+        let last = self.index(node.level, range.last());
+        Some(self.entries(node, first, last - first + 1))
+    }
+
+    /// The entries that make up a range, if they are neighbours in one table.
+    #[inline(always)]
+    fn in_one_table<'a>(&self, range: IovaRange) -> Option<Stretch<'a, A>> {
+        let node = self.parting(range)?;
+        Some(Stretch { node, entries: self.covered_entries(node, range)?, first: range.first() })
     }
 
     /// Carries a visitor over those addresses of the range that the table covers today.
-    #[inline]
     fn run<V: Visitor<M, A>>(&self, visitor: &mut V, range: IovaRange) -> Result<(), V::Error> {
-        match self.run_small(visitor, range)? {
-            None => Ok(()),
-            Some(first) => self.run_from(visitor, first, range),
-        }
+        self.run_from(visitor, range.first(), range)
     }
 
-    /// The short way: `None` if it led to the end, otherwise the address from which the long way has to be gone.
-    #[inline(always)]
-    fn run_small<V: Visitor<M, A>>(
-        &self,
-        visitor: &mut V,
-        range: IovaRange,
-    ) -> Result<Option<u64>, V::Error> {
-        let Some(stretch) = self.small_pages(range) else { return Ok(Some(range.first())) };
-        let (node, count) = (stretch.node, stretch.entries.len());
-        match visitor.stretch(stretch) {
-            Ok(done) if done == count => {
-                if visitor.prunes() && self.live(node).load() & (COUNT | KEPT | DEAD) == 0 {
-                    if let Some(gather) = visitor.gather() {
-                        self.sweep_path(range.first(), gather);
-                    }
-                }
-                Ok(None)
-            }
-            Ok(done) => Ok(Some(range.first() + ((done as u64) << self.format.shift(1)))),
-            Err(Stop::Stale(at)) => Ok(Some(at)),
-            Err(Stop::Error(error)) => Err(error),
-        }
-    }
-
-    #[inline(never)]
     fn run_from<V: Visitor<M, A>>(
         &self,
         visitor: &mut V,
@@ -408,11 +428,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     ) -> Result<(), V::Error> {
         loop {
             let Some(root) = self.root() else { return Ok(()) };
-            let last = range.last().min(self.top_last(root.level));
-            if first > last {
-                return Ok(());
-            }
-            match self.visit(visitor, root, first, last) {
+            let Some(piece) = self.covered(root.level, first, range.last()) else { return Ok(()) };
+            match self.visit(visitor, root, piece.first(), piece.last()) {
+                Ok(()) if piece.last() < range.last() => first = piece.last() + 1,
                 Ok(()) => return Ok(()),
                 Err(Stop::Stale(at)) => first = at,
                 Err(Stop::Error(error)) => return Err(error),
@@ -462,11 +480,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                         Some(next) => next,
                         None => match self.visit(visitor, child, slot.first, slot.last) {
                             Ok(()) => {
-                                if visitor.prunes() {
-                                    if let Some(gather) = visitor.gather() {
-                                        self.prune(gather, &slot, child, whole);
-                                    }
-                                }
+                                visitor.left(&slot, child, whole).map_err(Stop::Error)?;
                                 Next::After(slot.last)
                             }
                             Err(Stop::Stale(stale)) => {
@@ -507,7 +521,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             }
         }
         // SAFETY: allocated with this layout; nobody uses it.
-        unsafe { self.memory.free(node.table, self.format.table_layout(node.level)) };
+        unsafe { self.memory.free(node.table, self.format.table_layout(node.level), false) };
     }
 }
 

@@ -303,7 +303,7 @@ fn cut_against_cut() {
                     let mut random = random(round);
                     for _ in 0..40 {
                         let at = GIB + (random(8) << 21) + random(512) * PAGE;
-                        radix.cut(at).unwrap();
+                        radix.cut(at, &mut Gather::new()).unwrap();
                         assert_eq!(radix.walk(at).unwrap().iova, at, "thread {thread}");
                         assert_eq!(radix.walk(at - 1).ok().map(|leaf| leaf.output(at - 1).get() + 1), {
                             (at > GIB).then_some(at - GIB)

@@ -142,7 +142,7 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, _empty: bool) {
         // The lock must be free again where loom may change threads.
         let freed = |owned: &mut Owned| std::mem::replace(&mut owned.freed, true);
         let twice = self.0.lock().unwrap().get_mut(&self.address(table)).is_none_or(freed);
@@ -415,9 +415,9 @@ fn cut_against_cut() {
         let (radix, memory) = table(3);
         map(&radix, pages(16, 16), LOW);
         assert_eq!(leaves(&radix), [(16, 16)]);
-        let other = spawn(&radix, |radix| radix.cut(17 << 12).unwrap());
+        let other = spawn(&radix, |radix| radix.cut(17 << 12, &mut Gather::new()).unwrap());
         let walker = spawn(&radix, |radix| output(radix, 21));
-        radix.cut(24 << 12).unwrap();
+        radix.cut(24 << 12, &mut Gather::new()).unwrap();
         other.join().unwrap();
         assert_eq!(walker.join().unwrap(), Some(LOW + 0x5000));
         assert_eq!(leaves(&radix), [(16, 1), (17, 1), (18, 1), (19, 1), (20, 4), (24, 4), (28, 4)]);
@@ -454,7 +454,7 @@ fn cut_against_unmap() {
     check(|| {
         let (radix, memory) = table(2);
         map(&radix, pages(0, 4), LOW);
-        let other = spawn(&radix, |radix| radix.cut(2 << 12).unwrap());
+        let other = spawn(&radix, |radix| radix.cut(2 << 12, &mut Gather::new()).unwrap());
         let mut gather = Gather::new();
         radix.unmap(pages(0, 4), &mut gather).unwrap();
         other.join().unwrap();

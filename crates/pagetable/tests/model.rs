@@ -603,7 +603,7 @@ impl<F: Format> Pair<F> {
             Operation::Cut(place) => {
                 let at = self.address(place);
                 if self.model.may_cut() {
-                    self.radix.cut(at).unwrap();
+                    self.radix.cut(at, &mut Gather::new()).unwrap();
                     self.model.cut(at).unwrap();
                 }
                 IovaRange::new(at, at).unwrap()
@@ -1063,7 +1063,7 @@ fn what_no_leaf_can_hold_is_refused() {
     }
     assert_eq!(radix.walk(1 << 39), Err(WalkFault::OutOfRange(1 << 39)));
     assert_eq!(radix.unmap(with_length(0x800, 0x800), &mut gather), Err(CutError::Misaligned { at: 0x800 }));
-    assert_eq!(radix.cut(0x801), Err(CutError::Misaligned { at: 0x801 }));
+    assert_eq!(radix.cut(0x801, &mut Gather::new()), Err(CutError::Misaligned { at: 0x801 }));
     radix.unmap(IovaRange::ALL, &mut gather).unwrap();
     assert_eq!((radix.top(), radix.table_count(), gather.leaves), (None, 0, 0));
     map(page, (1 << 52) - 0x1000, READ_WRITE, &mut gather).unwrap();

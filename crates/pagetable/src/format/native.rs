@@ -9,9 +9,7 @@
 //! | 4     | WRITE   | 0     | devices may write |
 //! | 5     | SNOOP   | 0     | accesses are forced to snoop |
 //! | 6     | TABLE   | 1     | 0 |
-//! | 7     | DIRTY   | 0     | a software walker wrote through it |
-//! | 8     | ACCESSED| 0     | a software walker used it |
-//! | 10:9  | zero    | 0     | 0 |
+//! | 10:7  | zero    | 0     | 0 |
 //! | 55:11 | address | table | output address |
 //! | 63:56 | zero    | 0     | 0 |
 //!
@@ -20,6 +18,8 @@
 //! - Bit 11 belongs to the address because a space may have a granule of 2 KiB (the Linux self-test's mock has).
 //! - One leaf is one entry: sizes are the granule times a power of 512. Software gains nothing from runs of
 //!   equal entries that a hardware TLB would merge.
+//! - There are no accessed and dirty bits: software that walks the table knows what it writes, and can say so
+//!   finer than a leaf does.
 //! - A claimed leaf that is not present already holds its final address and permissions, so that publishing it is
 //!   one store.
 
@@ -31,8 +31,6 @@ const READ: u64 = 1 << 3;
 const WRITE: u64 = 1 << 4;
 const SNOOP: u64 = 1 << 5;
 const TABLE: u64 = 1 << 6;
-const DIRTY: u64 = 1 << 7;
-const ACCESSED: u64 = 1 << 8;
 const ADDRESS: u64 = 0x00ff_ffff_ffff_f800;
 const INDEX_BITS: u32 = 9;
 
@@ -106,7 +104,7 @@ impl Format for Native {
 
     #[inline(always)]
     fn dirty_bit(&self) -> u64 {
-        DIRTY
+        0
     }
 
     fn hardware_marks(&self) -> bool {
@@ -114,7 +112,8 @@ impl Format for Native {
     }
 
     fn software_bits(&self, _level: u8) -> u64 {
-        Self::FIRST | Self::BUSY
+        // The claiming mode looks after its own.
+        0
     }
 
     #[inline(always)]
@@ -147,8 +146,6 @@ impl Format for Native {
         attributes.set(Attributes::READ, entry & READ != 0);
         attributes.set(Attributes::WRITE, entry & WRITE != 0);
         attributes.set(Attributes::FORCE_SNOOP, entry & SNOOP != 0);
-        attributes.set(Attributes::ACCESSED, entry & ACCESSED != 0);
-        attributes.set(Attributes::DIRTY, entry & DIRTY != 0);
         Entry::Leaf { oa: entry & ADDRESS, size: PageSize(self.shift(level) as u8), attributes }
     }
 
@@ -168,12 +165,6 @@ impl Format for Native {
         }
         if attributes.contains(Attributes::FORCE_SNOOP) {
             entry |= SNOOP;
-        }
-        if attributes.contains(Attributes::ACCESSED) {
-            entry |= ACCESSED;
-        }
-        if attributes.contains(Attributes::DIRTY) {
-            entry |= DIRTY;
         }
         entry
     }

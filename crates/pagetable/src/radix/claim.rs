@@ -17,7 +17,7 @@
 
 use super::cut::SoftwareBits;
 use super::map::{ClaimBits, Install, InstallError, MapError, Mapping, check_mapping};
-use super::{CutError, Leaf, Next, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::{COUNT, CutError, Leaf, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
@@ -71,6 +71,8 @@ enum Outcome {
 struct Settle<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> {
     radix: &'a Radix<F, M, A>,
     outcome: Outcome,
+    /// The live count of the last table in which leaves became absent.
+    left_live: u64,
     gather: &'a mut Gather<M, A>,
 }
 
@@ -97,7 +99,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
             done += 1;
         }
         if self.outcome == Outcome::Absent && settled > 0 {
-            self.radix.subtract_live(stretch.node, settled);
+            self.left_live = self.radix.subtract_live(stretch.node, settled) - settled;
         }
         Ok(done)
     }
@@ -117,8 +119,11 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
         Ok(Next::After(slot.last))
     }
 
-    fn prunes(&self) -> bool {
-        self.outcome == Outcome::Absent
+    fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), Self::Error> {
+        if self.outcome == Outcome::Absent {
+            self.radix.prune(self.gather, slot, child, whole);
+        }
+        Ok(())
     }
 
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
@@ -172,7 +177,8 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retrac
             return Ok(Next::After(last));
         }
         if first < self.range.first() || last > self.range.last() {
-            self.radix.cut_leaf(&slot, software_bits::<F>()).map_err(|error| Stop::Error(error.into()))?;
+            let software = software_bits::<F>();
+            self.radix.cut_leaf(&slot, software, self.gather).map_err(|error| Stop::Error(error.into()))?;
             return Ok(Next::Again);
         }
         if slot.entry.compare_exchange(slot.value, (slot.value & !F::PRESENT) | F::BUSY).is_err() {
@@ -241,9 +247,24 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
         check_mapping(&self.format, range, oa, attributes)?;
-        self.root_covering(range.last()).map_err(MapError::from)?;
-        let mapping = Mapping { range, oa: oa.get(), attributes };
+        let root = self.root_covering(range.last()).map_err(MapError::from)?;
+        let mapping = Mapping::new(range, oa, attributes);
         let claim = Some(ClaimBits { present: F::PRESENT, busy: F::BUSY, first: F::FIRST });
+        if self.install_in_one_table(root, &mapping, claim) {
+            return Ok(());
+        }
+        self.claim_piecewise(mapping, claim, gather)
+    }
+
+    /// The long way of [`claim`](Self::claim).
+    #[inline(never)]
+    fn claim_piecewise(
+        &self,
+        mapping: Mapping,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), ClaimError> {
+        let range = mapping.range;
         let mut install = Install {
             radix: self,
             mapping,
@@ -267,27 +288,54 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     /// Makes the busy leaves of a range present. All that are not present in the range must be the caller's.
     pub fn publish(&self, range: IovaRange) {
-        let mut unused = Gather::new();
-        let Ok(()) =
-            self.run(&mut Settle { radix: self, outcome: Outcome::Present, gather: &mut unused }, range);
+        self.settle(range, Outcome::Present, &mut Gather::new());
     }
 
     /// Makes the busy leaves of a range absent. All that are not present in the range must be the caller's.
     pub fn release(&self, range: IovaRange, gather: &mut Gather<M, A>) {
-        let Ok(()) = self.run(&mut Settle { radix: self, outcome: Outcome::Absent, gather }, range);
+        self.settle(range, Outcome::Absent, gather);
+    }
+
+    #[inline(always)]
+    fn settle(&self, range: IovaRange, outcome: Outcome, gather: &mut Gather<M, A>) {
+        let mut settle = Settle { radix: self, outcome, left_live: COUNT, gather };
+        if let Some(stretch) = self.in_one_table(range) {
+            let count = stretch.entries.len();
+            let whole = count == 1 << self.format.index_bits(stretch.node.level);
+            let Ok(done) = settle.stretch(stretch) else { return };
+            if done == count {
+                if self.is_idle(settle.left_live, whole) {
+                    self.sweep(range, gather);
+                }
+                return;
+            }
+        }
+        // What is settled already is passed over.
+        let Ok(()) = self.run(&mut settle, range);
     }
 
     /// Makes both ends of `range` boundaries between leaves, so that a following [`retract`](Self::retract) needs
     /// no memory. Changes no translation.
     pub fn cut_claimed(&self, range: IovaRange) -> Result<(), CutError> {
-        self.cut_ends(range, software_bits::<F>())
+        self.cut_ends(range, software_bits::<F>(), &mut Gather::new())
     }
 
     /// Takes the present leaves of `range` back: they stop translating and are the caller's. The gather's runs
     /// name them; each run ends in [`release`](Self::release) or, if it shall stay after all,
     /// [`publish`](Self::publish).
     pub fn retract(&self, range: IovaRange, gather: &mut Gather<M, A>) -> Result<(), RetractError> {
-        self.run(&mut Retract { radix: self, range, wanted: None, gather }, range)
+        let mut retract = Retract { radix: self, range, wanted: None, gather };
+        let mut first = range.first();
+        if let Some(stretch) = self.in_one_table(range) {
+            let (level, count) = (stretch.node.level, stretch.entries.len());
+            match retract.stretch(stretch) {
+                Ok(done) if done == count => return Ok(()),
+                Ok(done) => first += (done as u64) << self.format.shift(level),
+                Err(Stop::Stale(at)) => first = at,
+                Err(Stop::Error(error)) => return Err(error),
+            }
+        }
+        self.run_from(&mut retract, first, range)
     }
 
     /// Like [`retract`](Self::retract), for those leaves alone that `wanted` says yes to. It is asked again for each

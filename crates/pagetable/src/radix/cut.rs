@@ -3,11 +3,16 @@
 //! The table is filled before anybody can see it and then published with one compare-exchange against the leaf as
 //! it was read. Walkers see the old leaf or the new table, which say the same. If hardware sets a dirty bit in
 //! between, or another operation cuts the same leaf, the compare-exchange fails and the loser looks again.
+//!
+//! A leaf of several entries is not cut: its entries cannot be replaced in one step, and no format of today says that
+//! walkers may meet half of it.
 
+use super::map::store_leaves;
 use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
 use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
-use crate::format::{Entry, Format, LiveChanges};
+use crate::format::{Attributes, Entry, Format, LiveChanges};
+use crate::gather::Gather;
 use crate::memory::{OutOfTables, TableMemory};
 
 /// Why a leaf was not cut. Nothing was changed.
@@ -44,6 +49,7 @@ struct CutAt<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
     radix: &'a Radix<F, M, A>,
     at: u64,
     software: SoftwareBits,
+    gather: &'a mut Gather<M, A>,
 }
 
 /// Bits of a leaf that the format's own facts do not know.
@@ -66,7 +72,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<CutError>> {
         match slot.decoded {
             Entry::Leaf { size, .. } if leaf_span(self.at, size).0 != self.at => {
-                self.radix.cut_leaf(&slot, self.software).map_err(Stop::Error)?;
+                self.radix.cut_leaf(&slot, self.software, self.gather).map_err(Stop::Error)?;
                 Ok(Next::Again)
             }
             // Claimed and not present: it may be published any time, and then it has to be cut after all.
@@ -85,44 +91,68 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Makes `at` a boundary between leaves. Changes no translation, and may run beside any other operation.
-    pub fn cut(&self, at: u64) -> Result<(), CutError> {
-        self.cut_at(at, SoftwareBits::NONE)
+    ///
+    /// `gather` takes the range of the largest leaf that was cut. Until it is invalidated, caches may hold the old leaf,
+    /// which says the same.
+    pub fn cut(&self, at: u64, gather: &mut Gather<M, A>) -> Result<(), CutError> {
+        let before = self.walk(at);
+        self.cut_at(at, SoftwareBits::NONE, gather)?;
+        if let Ok(leaf) = before {
+            if leaf.iova != at {
+                gather.removed(leaf.range(), leaf.size, 1);
+            }
+        }
+        Ok(())
     }
 
-    pub(super) fn cut_at(&self, at: u64, software: SoftwareBits) -> Result<(), CutError> {
+    pub(super) fn cut_at(
+        &self,
+        at: u64,
+        software: SoftwareBits,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), CutError> {
         if at & ((1 << self.format.shift(1)) - 1) != 0 {
             return Err(CutError::Misaligned { at });
         }
         let Some(range) = IovaRange::new(at, at) else { return Ok(()) };
-        if self.small_pages(range).is_some() && self.format.leaf_sizes(1).is_power_of_two() {
+        if self.parting(range).is_some_and(|node| node.level == 1)
+            && self.format.leaf_sizes(1).is_power_of_two()
+        {
             // Every entry down there is a page of its own.
             return Ok(());
         }
-        self.run(&mut CutAt { radix: self, at, software }, range)
+        self.run(&mut CutAt { radix: self, at, software, gather }, range)
     }
 
     /// Makes both ends of `range` boundaries between leaves.
-    pub(super) fn cut_ends(&self, range: IovaRange, software: SoftwareBits) -> Result<(), CutError> {
-        self.cut_at(range.first(), software)?;
+    pub(super) fn cut_ends(
+        &self,
+        range: IovaRange,
+        software: SoftwareBits,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), CutError> {
+        self.cut_at(range.first(), software, gather)?;
         match range.last().checked_add(1) {
-            Some(end) => self.cut_at(end, software),
+            Some(end) => self.cut_at(end, software, gather),
             None => Ok(()),
         }
     }
 
     /// Replaces the leaf in `slot` by a table one level down, unless somebody else changes the entry first.
-    pub(super) fn cut_leaf(&self, slot: &Slot<'_, A>, software: SoftwareBits) -> Result<(), CutError> {
+    pub(super) fn cut_leaf(
+        &self,
+        slot: &Slot<'_, A>,
+        software: SoftwareBits,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), CutError> {
         let Entry::Leaf { oa, size, attributes } = slot.decoded else { return Ok(()) };
         let level = slot.node.level;
         if slot.value & software.busy != 0 {
             return Err(CutError::Contended { at: slot.first });
         }
         let needs_break = CutError::NeedsBreak { at: leaf_span(slot.first, size).0, size };
-        // A leaf of several entries cannot be replaced in one step.
-        if !self.format.live_changes().contains(LiveChanges::SIZE)
-            || level == 1
-            || size.log2() != self.format.shift(level)
-        {
+        let live = self.format.live_changes().contains(LiveChanges::SIZE);
+        if !live || level == 1 || size.log2() != self.format.shift(level) {
             return Err(needs_break);
         }
         let piece = PageSize(self.format.shift(level - 1) as u8);
@@ -130,19 +160,29 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return Err(needs_break);
         }
         let child: Node<A> = self.allocate(level - 1)?;
-        let count = 1u64 << self.format.index_bits(level - 1);
+        let entries = self.entries(child, 0, 1 << self.format.index_bits(level - 1));
         // What the entry holds beyond the format's own bits goes on with the pieces.
-        let extra = slot.value & !self.format.leaf_entry(level, size, oa, attributes) & software.first;
-        for index in 0..count {
-            let leaf = self.format.leaf_entry(level - 1, piece, oa + (index << piece.log2()), attributes);
-            self.entry(child, index as usize).store(if index == 0 { leaf | extra } else { leaf });
+        let kept = slot.value & self.format.software_bits(level) & self.format.software_bits(level - 1);
+        let first = self.leaf_like(level - 1, piece, oa, attributes) | kept;
+        store_leaves(entries, first, self.format.leaf_step(level - 1));
+        if let Some(entry) = entries.first() {
+            entry.store(first | (slot.value & software.first));
         }
-        self.live(child).store(count);
+        self.live(child).store(entries.len() as u64);
         let link = self.format.table_entry(level, self.memory.address(child.table));
         if slot.entry.compare_exchange(slot.value, link).is_err() {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
+        } else {
+            gather.tables_changed = true;
         }
         Ok(())
+    }
+
+    /// The entry of a leaf that takes another's place and was used as that was.
+    pub(super) fn leaf_like(&self, level: u8, size: PageSize, oa: u64, attributes: Attributes) -> u64 {
+        let entry = self.format.leaf_entry(level, size, oa, attributes);
+        // Some formats begin with a leaf that is dirty already.
+        if attributes.contains(Attributes::DIRTY) { entry } else { entry & !self.format.dirty_bit() }
     }
 }

@@ -1,5 +1,10 @@
 //! Mapping: filling absent entries with the largest leaves that fit.
 //!
+//! Most mappings are a run of leaves of one size within one table: a page, a few pages, a large page. For them there
+//! is a short way ([`Radix::install_in_one_table`]): down to that table, look whether all entries are absent, count,
+//! store. It does everything or nothing; whatever is not that simple goes the long way of a visitor, which also
+//! finds out what is in the way and takes back what it had done.
+//!
 //! One visitor serves both modes. A claiming operation takes each entry with a compare-exchange from 0 and leaves
 //! the leaf busy and not yet present; an exclusive one stores the finished leaf. Where a smaller table stands in
 //! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
@@ -9,7 +14,7 @@ use super::retire::Sweep;
 use super::{COUNT, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
-use crate::format::{Attributes, Entry, Format};
+use crate::format::{Attributes, Entry, Format, MemoryType};
 use crate::gather::{Gather, Runs};
 use crate::memory::{OutOfTables, TableMemory};
 
@@ -34,6 +39,14 @@ pub enum MapError {
         /// The range asked for.
         range: IovaRange,
     },
+    /// The format's leaves cannot say this memory type.
+    #[error("the table cannot give {range} the memory type {memory_type:?}")]
+    NoMemoryType {
+        /// The range asked for.
+        range: IovaRange,
+        /// The memory type asked for.
+        memory_type: MemoryType,
+    },
     /// The output would need more address bits than the format has.
     #[error("the output addresses from {oa} on do not fit the table's entries")]
     OutputOutOfRange {
@@ -56,6 +69,7 @@ pub enum MapError {
 }
 
 /// Whether some leaf of the format can hold each part of a mapping.
+#[inline(always)]
 pub(super) fn check_mapping<F: Format>(
     format: &F,
     range: IovaRange,
@@ -76,6 +90,10 @@ pub(super) fn check_mapping<F: Format>(
     if !attributes.intersects(Attributes::READ | Attributes::WRITE) {
         return Err(MapError::NoAccess { range });
     }
+    let memory_type = attributes.memory_type();
+    if !format.has_memory_type(memory_type) {
+        return Err(MapError::NoMemoryType { range, memory_type });
+    }
     Ok(())
 }
 
@@ -85,9 +103,22 @@ pub(super) struct Mapping {
     pub(super) range: IovaRange,
     pub(super) oa: u64,
     pub(super) attributes: Attributes,
+    /// The leaf sizes that can occur anywhere in it: no larger than the range, and such that the address and its
+    /// output can both be multiples.
+    possible: u64,
 }
 
 impl Mapping {
+    #[inline(always)]
+    pub(super) fn new(range: IovaRange, oa: Oa, attributes: Attributes) -> Mapping {
+        let apart = oa.get().wrapping_sub(range.first());
+        let aligned = if apart == 0 { u64::MAX } else { apart ^ (apart - 1) };
+        // All sizes up to the length; for all 2^64 bytes every size.
+        let fits =
+            (range.last() - range.first()).checked_add(1).map_or(u64::MAX, |n| u64::MAX >> n.leading_zeros());
+        Mapping { range, oa: oa.get(), attributes, possible: aligned & fits }
+    }
+
     #[inline(always)]
     fn output(&self, iova: u64) -> u64 {
         self.oa + (iova - self.range.first())
@@ -193,26 +224,54 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         }
         Next::After(last)
     }
+}
 
-    /// Puts an empty table into an absent entry.
-    fn link_child(&self, slot: &Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
-        let radix = self.radix;
-        let child = radix
-            .allocate(slot.node.level - 1)
-            .map_err(|error| Stop::Error(InstallError::Map(error.into())))?;
-        let link = radix.format.table_entry(slot.node.level, radix.memory.address(child.table));
-        if !radix.add_live(slot.node, 1) {
-            // SAFETY: never linked.
-            unsafe { radix.discard(child) };
-            return Err(Stop::Stale(slot.first));
+/// Whether nothing is in the entries.
+#[inline(always)]
+fn all_absent<A: AtomicEntry>(entries: &[A]) -> bool {
+    let (groups, rest) = entries.split_at(entries.len() & !7);
+    // Eight at a time, which is a cache line: one branch for all of them.
+    groups.chunks_exact(8).all(|group| group.iter().fold(0, |any, entry| any | entry.load()) == 0)
+        && rest.iter().all(|entry| entry.load() == 0)
+}
+
+/// Fills entries with leaves that follow each other.
+#[inline(always)]
+pub(super) fn store_leaves<A: AtomicEntry>(entries: &[A], mut leaf: u64, step: u64) {
+    let (groups, rest) = entries.split_at(entries.len() & !7);
+    for group in groups.chunks_exact(8) {
+        let mut next = leaf;
+        for entry in group {
+            entry.store(next);
+            next = next.wrapping_add(step);
         }
-        if slot.entry.compare_exchange(slot.value, link).is_err() {
-            radix.subtract_live(slot.node, 1);
-            // SAFETY: never linked.
-            unsafe { radix.discard(child) };
-        }
-        Ok(Next::Again)
+        leaf = leaf.wrapping_add(step.wrapping_mul(8));
     }
+    for entry in rest {
+        entry.store(leaf);
+        leaf = leaf.wrapping_add(step);
+    }
+}
+
+/// Takes absent entries for leaves that follow each other. An error says how many were taken before the first that was
+/// not absent.
+#[inline(always)]
+fn claim_leaves<A: AtomicEntry>(
+    entries: &[A],
+    leaf: u64,
+    step: u64,
+    bits: ClaimBits,
+    begins: bool,
+) -> Result<(), usize> {
+    let mut leaf = (leaf & !bits.present) | bits.busy;
+    let mut mark = if begins { bits.first } else { 0 };
+    let taken = entries.iter().position(|entry| {
+        let taken = entry.compare_exchange(0, leaf | mark).is_err();
+        mark = 0;
+        leaf = leaf.wrapping_add(step);
+        taken
+    });
+    taken.map_or(Ok(()), Err)
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_, F, M, A> {
@@ -225,9 +284,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
         let radix = self.radix;
         let size = PageSize(radix.format.shift(node.level) as u8);
         let output = self.mapping.output(first);
-        // Where larger leaves could be meant, or equal ones met, entries are looked at one by one.
-        if self.accept_equal
-            || radix.format.leaf_sizes(node.level) != size.bytes()
+        // Where larger leaves could be meant, entries are looked at one by one.
+        if radix.format.leaf_sizes(node.level) & self.mapping.possible != size.bytes()
             || output & (size.bytes() - 1) != 0
         {
             return Ok(0);
@@ -237,22 +295,22 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
         if !radix.add_live(node, count) {
             return Err(Stop::Stale(first));
         }
-        let attributes = self.mapping.attributes;
-        let leaf = |index: usize| {
-            radix.format.leaf_entry(node.level, size, output + ((index as u64) << size.log2()), attributes)
-        };
+        let mut leaf = radix.format.leaf_entry(node.level, size, output, self.mapping.attributes);
+        let step = radix.format.leaf_step(node.level);
         let taken = match self.claim {
-            None => entries.iter().enumerate().position(|(index, entry)| {
+            None if all_absent(entries) => {
+                store_leaves(entries, leaf, step);
+                None
+            }
+            None => entries.iter().position(|entry| {
                 let taken = entry.load() != 0;
                 if !taken {
-                    entry.store(leaf(index));
+                    entry.store(leaf);
+                    leaf = leaf.wrapping_add(step);
                 }
                 taken
             }),
-            Some(bits) => entries.iter().enumerate().position(|(index, entry)| {
-                let begins = if index == 0 && first == self.mapping.range.first() { bits.first } else { 0 };
-                entry.compare_exchange(0, (leaf(index) & !bits.present) | bits.busy | begins).is_err()
-            }),
+            Some(bits) => claim_leaves(entries, leaf, step, bits, first == self.mapping.range.first()).err(),
         };
         let done = taken.unwrap_or(entries.len());
         if done < entries.len() {
@@ -287,7 +345,11 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
                 let range = self.mapping.range;
                 return Err(Stop::Error(MapError::OutOfRange { range }.into()));
             }
-            return self.link_child(&slot);
+            return match radix.link_table(&slot) {
+                Ok(()) => Ok(Next::Again),
+                Err(Stop::Stale(at)) => Err(Stop::Stale(at)),
+                Err(Stop::Error(error)) => Err(Stop::Error(MapError::from(error).into())),
+            };
         };
         let count = size.bytes() >> radix.format.shift(slot.node.level);
         if !radix.add_live(slot.node, count) {
@@ -309,7 +371,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
         let mut word = radix.live(child).load();
         if word & COUNT != 0 {
             // All that it leads to may be empty too.
-            let mut sweep = Sweep { gather: &mut *self.gather, until_used: true };
+            let mut sweep = Sweep { radix, gather: &mut *self.gather, until_used: true };
             let _ = radix.visit(&mut sweep, child, slot.first, slot.last);
             word = radix.live(child).load();
         }
@@ -322,7 +384,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             // Somebody took the dead table's link away.
             return Some(Next::Again);
         }
-        radix.retire(self.gather, child);
+        radix.retire(self.gather, child, true);
         Some(self.installed_leaf(slot.first, size))
     }
 
@@ -362,6 +424,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         self.install(range, oa, attributes, true, gather)
     }
 
+    #[inline(always)]
     fn install(
         &self,
         range: IovaRange,
@@ -371,8 +434,85 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
         check_mapping(&self.format, range, oa, attributes)?;
-        self.root_covering(range.last())?;
-        let mapping = Mapping { range, oa: oa.get(), attributes };
+        let mapping = Mapping::new(range, oa, attributes);
+        let root = self.root_covering(range.last())?;
+        if self.install_in_one_table(root, &mapping, None) {
+            return Ok(());
+        }
+        self.install_piecewise(mapping, accept_equal, gather)
+    }
+
+    /// The short way: installs a mapping whose leaves are all of one size and stand in one table. `false`: nothing was
+    /// installed, because the mapping is not like that, or something was in the way.
+    #[inline(always)]
+    pub(super) fn install_in_one_table(
+        &self,
+        root: Node<A>,
+        mapping: &Mapping,
+        claim: Option<ClaimBits>,
+    ) -> bool {
+        let range = mapping.range;
+        let apart = range.first() ^ range.last();
+        let mut node = root;
+        let size = loop {
+            let sizes = self.format.leaf_sizes(node.level) & mapping.possible;
+            let shift = self.format.shift(node.level);
+            if sizes != 0 {
+                if sizes != 1 << shift {
+                    return false;
+                }
+                break PageSize(shift as u8);
+            }
+            // The way parts: this is not for one table.
+            if node.level == 1 || apart >> shift != 0 {
+                return false;
+            }
+            let entry = self.entry(node, self.index(node.level, range.first()));
+            let value = entry.load();
+            if self.format.table_pattern(node.level).matches(value) {
+                node = self.child(node, self.format.table_address(value));
+            } else {
+                let decoded = Entry::Absent;
+                let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
+                if value != 0 || self.link_table(&slot).is_err() {
+                    return false;
+                }
+            }
+        };
+        if apart >> self.format.width(node.level).min(63) != 0 {
+            return false;
+        }
+        let Some(entries) = self.covered_entries(node, range) else { return false };
+        let count = entries.len() as u64;
+        // Nobody else fills entries of ours. One that is taken is found in the same way by the long way.
+        if claim.is_none() && !all_absent(entries) || !self.add_live(node, count) {
+            return false;
+        }
+        let leaf = self.format.leaf_entry(node.level, size, mapping.oa, mapping.attributes);
+        let step = if count > 1 { self.format.leaf_step(node.level) } else { 0 };
+        match claim {
+            None => store_leaves(entries, leaf, step),
+            Some(bits) => {
+                if let Err(done) = claim_leaves(entries, leaf, step, bits, true) {
+                    // Nobody has translated through them, so nobody has to be told.
+                    entries.iter().take(done).for_each(|entry| entry.store(0));
+                    self.subtract_live(node, count);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// The long way of [`install`](Self::install).
+    #[inline(never)]
+    fn install_piecewise(
+        &self,
+        mapping: Mapping,
+        accept_equal: bool,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), MapError> {
+        let range = mapping.range;
         let mut install = Install {
             radix: self,
             mapping,
@@ -393,5 +533,23 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             InstallError::Map(error) => error,
             InstallError::Contended(at) => MapError::Occupied { at },
         })
+    }
+
+    /// Puts an empty table into an absent entry, or finds that somebody else did.
+    #[cold]
+    fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
+        let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
+        let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
+        if !self.add_live(slot.node, 1) {
+            // SAFETY: never linked.
+            unsafe { self.discard(child) };
+            return Err(Stop::Stale(slot.first));
+        }
+        if slot.entry.compare_exchange(slot.value, link).is_err() {
+            self.subtract_live(slot.node, 1);
+            // SAFETY: never linked.
+            unsafe { self.discard(child) };
+        }
+        Ok(())
     }
 }

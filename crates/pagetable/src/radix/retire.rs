@@ -12,21 +12,23 @@ use crate::memory::TableMemory;
 use core::sync::atomic::Ordering;
 
 /// Retires empty tables and changes no translation.
-pub(super) struct Sweep<'a, M, A> {
+pub(super) struct Sweep<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
+    pub(super) radix: &'a Radix<F, M, A>,
     pub(super) gather: &'a mut Gather<M, A>,
     /// Give up at the first entry in use.
     pub(super) until_used: bool,
 }
 
-impl<M, A: AtomicEntry> Visitor<M, A> for Sweep<'_, M, A> {
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Sweep<'_, F, M, A> {
     type Error = ();
 
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
         if self.until_used && slot.value != 0 { Err(Stop::Error(())) } else { Ok(Next::After(slot.last)) }
     }
 
-    fn prunes(&self) -> bool {
-        true
+    fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), ()> {
+        self.radix.prune(self.gather, slot, child, whole);
+        Ok(())
     }
 
     fn gather(&mut self) -> Option<&mut Gather<M, A>> {
@@ -63,15 +65,27 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         // The link cannot have been changed back: the table's page is not used again while we run.
         if slot.entry.compare_exchange(slot.value, 0).is_ok() {
             self.subtract_live(slot.node, 1);
-            self.retire(gather, child);
+            self.retire(gather, child, true);
         }
     }
 
     /// Retires the empty tables on the way to `at`, or keeps them as `prune` does.
     pub(super) fn sweep_path(&self, at: u64, gather: &mut Gather<M, A>) {
         if let Some(range) = IovaRange::new(at, at) {
-            let _ = self.run(&mut Sweep { gather, until_used: false }, range);
+            self.sweep(range, gather);
         }
+    }
+
+    /// Retires the empty tables of a range, or keeps them as `prune` does.
+    #[cold]
+    pub(super) fn sweep(&self, range: IovaRange, gather: &mut Gather<M, A>) {
+        let _ = self.run(&mut Sweep { radix: self, gather, until_used: false }, range);
+    }
+
+    /// Whether a table whose live count is `word` now may have to go. `whole`: all of it was emptied at once.
+    #[inline(always)]
+    pub(super) fn is_idle(&self, word: u64, whole: bool) -> bool {
+        word & (COUNT | DEAD) == 0 && (whole || word & KEPT == 0)
     }
 
     /// Declares an empty table dead, whose live count was read as `word`. It can be unlinked then.
@@ -83,13 +97,15 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         buried
     }
 
-    /// Hands over a table that this operation has just unlinked.
-    pub(super) fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
+    /// Hands over a table that this operation has just unlinked. `empty`: all of its entries are 0.
+    pub(super) fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>, empty: bool) {
         // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
         // too, or could remember a way to this table under that number and find it freed.
         self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
         self.tables.fetch_sub(1, Ordering::Relaxed);
+        gather.tables_changed = true;
         gather.retired.push(RetiredTable {
+            empty,
             table: node.table,
             layout: self.format.table_layout(node.level),
             memory: self.memory.clone(),

@@ -120,9 +120,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     #[inline(always)]
     fn root_over(&self, iova: u64) -> Result<Node<A>, WalkFault> {
         match self.root() {
-            Some(root) if iova <= self.top_last(root.level) => Ok(root),
+            Some(root) if self.reaches(root.level, iova) => Ok(root),
             // A table that could grow just has not been asked to; one that cannot will never translate this.
-            _ if iova <= self.top_last(*self.format.top_levels().end()) => Err(WalkFault::NotMapped(iova)),
+            _ if self.reaches(*self.format.top_levels().end(), iova) => Err(WalkFault::NotMapped(iova)),
             _ => Err(WalkFault::OutOfRange(iova)),
         }
     }

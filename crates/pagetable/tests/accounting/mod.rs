@@ -26,8 +26,6 @@ struct Books {
     out: HashMap<u64, TableLayout>,
     /// How many allocations succeed before one fails; `None`: all of them.
     until_failure: Option<u64>,
-    /// What is freed now was retired, and so must be empty.
-    retired: bool,
 }
 
 impl Accounting {
@@ -50,16 +48,14 @@ impl Accounting {
         self.books().until_failure = allocations;
     }
 
-    /// Frees the retired tables. Each is handed out once, and is empty.
+    /// Frees the retired tables. Each is handed out once, and is empty if it says so.
     ///
     /// The caller knows that no operation and no walk runs that began before they were retired.
     pub(crate) fn free_retired(&self, gather: &mut Gather<Accounting, AtomicU64>) {
-        self.books().retired = true;
         for table in gather.retired.drain(..) {
             // SAFETY: the caller vouches for it.
             unsafe { table.free() };
         }
-        self.books().retired = false;
     }
 }
 
@@ -76,22 +72,22 @@ unsafe impl TableMemory<AtomicU64> for Accounting {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
         let mut books = self.books();
         assert_eq!(
             books.out.remove(&HeapTables.address(table)),
             Some(layout),
             "freed twice or never handed out"
         );
-        if books.retired {
+        if empty {
             for index in 0..layout.entries {
                 // SAFETY: still allocated.
                 let value = unsafe { table.add(index).as_ref() }.load(Ordering::Relaxed);
-                assert_eq!(value, 0, "a retired table is not empty");
+                assert_eq!(value, 0, "a table that was said to be empty is not");
             }
         }
         // SAFETY: the page came from there with this layout.
-        unsafe { HeapTables.free(table, layout) };
+        unsafe { HeapTables.free(table, layout, empty) };
     }
 
     unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
