@@ -1,13 +1,14 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-only
-# Build the user-space programs around the kernel's drivers/iommu/generic_pt:
-# gpbench-FLAVOUR, and gpdrive, which is of the flavour that was built last.
+# Build the user-space programs around the kernel's drivers/iommu/generic_pt.
 #
-#   build.sh KERNEL_SOURCE [OUTPUT_DIR]     prints the programs' paths
+#   build.sh KERNEL_SOURCE [OUTPUT_DIR]     prints the program's path
 #
-# FLAVOUR=kernel (default)  the flags kbuild gives the same files
-# FLAVOUR=user              -O2 without kernel-only code-gen options
-# FLAVOUR=native            as user, with -O3 -march=native
+# FLAVOUR=kernel (default)  gpbench-kernel, with the flags kbuild gives the files
+# FLAVOUR=user              gpbench-user: -O2 without kernel-only code-gen options
+# FLAVOUR=native            gpbench-native: as user, with -O3 -march=native
+# FLAVOUR=check             gpdrive: as user, with the kernel's assertions for this
+#                           code (DEBUG_GENERIC_PT)
 #
 # CC picks the compiler; KCC, if set, only that of the kernel-side files.
 #
@@ -15,7 +16,7 @@
 # in place and never written to; an unconfigured one is configured and prepared
 # out of tree under OUTPUT_DIR/kbuild.
 set -eu
-[ $# -ge 1 ] || { sed -n '3,17p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '3,18p' "$0"; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 src=$(cd "$1" && pwd)
 out=${2:-$(mktemp -d)}
@@ -30,7 +31,7 @@ if [ -f "$src/include/generated/autoconf.h" ]; then
 	kb=$src
 else
 	kb=$out/kbuild
-	if [ ! -f "$kb/include/generated/autoconf.h" ]; then
+	if [ ! -f "$kb/prepared" ]; then
 		mkdir -p "$kb"
 		make -s -C "$src" O="$kb" CC="$CC" defconfig
 		"$src/scripts/config" --file "$kb/.config" \
@@ -47,6 +48,7 @@ else
 			-d AMD_MEM_ENCRYPT
 		make -s -C "$src" O="$kb" CC="$CC" olddefconfig
 		make -s -C "$src" O="$kb" CC="$CC" -j"$jobs" prepare
+		touch "$kb/prepared"
 	fi
 fi
 for o in SMP GENERIC_PT IOMMU_PT IOMMUFD IOMMUFD_DRIVER IOMMUFD_TEST; do
@@ -90,7 +92,8 @@ kernel) opt="-O2 -march=x86-64 -mtune=generic
  -fno-omit-frame-pointer -fno-optimize-sibling-calls
  -ftrivial-auto-var-init=zero -fno-stack-clash-protection
  -fno-stack-check -fconserve-stack" ;;
-user)	opt="-O2 -march=x86-64 -mtune=generic -fcf-protection=none" ;;
+user|check)
+	opt="-O2 -march=x86-64 -mtune=generic -fcf-protection=none" ;;
 native)	opt="-O3 -march=native -fcf-protection=none" ;;
 *)	echo "unknown FLAVOUR=$FLAVOUR" >&2; exit 2 ;;
 esac
@@ -105,7 +108,13 @@ fi
 kernel_cc() {
 	name=$1
 	shift
-	$KCC $inc $base $opt -DKBUILD_MODFILE='"'$name'"' \
+	debug=
+	case $FLAVOUR-$name in
+	# It asserts that it has no level 6, which it has.
+	check-*_amdv1) ;;
+	check-*) debug=-DCONFIG_DEBUG_GENERIC_PT=1 ;;
+	esac
+	$KCC $inc $base $opt $debug -DKBUILD_MODFILE='"'$name'"' \
 		-DKBUILD_BASENAME='"'$name'"' -DKBUILD_MODNAME='"'$name'"' \
 		-D__KBUILD_MODNAME=$name -c -o "$out/$FLAVOUR-$name.o" "$@"
 }
@@ -124,6 +133,20 @@ for f in vtdss amdv1 x86_64 riscv64 mock; do
 	formats="$formats $out/$FLAVOUR-iommu_$f.o"
 done
 kernel_cc glue -I"$src/drivers/iommu" -I"$here" "$here/glue.c"
+o=$out/$FLAVOUR
+# libc_cc NAME...: compiles the files that know nothing of the kernel
+libc_cc() {
+	for name; do
+		$CC -std=gnu11 -O2 -Wall -Wextra -fno-pie \
+			-c -o "$o-$name.o" "$here/$name.c"
+	done
+}
+if [ "$FLAVOUR" != check ]; then
+	libc_cc arena main
+	program "gpbench-$FLAVOUR" $o-main.o $o-arena.o $o-glue.o $formats
+	exit
+fi
+
 dumps=
 # dump FAMILY HEADER FLAGS...
 dump() {
@@ -133,17 +156,12 @@ dump() {
 	kernel_cc dump_$family -I"$pt" -I"$here" -DGP_DUMP=gp_dump_$family \
 		-DGP_FORMAT_HEADER='"fmt/'$header.h'"' -DGP_FORMAT=$header \
 		"$@" "$here/dump.c"
-	dumps="$dumps $out/$FLAVOUR-dump_$family.o"
+	dumps="$dumps $o-dump_$family.o"
 }
 dump vtdss vtdss
 dump amdv1 amdv1
 dump x86_64 x86_64
 dump riscv64 riscv -DGP_VARIANT=64
 dump mock amdv1 -DGP_VARIANT=mock -DAMDV1_IOMMUFD_SELFTEST=1
-for f in main driver arena; do
-	$CC -std=gnu11 -O2 -Wall -Wextra -fno-pie \
-		-c -o "$out/$FLAVOUR-$f.o" "$here/$f.c"
-done
-o=$out/$FLAVOUR
-program gpbench-$FLAVOUR $o-main.o $o-arena.o $o-glue.o $formats
+libc_cc arena driver
 program gpdrive $o-driver.o $o-arena.o $o-glue.o $formats $dumps

@@ -24,9 +24,12 @@
  *
  * Commands may be sent ahead: answers are written out when no whole command is
  * left to be read.  Whoever sends far ahead must read meanwhile.  A command that
- * makes no sense ends the program with status 2.
+ * makes no sense ends the program with status 2, an assertion of the kernel's
+ * code with status 4.
  */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +43,20 @@ typedef unsigned long ul;
 
 static char in[1 << 16];
 static size_t in_first, in_end;
+
+static const char *command = "";
+
+/* WARN_ON() is an illegal instruction. */
+static void asserted(int signal)
+{
+	static const char text[] = "gpdrive: an assertion of the kernel's code at: ";
+
+	(void)signal;
+	if (write(2, text, sizeof(text) - 1) < 0 ||
+	    write(2, command, strlen(command)) < 0 || write(2, "\n", 1) < 0)
+		_exit(4);
+	_exit(4);
+}
 
 /* The next line without its end, or NULL at the end of the input. */
 static char *next_line(void)
@@ -207,6 +224,7 @@ int main(void)
 	char *line, *space;
 
 	gp_setup_memory(ARENA_PAGES);
+	signal(SIGILL, asserted);
 	while ((line = next_line())) {
 		char word[16], *rest;
 		size_t length;
@@ -218,6 +236,7 @@ int main(void)
 		memcpy(word, line, length);
 		word[length] = 0;
 		rest = line + length;
+		command = line;
 
 		if (!strcmp(word, "quit"))
 			break;
