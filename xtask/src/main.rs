@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod command;
+mod generic_pt;
 mod kernel_selftest;
 mod kernel_source;
 mod msrv;
@@ -47,6 +48,13 @@ enum Chore {
     /// prints the results, and compares them with docs/conformance.md. The exit status is 0 only if every instance
     /// ended as that list says: an instance that is not listed has to pass, one that is listed must not.
     KernelSelftest(kernel_selftest::Arguments),
+
+    /// Compare our page tables with the kernel's own code
+    ///
+    /// Builds Linux' drivers/iommu/generic_pt as an ordinary program (peers/generic_pt), runs random sequences of
+    /// operations on its tables and on ours, and compares results, translations and, where nothing was cut, the entries
+    /// bit for bit. The exit status is 0 only if nothing differs.
+    GenericPt(generic_pt::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -55,6 +63,7 @@ fn main() -> anyhow::Result<()> {
         Chore::UapiCheck(arguments) => uapi_check::run(&arguments),
         Chore::Msrv => msrv::run(),
         Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
+        Chore::GenericPt(arguments) => generic_pt::run(&arguments),
     }
 }
 
