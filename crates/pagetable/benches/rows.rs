@@ -726,8 +726,11 @@ impl Arena {
         let _ = unsafe {
             rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)
         };
-        // SAFETY: all of it was allocated just now. Not zeroes, lest the compiler leaves them as they are.
-        unsafe { memory.write_bytes(0xff, ARENA.size()) };
+        // SAFETY: all of it was allocated just now. Something else before the zeroes, lest the compiler leaves them out.
+        unsafe {
+            memory.write_bytes(0xff, ARENA.size());
+            black_box(memory).write_bytes(0, ARENA.size());
+        }
         let pages = (0..ARENA.size() / PAGE).rev().filter(|page| page % 64 != 0);
         // SAFETY: below the arena's size.
         let pages = pages.map(|page| unsafe { memory.add(page * PAGE).cast() });
@@ -735,8 +738,8 @@ impl Arena {
     }
 }
 
-// SAFETY: a page is on one thread's stack, or in use; it is zeroed, with its count, when it is handed out. The count
-// of page n of a slab is word n of the slab, whose first page is never handed out. Addresses are exposed pointers,
+// SAFETY: a page is on one thread's stack, and clear, or in use; its count is zeroed when it is handed out. The count
+// of page n of a slab is in cache line n of the slab, whose first page is never handed out. Addresses are exposed pointers,
 // which are below 2^56 in programs on 64-bit machines.
 unsafe impl TableMemory<AtomicU64> for Arena {
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
@@ -745,10 +748,7 @@ unsafe impl TableMemory<AtomicU64> for Arena {
         }
         let table = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
         // SAFETY: the page is ours alone until it is returned, and so is its count.
-        unsafe {
-            table.cast::<u8>().write_bytes(0, PAGE);
-            self.live(table, layout).store(0, Relaxed);
-        }
+        unsafe { self.live(table, layout).store(0, Relaxed) };
         if COUNTING.load(Relaxed) {
             ALLOCATED.fetch_add(1, Relaxed);
             MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
@@ -756,7 +756,11 @@ unsafe impl TableMemory<AtomicU64> for Arena {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
+        if !empty {
+            // SAFETY: the page is nobody else's any more.
+            unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
+        }
         if COUNTING.load(Relaxed) {
             IN_USE.fetch_sub(1, Relaxed);
         }
@@ -766,7 +770,7 @@ unsafe impl TableMemory<AtomicU64> for Arena {
     unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
         let offset = table.as_ptr().addr() & (SLAB - 1);
         // SAFETY: `offset` is how far the page stands in its slab, and the count's place is in the slab's first page.
-        unsafe { table.cast::<u8>().sub(offset).cast::<AtomicU64>().add(offset / PAGE).as_ref() }
+        unsafe { table.cast::<u8>().sub(offset).add(offset / PAGE * 64).cast::<AtomicU64>().as_ref() }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
@@ -790,7 +794,7 @@ fn table_pages<M: TableMemory<AtomicU64> + Default>(bench: &mut Bench) {
             for _ in 0..CALLS {
                 match memory.allocate(layout) {
                     // SAFETY: just allocated with this layout, and used by nobody.
-                    Ok(table) => unsafe { memory.free(black_box(table), layout) },
+                    Ok(table) => unsafe { memory.free(black_box(table), layout, false) },
                     Err(_) => failed += 1,
                 }
             }

@@ -22,13 +22,17 @@
 use crate::address::{IovaRange, PageSize};
 use core::ops::RangeInclusive;
 
+#[cfg(test)]
+mod agreement;
 mod amd_v1;
 mod native;
+mod risc_v;
 mod vtd_second_stage;
 mod x86_64;
 
 pub use amd_v1::AmdV1;
 pub use native::Native;
+pub use risc_v::RiscV;
 pub use vtd_second_stage::VtdSecondStage;
 pub use x86_64::X86_64;
 

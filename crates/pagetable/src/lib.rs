@@ -51,8 +51,8 @@ mod radix;
 pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
 pub use format::{
-    AmdV1, Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, TableLayout,
-    VtdSecondStage, X86_64,
+    AmdV1, Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, RiscV,
+    TableLayout, VtdSecondStage, X86_64,
 };
 pub use gather::{Gather, RetiredTable, Runs};
 #[cfg(feature = "std")]

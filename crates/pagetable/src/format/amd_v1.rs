@@ -125,7 +125,7 @@ impl AmdV1 {
     }
 
     /// The variant of Linux' self-test: a granule of 2 KiB, three to five levels (38 to 56 bits of IOVA) and
-    /// output addresses of 51 bits.
+    /// output addresses of 51 bits. Any other number of levels is chosen after this.
     pub const fn with_granule_2k(self) -> AmdV1 {
         AmdV1 { lowest_top: 3, highest_top: 5, finer: 1, ..self }
     }
