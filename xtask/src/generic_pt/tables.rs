@@ -1,7 +1,7 @@
 //! The tables that both sides have, by the names of `gpdrive`, with our formats configured as the kernel's are.
 
 use anyhow::{Context, Result};
-use ioasid_pagetable::{AmdV1, Attributes, Format, VtdSecondStage, X86_64};
+use ioasid_pagetable::{AmdV1, Attributes, Format, RiscV, VtdSecondStage, X86_64};
 
 use super::{
     comparison::{self, Counts, Dialect, Difference},
@@ -77,5 +77,8 @@ pub(crate) fn all() -> Result<Vec<Box<dyn Table>>> {
         table("amdv1_4", amd(4..=4, 46), snoop, false)?,
         table("amdv1_dynamic", amd(3..=6, 51), snoop, false)?,
         table("amdv1_mock", mock(), plain, false)?,
+        table("riscv64_sv39", RiscV::new(3), plain, true)?,
+        table("riscv64_sv48", RiscV::new(4), plain, true)?,
+        table("riscv64_sv57", RiscV::new(5), plain, true)?,
     ])
 }
