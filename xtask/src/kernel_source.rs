@@ -6,8 +6,8 @@
 //! ```text
 //! target/kernel/SUITE/apt/      a private apt: its source list, indexes and downloads
 //!                     headers/  linux-libc-dev, as far as usr/include and usr/lib/linux/uapi
-//!                     source/   files of linux-source-X.Y that match MEMBERS
-//!                     version   of the packages, written last: what is here is complete
+//!                     source/   files of linux-source-X.Y that match MEMBERS and MEMBERS_AT_ANY_DEPTH
+//!                     version   of the packages, and those patterns; written last: what is here is complete
 //! ```
 //!
 //! The mirror is read from the machine's own apt configuration, whose settings (a proxy, say) hold for the private apt
@@ -24,20 +24,48 @@ use anyhow::{Context, Result, bail};
 
 use crate::{command, workspace};
 
-/// Parts of the source that are unpacked, as patterns of tar below the tree's top directory.
-const MEMBERS: &[&str] =
-    &["tools/testing/selftests/iommu", "tools/testing/selftests/*.h", "drivers/iommu/iommufd/*.h"];
+/// Parts of the source that are unpacked, as patterns of tar below the tree's top directory: the self-tests, and what
+/// an x86 kernel needs to be configured, prepared (`make prepare`), and to have files of `drivers/iommu` compiled. That
+/// is a tenth of the whole.
+const MEMBERS: &[&str] = &[
+    "Makefile",
+    "arch/x86",
+    "certs",
+    "drivers/iommu",
+    "include",
+    "init",
+    "kernel",
+    "lib",
+    "mm",
+    "scripts",
+    "security",
+    "tools/arch",
+    "tools/bpf",
+    "tools/build",
+    "tools/include",
+    "tools/lib",
+    "tools/objtool",
+    "tools/scripts",
+    "tools/testing/selftests/*.h",
+    "tools/testing/selftests/iommu",
+    "usr",
+];
+/// The same, where `*` stands for directories too: configuring reads the whole tree's.
+const MEMBERS_AT_ANY_DEPTH: &[&str] = &["*Kbuild*", "*Kconfig*", "*Makefile*"];
 
 /// The self-test and its interface are followed from this version on.
 const OLDEST_KERNEL: (u32, u32) = (7, 0);
 
-/// Debian packages of this machine that unpack the kernel's. Its own build system is not used, so make, rsync, flex and
-/// bison are not needed.
+/// Debian packages of this machine that unpack the kernel's.
 const UNPACKING: &[&str] = &["tar", "xz-utils"];
 /// Debian packages of this machine that compile a C program.
 pub(crate) const COMPILING: &[&str] = &["gcc", "libc6-dev"];
 /// Debian packages of this machine that compile the kernel's self-tests.
 pub(crate) const BUILDING_TESTS: &[&str] = &["gcc", "libc6-dev", "libcap-dev"];
+/// Debian packages of this machine that configure and prepare the kernel by its own build system, and the compiler for
+/// its files: of those that Debian 12 and 13 both have, the one whose code is like that of a distribution's kernel.
+pub(crate) const PREPARING: &[&str] =
+    &["bc", "bison", "clang-19", "flex", "gcc", "libc6-dev", "libelf-dev", "libssl-dev", "make"];
 
 #[derive(Debug, Clone, clap::Args)]
 // Other chores include these arguments in their own; the group of the same name would collide.
@@ -113,8 +141,8 @@ pub(crate) fn fetch(arguments: &Arguments, packages: &[&str]) -> Result<Kernel> 
     let directory = workspace::target_directory()?.join("kernel").join(&arguments.suite);
     let stamp = directory.join("version");
     if !arguments.refresh {
-        if let Ok(version) = fs::read_to_string(&stamp) {
-            return Ok(Kernel { directory, version: version.trim().to_owned() });
+        if let Some(version) = unpacked_version(&stamp) {
+            return Ok(Kernel { directory, version });
         }
     }
     let apt = PrivateApt::new(&directory.join("apt"), &arguments.suite)?;
@@ -128,7 +156,7 @@ pub(crate) fn fetch(arguments: &Arguments, packages: &[&str]) -> Result<Kernel> 
         );
     }
     let version = apt.version(&package)?;
-    if fs::read_to_string(&stamp).is_ok_and(|present| present.trim() == version) {
+    if unpacked_version(&stamp).as_ref() == Some(&version) {
         eprintln!("{package} {version} is the newest and is here");
         return Ok(Kernel { directory, version });
     }
@@ -137,8 +165,20 @@ pub(crate) fn fetch(arguments: &Arguments, packages: &[&str]) -> Result<Kernel> 
     }
     unpack_headers(&apt, &version, &directory.join("headers"))?;
     unpack_source(&apt, &package, &version, &directory)?;
-    fs::write(&stamp, format!("{version}\n")).with_context(|| format!("cannot write {}", stamp.display()))?;
+    fs::write(&stamp, stamp_text(&version)).with_context(|| format!("cannot write {}", stamp.display()))?;
     Ok(Kernel { directory, version })
+}
+
+/// The version that a stamp names, unless other parts of it were unpacked than are wanted now.
+fn unpacked_version(stamp: &Path) -> Option<String> {
+    let text = fs::read_to_string(stamp).ok()?;
+    let version = text.lines().next()?;
+    (text == stamp_text(version)).then(|| version.to_owned())
+}
+
+/// The version, and which parts of the source are there.
+fn stamp_text(version: &str) -> String {
+    [&[version], MEMBERS, MEMBERS_AT_ANY_DEPTH].concat().join("\n") + "\n"
 }
 
 fn unpack_headers(apt: &PrivateApt, version: &str, headers: &Path) -> Result<()> {
@@ -149,7 +189,7 @@ fn unpack_headers(apt: &PrivateApt, version: &str, headers: &Path) -> Result<()>
     remove(&package)
 }
 
-/// The package holds the source as one compressed archive; only [`MEMBERS`] of it are kept.
+/// The package holds the source as one compressed archive; only parts of it are kept.
 fn unpack_source(apt: &PrivateApt, name: &str, version: &str, directory: &Path) -> Result<()> {
     let package = apt.download(name, version)?;
     eprintln!("unpacking source ...");
@@ -168,7 +208,9 @@ fn unpack_source(apt: &PrivateApt, name: &str, version: &str, directory: &Path) 
             .arg("--directory")
             .arg(&source)
             .args(["--strip-components=1", "--wildcards", "--no-wildcards-match-slash"])
-            .args(MEMBERS.iter().map(|member| format!("{name}/{member}"))),
+            .args(MEMBERS.iter().map(|member| format!("{name}/{member}")))
+            .arg("--wildcards-match-slash")
+            .args(MEMBERS_AT_ANY_DEPTH.iter().map(|member| format!("{name}/{member}"))),
     )?;
     fs::remove_dir_all(&unpacked).with_context(|| format!("cannot remove {}", unpacked.display()))
 }

@@ -11,6 +11,7 @@
 
 mod bench;
 mod command;
+mod generic_pt;
 mod kernel_selftest;
 mod kernel_source;
 mod msrv;
@@ -51,6 +52,13 @@ enum Chore {
 
     /// Run benchmarks whose results are judged: against other programs, and against goals
     Bench(bench::Arguments),
+
+    /// Compare our page tables with the kernel's own code
+    ///
+    /// Builds Linux' drivers/iommu/generic_pt as an ordinary program (peers/generic_pt), runs random sequences of
+    /// operations on its tables and on ours, and compares results, translations and, where nothing was cut, the entries
+    /// bit for bit. The exit status is 0 only if nothing differs.
+    GenericPt(generic_pt::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -60,6 +68,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Msrv => msrv::run(),
         Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
+        Chore::GenericPt(arguments) => generic_pt::run(&arguments),
     }
 }
 

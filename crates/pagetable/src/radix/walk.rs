@@ -91,6 +91,8 @@ impl<A> core::fmt::Debug for Node<A> {
 /// Calls back for every entry that is not empty.
 struct Look<C> {
     callback: C,
+    /// A leaf of several entries is shown for each of them.
+    every_entry: bool,
 }
 
 impl<M, A: AtomicEntry, C: FnMut(&Slot<'_, A>) -> ControlFlow<()>> Visitor<M, A> for Look<C> {
@@ -98,7 +100,7 @@ impl<M, A: AtomicEntry, C: FnMut(&Slot<'_, A>) -> ControlFlow<()>> Visitor<M, A>
 
     fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<()>> {
         let last = match slot.decoded {
-            Entry::Leaf { size, .. } => leaf_span(slot.first, size).1.max(slot.last),
+            Entry::Leaf { size, .. } if !self.every_entry => leaf_span(slot.first, size).1.max(slot.last),
             _ => slot.last,
         };
         match (self.callback)(&slot) {
@@ -208,6 +210,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 }
                 _ => ControlFlow::Continue(()),
             },
+            every_entry: false,
         };
         // The only error is the callback's wish to end.
         let _ = self.run(&mut look, range);
@@ -228,6 +231,23 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 let (first, last) = leaf_span(slot.first, size);
                 IovaRange::new(first, last).map_or(ControlFlow::Continue(()), &mut callback)
             },
+            every_entry: false,
+        };
+        let _ = self.run(&mut look, range);
+    }
+
+    /// Shows the entries in memory that lie in `range` and are neither absent nor links, ascending: level, first
+    /// address of the range behind it, and value. A leaf of several entries is shown for each of them.
+    ///
+    /// This is for tests, dumps and debugging: whoever wants to know what is mapped asks for the
+    /// [`leaves`](Self::leaves).
+    pub fn raw_leaves(&self, range: IovaRange, mut callback: impl FnMut(u8, u64, u64) -> ControlFlow<()>) {
+        let mut look = Look {
+            callback: |slot: &Slot<'_, A>| match slot.decoded {
+                Entry::Absent => ControlFlow::Continue(()),
+                _ => callback(slot.node.level, slot.first, slot.value),
+            },
+            every_entry: true,
         };
         let _ = self.run(&mut look, range);
     }
