@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod command;
 mod generic_pt;
 mod kernel_selftest;
@@ -49,6 +50,9 @@ enum Chore {
     /// ended as that list says: an instance that is not listed has to pass, one that is listed must not.
     KernelSelftest(kernel_selftest::Arguments),
 
+    /// Run benchmarks whose results are judged: against other programs, and against goals
+    Bench(bench::Arguments),
+
     /// Compare our page tables with the kernel's own code
     ///
     /// Builds Linux' drivers/iommu/generic_pt as an ordinary program (peers/generic_pt), runs random sequences of
@@ -63,6 +67,7 @@ fn main() -> anyhow::Result<()> {
         Chore::UapiCheck(arguments) => uapi_check::run(&arguments),
         Chore::Msrv => msrv::run(),
         Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
+        Chore::Bench(arguments) => bench::run(&arguments),
         Chore::GenericPt(arguments) => generic_pt::run(&arguments),
     }
 }

@@ -48,16 +48,16 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         result.map_err(|error| map_error(error, range))
     }
 
-    fn cut(&self, range: IovaRange) -> Result<(), TableError> {
-        let ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
-        for at in ends {
-            // Walkers in software remember no leaves, so nobody has to be told.
-            self.radix.cut(at, &mut Gather::new()).map_err(|error| match error {
-                CutError::OutOfTables(_) => TableError::OutOfTables,
-                _ => TableError::CannotCut { at },
-            })?;
-        }
-        Ok(())
+    fn reaches_over(&self, at: u64) -> bool {
+        self.radix.walk(at).is_ok_and(|leaf| leaf.iova != at)
+    }
+
+    fn cut(&self, at: u64) -> Result<(), TableError> {
+        // Walkers in software remember no leaves, so nobody has to be told.
+        self.radix.cut(at, &mut Gather::new()).map_err(|error| match error {
+            CutError::OutOfTables(_) => TableError::OutOfTables,
+            _ => TableError::CannotCut { at },
+        })
     }
 
     fn unmap(&self, range: IovaRange) {

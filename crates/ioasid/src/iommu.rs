@@ -107,8 +107,8 @@ pub enum TableError {
 
 /// A table that follows the native one, for devices that cannot walk that.
 ///
-/// The engine calls from many threads. For any one address it makes no two calls at the same time, except for
-/// [`cut`](Self::cut), which changes no translation. Every call may sleep, but none may use the space, or drop
+/// The engine calls from many threads. For any one address it makes no two calls at the same time, except that
+/// [`cut`](Self::cut) is called by whoever has the page on either side of the boundary. Every call may sleep, but none may use the space, or drop
 /// memory or tables of it: it would wait for itself.
 pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Maps a range that nothing is mapped in. All or nothing.
@@ -119,9 +119,14 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// table is thrown away.
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError>;
 
-    /// Makes both ends of the range boundaries between leaves, so that unmapping it will need no memory and
-    /// cannot fail. All or nothing; changes no translation.
-    fn cut(&self, range: IovaRange) -> Result<(), TableError>;
+    /// Whether a leaf would have to be cut to make `at` a boundary. A table that does not know says yes.
+    fn reaches_over(&self, _at: u64) -> bool {
+        true
+    }
+
+    /// Makes `at` a boundary between leaves, so that unmapping from there or up to there will need no memory and
+    /// cannot fail. Changes no translation.
+    fn cut(&self, at: u64) -> Result<(), TableError>;
 
     /// Unmaps exactly the range, whose ends were cut before. Parts may not be mapped.
     fn unmap(&self, range: IovaRange);

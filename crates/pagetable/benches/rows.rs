@@ -10,8 +10,9 @@
 //! operation does stands at [`Subject::measure`].
 //!
 //! Every operation is a call of its own that is not inlined into the loop, as it would be from a program that picks
-//! the format at run time. All answers are checked, and a wrong one ends the program. A map begins with an empty
-//! [`Gather`]; an unmap frees, in the measured time, the tables that it retired.
+//! the format at run time. All answers are checked, and a wrong one ends the program. Maps share a [`Gather`], in
+//! which they must leave nothing; an unmap has one of its own and frees, in the measured time, the tables that it
+//! retired.
 //!
 //! Table pages come from an [`Arena`], unless `--memory heap` asks for [`HeapTables`]: what an allocator costs is another
 //! question. The arena's pages have been touched before, and lie in large pages as far as the system gives them.
@@ -22,8 +23,8 @@
 //! Without `--bench`, as `cargo test --benches` calls it, everything runs once, for the checks alone.
 
 use ioasid_pagetable::{
-    Attributes, ClaimFormat, Format, Gather, HeapTables, IovaRange, Native, Oa, OutOfTables, Radix,
-    TableLayout, TableMemory, VtdSecondStage,
+    AmdV1, Attributes, ClaimFormat, DirtyBitmap, Format, Gather, HeapTables, IovaRange, Native, Oa,
+    OutOfTables, PageSize, Radix, RiscV, TableLayout, TableMemory, VtdSecondStage, X86_64,
 };
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::RefCell;
@@ -32,7 +33,7 @@ use std::hint::{black_box, spin_loop};
 use std::marker::PhantomData;
 use std::process::exit;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::thread;
 use std::time::Instant;
 
@@ -57,8 +58,9 @@ Options:
       --memory KIND  Table pages from `arena` (touched before, no lock) or `heap` (HeapTables) [default: arena]
       --tables       Print table pages in place of times: `#tables,FORMAT,OP,PAGES` (the most in use at once,
                      the root included) and `#allocated,FORMAT,OP,PAGES_PER_CALL`
-      --threads      Compare two threads on one table with two threads on a table each:
-                     `#two_threads,FORMAT,OP,ONE_TABLE,TWO_TABLES,RATIO` (calls per microsecond)
+      --threads      Compare two threads on one table with two threads on a table each, and with one thread alone:
+                     `#two_threads,FORMAT,OP,ONE_TABLE,TWO_TABLES,ALONE,RATIO` (calls per microsecond, and
+                     the median ratio of one table's to two tables')
       --list         Print the names of formats and operations
       --help         Print this
 ";
@@ -157,14 +159,9 @@ fn map_one<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(
     first: u64,
     oa: u64,
     length: u64,
+    gather: &mut Gather<M, AtomicU64>,
 ) -> bool {
-    let mut gather = Gather::new();
-    let mapped = D::map(radix, range(first, length), Oa::new(oa), &mut gather);
-    if !gather.retired.is_empty() {
-        // SAFETY: one thread at a time uses the tables that this function maps in.
-        unsafe { free_retired(gather) };
-    }
-    mapped
+    D::map(radix, range(first, length), Oa::new(oa), gather)
 }
 
 #[inline(never)]
@@ -175,8 +172,10 @@ fn unmap_one<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(
 ) -> bool {
     let mut gather = Gather::new();
     let unmapped = D::unmap(radix, range(first, length), &mut gather);
-    // SAFETY: as in `map_one`.
-    unsafe { free_retired(gather) };
+    if !gather.retired.is_empty() {
+        // SAFETY: one thread at a time uses the tables that this function unmaps in.
+        unsafe { free_retired(gather) };
+    }
     unmapped
 }
 
@@ -195,13 +194,13 @@ fn map_many<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(
     length: u64,
     calls: u64,
 ) -> u64 {
-    let mut failed = 0;
+    let (mut failed, mut gather) = (0, Gather::new());
     for _ in 0..calls {
-        failed += u64::from(!map_one::<F, D, M>(radix, first, oa, length));
+        failed += u64::from(!map_one::<F, D, M>(radix, first, oa, length, &mut gather));
         first += length;
         oa += length;
     }
-    failed
+    failed + gather.retired.len() as u64
 }
 
 #[inline(never)]
@@ -222,23 +221,23 @@ fn unmap_many<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(
 /// The same page mapped and unmapped again and again.
 #[inline(never)]
 fn pair_many<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(radix: &Radix<F, M>, calls: u64) -> u64 {
-    let mut failed = 0;
+    let (mut failed, mut gather) = (0, Gather::new());
     for _ in 0..calls {
-        failed += u64::from(!map_one::<F, D, M>(radix, IOVA, OA, SIZE_4K));
+        failed += u64::from(!map_one::<F, D, M>(radix, IOVA, OA, SIZE_4K, &mut gather));
         failed += u64::from(!unmap_one::<F, D, M>(radix, IOVA, SIZE_4K));
     }
-    failed
+    failed + gather.retired.len() as u64
 }
 
 /// One page in each 2 MiB.
 #[inline(never)]
 fn new_table_many<F: Format, D: Mode<F>, M: TableMemory<AtomicU64>>(radix: &Radix<F, M>, calls: u64) -> u64 {
-    let mut failed = 0;
+    let (mut failed, mut gather) = (0, Gather::new());
     for call in 0..calls {
         let page = OA + call * SIZE_4K;
-        failed += u64::from(!map_one::<F, D, M>(radix, IOVA + call * SIZE_2M, page, SIZE_4K));
+        failed += u64::from(!map_one::<F, D, M>(radix, IOVA + call * SIZE_2M, page, SIZE_4K, &mut gather));
     }
-    failed
+    failed + gather.retired.len() as u64
 }
 
 /// An address in each of `1 << bits` leaves of `1 << shift` bytes comes from the top bits of a linear congruential
@@ -291,6 +290,13 @@ const WORKLOADS: [Workload; 6] = [
     workload("256x2M", SIZE_2M, 256, 16, SIZE_2M, 101),
     workload("1x1G", SIZE_1G, 1, 256, 0, 101),
     workload("1G_as_4K", SIZE_4K, 262_144, 1, SIZE_4K, 11),
+];
+
+/// Rows of reading and clearing dirty pages: whether any are dirty, and whether they go into a bitmap.
+const DIRTY_ROWS: [(&str, bool, bool); 3] = [
+    ("dirty_scan_clean_1G_4K", false, false),
+    ("dirty_rc_all_1G_4K_count", true, false),
+    ("dirty_rc_all_1G_4K_bitmap", true, true),
 ];
 
 /// The look-ups: name, leaf size and number of leaves as logarithms.
@@ -461,10 +467,15 @@ fn subject<F: Format, D: Mode<F>>(name: &'static str, _mode: D, format: Option<F
     }
 }
 
-/// Every format, by the name it has in all programs that print these rows.
+/// Every format, by the name it has in all programs that print these rows. All have 48 bits of IOVA and four levels, but
+/// for `amdv1_3l`, which begins with three, and the native one, which has 64 bits and begins with four levels.
 fn subjects() -> Vec<Box<dyn Subject>> {
     vec![
         subject("vtdss", Exclusive, VtdSecondStage::new(4)),
+        subject("amdv1", Exclusive, AmdV1::new().with_top_levels(4..=4)),
+        subject("x86_64", Exclusive, X86_64::new(4)),
+        subject("riscv64", Exclusive, RiscV::new(4)),
+        subject("amdv1_3l", Exclusive, AmdV1::new().with_top_levels(3..=4)),
         subject("native", Exclusive, Some(Native::new())),
         subject("native_claimed", Claiming, Some(Native::new())),
     ]
@@ -503,6 +514,7 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
         for (op, shift, bits) in LOOK_UP_ROWS {
             self.look_ups::<M>(bench, op, shift, bits);
         }
+        self.dirty_pages::<M>(bench);
     }
 
     /// An empty table, from which the count of table pages starts anew.
@@ -566,6 +578,8 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
         for pass in bench.passes(3, 7) {
             let radix = self.fresh::<M>();
             bench.pass(&mut series, pass, CALLS, || new_table_many::<F, D, M>(&radix, CALLS));
+            // Others make the root with the table, we with the first mapping.
+            series.allocated = series.allocated.saturating_sub(1);
         }
         bench.row(self.name, op, series, CALLS, 1);
     }
@@ -596,30 +610,103 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
         }
     }
 
-    fn compare_threads(&self, bench: &Bench, op: &str, pairs: Pairs) {
-        // Each in a gigabyte of its own, so that the threads share the upper tables and no leaf table.
-        let places = [IOVA, IOVA + 4 * SIZE_1G];
-        let one = self.fresh::<HeapTables>();
-        let two = [self.fresh::<HeapTables>(), self.fresh::<HeapTables>()];
-        let samples = if bench.arguments.once { 1 } else { 40 * bench.arguments.rounds.max(1) };
-        let (mut together, mut apart) = (Vec::new(), Vec::new());
-        // Interleaved, so that whatever else the machine does meets both.
-        for sample in 0..samples + 2 {
-            let pair = [
-                side_by_side::<F, D>([&one, &one], places, pairs),
-                side_by_side::<F, D>([&two[0], &two[1]], places, pairs),
-            ];
-            if sample >= 2 {
-                together.push(pair[0]);
-                apart.push(pair[1]);
-            }
+    /// Dirty pages of 1 GiB read and cleared: none are, all are and are counted, all are and go into a bitmap.
+    fn dirty_pages<M: TableMemory<AtomicU64> + Default>(&self, bench: &mut Bench) {
+        const PAGES: u64 = SIZE_1G / SIZE_4K;
+        if self.format.dirty_bit() == 0 || !DIRTY_ROWS.iter().any(|(op, ..)| bench.wants(op)) {
+            return;
         }
-        let (together, apart) = (median(&mut together), median(&mut apart));
-        println!("#two_threads,{},{op},{together:.2},{apart:.2},{:.3}", self.name, together / apart);
+        let radix = self.filled::<M>(SIZE_1G, SIZE_4K);
+        let all = range(IOVA, SIZE_1G);
+        radix.read_and_clear_dirty(all, |_| {});
+        let mut words = vec![0; (PAGES / 64) as usize];
+        for (op, dirty, into_bitmap) in DIRTY_ROWS {
+            if !bench.wants(op) {
+                continue;
+            }
+            let mut series = Series::default();
+            for pass in bench.passes(2, 5) {
+                for page in 0..if dirty { PAGES } else { 0 } {
+                    let _ = radix.mark(IOVA + page * SIZE_4K, Attributes::USED);
+                }
+                words.fill(0);
+                let mut count = 0;
+                bench.pass(&mut series, pass, 1, || {
+                    let mut bitmap = DirtyBitmap::new(&mut words, IOVA, PageSize::SIZE_4K);
+                    if into_bitmap {
+                        radix.read_and_clear_dirty(all, |dirty| bitmap.set(dirty));
+                    } else {
+                        radix.read_and_clear_dirty(all, |dirty| {
+                            count += dirty.length().unwrap_or(0) / SIZE_4K
+                        });
+                    }
+                    0
+                });
+                let marked = words.iter().map(|word: &u64| u64::from(word.count_ones())).sum::<u64>() + count;
+                if marked != if dirty { PAGES } else { 0 } {
+                    fail(format_args!("{},{op}: {marked} pages were dirty", self.name));
+                }
+            }
+            bench.row(self.name, op, series, 1, PAGES);
+        }
+    }
+
+    fn compare_threads(&self, bench: &Bench, op: &str, pairs: Pairs) {
+        // Which lines of the caches the tables share is a matter of luck, so there are many sets of tables, and all the
+        // earlier ones stay where they are.
+        let (sets, samples) = if bench.arguments.once { (1, 1) } else { (8 * bench.arguments.rounds, 10) };
+        let (mut rates, mut ratios) = ([const { Vec::new() }; 3], Vec::new());
+        let mut earlier = Vec::new();
+        for set in 0..sets {
+            let mut tables = [(); 3].map(|()| self.fresh::<HeapTables>());
+            // Or else each set would be laid out like the one before.
+            for place in 0..set as u64 % 8 {
+                map_one::<F, D, _>(
+                    &tables[0],
+                    IOVA + 64 * SIZE_1G + place * SIZE_2M,
+                    OA,
+                    SIZE_4K,
+                    &mut Gather::new(),
+                );
+            }
+            if set % 2 == 1 {
+                tables.reverse();
+            }
+            for sample in 0..samples + 1 {
+                let sampled = sample_threads::<F, D>(&tables, sample % 2 == 0, pairs);
+                // The first one makes the tables.
+                if sample > 0 {
+                    rates.iter_mut().zip(sampled).for_each(|(rates, rate)| rates.push(rate));
+                    ratios.push(sampled[0] / sampled[1]);
+                }
+            }
+            earlier.push(tables);
+        }
+        let ([together, apart, alone], ratio) =
+            (rates.map(|mut rates| median(&mut rates)), median(&mut ratios));
+        println!("#two_threads,{},{op},{together:.2},{apart:.2},{alone:.2},{ratio:.3}", self.name);
     }
 }
 
-/// What each of two threads does: as often as `repetitions` say, `calls` ascending mappings and then unmappings of
+/// The rates of two threads on the first table, of two on the others, and of one by itself. One after the other, and in
+/// either order, so that whatever else the machine does meets all of them.
+fn sample_threads<F: Format, D: Mode<F>>(tables: &[Radix<F>; 3], in_order: bool, pairs: Pairs) -> [f64; 3] {
+    // Each in a gigabyte of its own, so that the threads share the upper tables and no leaf table.
+    let places = [IOVA, IOVA + 4 * SIZE_1G];
+    let [one, other, another] = tables;
+    let together = || in_threads::<F, D>(&[(one, places[0]), (one, places[1])], pairs);
+    let apart = || in_threads::<F, D>(&[(other, places[0]), (another, places[1])], pairs);
+    let (together, apart) = if in_order {
+        let together = together();
+        (together, apart())
+    } else {
+        let apart = apart();
+        (together(), apart)
+    };
+    [together, apart, in_threads::<F, D>(&[(one, places[0])], pairs)]
+}
+
+/// What each thread does: as often as `repetitions` say, `calls` ascending mappings and then unmappings of
 /// `length` bytes each.
 #[derive(Clone, Copy)]
 struct Pairs {
@@ -628,37 +715,38 @@ struct Pairs {
     repetitions: u64,
 }
 
-/// Runs the pairs in two threads at once; calls (a map or an unmap) per microsecond of both together.
-fn side_by_side<F: Format, D: Mode<F>>(tables: [&Radix<F>; 2], places: [u64; 2], pairs: Pairs) -> f64 {
-    let ready = AtomicU64::new(0);
-    let nanoseconds = thread::scope(|scope| {
-        let threads = [0, 1].map(|number| {
-            let (radix, place, ready) = (tables[number], places[number], &ready);
+/// Runs the pairs in a thread for each table, in which it has the place to itself; calls (a map or an unmap) per
+/// microsecond of all threads together.
+fn in_threads<F: Format, D: Mode<F>>(tables: &[(&Radix<F>, u64)], pairs: Pairs) -> f64 {
+    let ready = AtomicUsize::new(0);
+    let nanoseconds: Vec<_> = thread::scope(|scope| {
+        let begin = |&(radix, place): &(_, u64)| {
+            let ready = &ready;
             scope.spawn(move || {
                 let mut retired = Gather::new();
                 ready.fetch_add(1, SeqCst);
-                while ready.load(SeqCst) < 2 {
+                while ready.load(SeqCst) < tables.len() {
                     spin_loop();
                 }
                 let start = Instant::now();
                 let failed = pairs.run::<F, D>(radix, place, &mut retired);
                 (start.elapsed().as_nanos() as f64, failed, retired)
             })
-        });
-        threads.map(|thread| match thread.join() {
+        };
+        let threads: Vec<_> = tables.iter().map(begin).collect();
+        let end = |thread: thread::ScopedJoinHandle<'_, _>| match thread.join() {
             Ok((nanoseconds, 0, retired)) => (nanoseconds, retired),
-            _ => fail("a call of two threads gave a wrong answer"),
-        })
+            _ => fail("a call of one of the threads gave a wrong answer"),
+        };
+        threads.into_iter().map(end).collect()
     });
     let calls = (2 * pairs.calls * pairs.repetitions) as f64;
-    nanoseconds
-        .into_iter()
-        .map(|(nanoseconds, retired)| {
-            // SAFETY: both threads have ended.
-            unsafe { free_retired(retired) };
-            calls * 1000.0 / nanoseconds
-        })
-        .sum()
+    let rates = nanoseconds.into_iter().map(|(nanoseconds, retired)| {
+        // SAFETY: all threads have ended.
+        unsafe { free_retired(retired) };
+        calls * 1000.0 / nanoseconds
+    });
+    rates.sum()
 }
 
 impl Pairs {
@@ -697,6 +785,9 @@ static MOST: AtomicU64 = AtomicU64::new(0);
 /// Table pages that were touched when the program began. A thread has its own stack of free ones and takes no lock, as
 /// an allocator with a cache for each processor would have it.
 ///
+/// A page that does not come back empty is cleared for its next user, not for its last one as in `HeapTables`: whole
+/// tables are dropped outside the measured time, and clearing is a part of what a fresh table costs.
+///
 /// Live counts stand as in [`HeapTables`]: 64 pages are aligned to their size, and the first holds the counts of
 /// the others.
 #[derive(Clone, Copy, Debug, Default)]
@@ -711,7 +802,8 @@ const PAGE: usize = 4096;
 const SLAB: usize = 64 * PAGE;
 
 thread_local! {
-    static FREE: RefCell<Vec<NonNull<AtomicU64>>> = const { RefCell::new(Vec::new()) };
+    /// Free pages, and whether they are clear.
+    static FREE: RefCell<Vec<(NonNull<AtomicU64>, bool)>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Arena {
@@ -726,29 +818,31 @@ impl Arena {
         let _ = unsafe {
             rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)
         };
-        // SAFETY: all of it was allocated just now. Something else before the zeroes, lest the compiler leaves them out.
-        unsafe {
-            memory.write_bytes(0xff, ARENA.size());
-            black_box(memory).write_bytes(0, ARENA.size());
-        }
+        // SAFETY: all of it was allocated just now. Not zeroes, lest the compiler leaves them out.
+        unsafe { memory.write_bytes(0xff, ARENA.size()) };
         let pages = (0..ARENA.size() / PAGE).rev().filter(|page| page % 64 != 0);
         // SAFETY: below the arena's size.
-        let pages = pages.map(|page| unsafe { memory.add(page * PAGE).cast() });
+        let pages = pages.map(|page| unsafe { (memory.add(page * PAGE).cast(), false) });
         FREE.with_borrow_mut(|free| free.extend(pages));
     }
 }
 
-// SAFETY: a page is on one thread's stack, and clear, or in use; its count is zeroed when it is handed out. The count
-// of page n of a slab is in cache line n of the slab, whose first page is never handed out. Addresses are exposed pointers,
-// which are below 2^56 in programs on 64-bit machines.
+// SAFETY: a page is on one thread's stack or in use; unless it is known to be clear it is zeroed when it is handed out,
+// and so is its count. The count of page n of a slab is in cache line n of the slab, whose first page is never handed
+// out. Addresses are exposed pointers, which are below 2^56 in programs on 64-bit machines.
 unsafe impl TableMemory<AtomicU64> for Arena {
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
         if layout.entries * 8 > PAGE || layout.alignment > PAGE {
             return Err(OutOfTables);
         }
-        let table = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
+        let (table, clear) = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
         // SAFETY: the page is ours alone until it is returned, and so is its count.
-        unsafe { self.live(table, layout).store(0, Relaxed) };
+        unsafe {
+            if !clear {
+                table.cast::<u8>().write_bytes(0, PAGE);
+            }
+            self.state(table, layout).store(0, Relaxed);
+        }
         if COUNTING.load(Relaxed) {
             ALLOCATED.fetch_add(1, Relaxed);
             MOST.fetch_max(IN_USE.fetch_add(1, Relaxed) + 1, Relaxed);
@@ -757,28 +851,37 @@ unsafe impl TableMemory<AtomicU64> for Arena {
     }
 
     unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
-        if !empty {
-            // SAFETY: the page is nobody else's any more.
-            unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
-        }
         if COUNTING.load(Relaxed) {
             IN_USE.fetch_sub(1, Relaxed);
         }
-        FREE.with_borrow_mut(|free| free.push(table));
+        FREE.with_borrow_mut(|free| free.push((table, empty)));
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
+    #[inline(always)]
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
         let offset = table.as_ptr().addr() & (SLAB - 1);
         // SAFETY: `offset` is how far the page stands in its slab, and the count's place is in the slab's first page.
         unsafe { table.cast::<u8>().sub(offset).add(offset / PAGE * 64).cast::<AtomicU64>().as_ref() }
     }
 
+    #[inline(always)]
+    fn light_fence(&self) {
+        ioasid_pagetable::fence::light();
+    }
+
+    fn heavy_fence(&self) {
+        ioasid_pagetable::fence::heavy();
+    }
+
+    #[inline(always)]
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         table.as_ptr().expose_provenance() as u64
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).unwrap_or(NonNull::dangling())
+    #[inline(always)]
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        // SAFETY: the address of a table is not null.
+        unsafe { NonNull::new_unchecked(std::ptr::with_exposed_provenance_mut(address as usize)) }
     }
 }
 

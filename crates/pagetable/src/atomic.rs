@@ -6,6 +6,11 @@
 //!
 //! Only the orders that the protocol needs are offered. A load acquires and a store releases, because an entry is
 //! how a table page and its contents are published; everything that must not lose a race is a compare-exchange.
+//!
+//! One question needs more: *I have written here; has somebody written there?*, asked by two threads at once of each
+//! other's words. At least one of them must get to know. After an exchange that is
+//! [`load_after_exchange`](AtomicEntry::load_after_exchange), which costs nothing more; after a plain store a fence is
+//! needed (see [`TableMemory`](crate::TableMemory) for cheaper ones).
 
 /// A 64-bit atomic word.
 pub trait AtomicEntry: Send + Sync + Sized + 'static {
@@ -13,6 +18,11 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
     fn new(value: u64) -> Self;
     /// Reads, acquiring what was published with the value.
     fn load(&self) -> u64;
+    /// Reads, behind every exchange that this thread has made, in one order with the exchanges and such reads of all
+    /// threads.
+    fn load_after_exchange(&self) -> u64;
+    /// Orders all that this thread did before it against all that it does afterwards.
+    fn fence();
     /// Writes, publishing all that was written before.
     fn store(&self, value: u64);
     /// Replaces `current` by `new`; otherwise tells what stands there.
@@ -25,8 +35,10 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
     fn fetch_sub(&self, value: u64) -> u64;
 }
 
+use core::sync::atomic::Ordering;
+
 macro_rules! atomic_entry {
-    ($atomic:ty, $ordering:path) => {
+    ($atomic:ty, $fence:path, { $($after:tt)* }) => {
         impl AtomicEntry for $atomic {
             #[inline(always)]
             fn new(value: u64) -> Self {
@@ -34,39 +46,45 @@ macro_rules! atomic_entry {
             }
             #[inline(always)]
             fn load(&self) -> u64 {
-                use $ordering as Ordering;
                 <$atomic>::load(self, Ordering::Acquire)
             }
             #[inline(always)]
+            fn load_after_exchange(&self) -> u64 {
+                $($after)*
+                <$atomic>::load(self, Ordering::SeqCst)
+            }
+            #[inline(always)]
+            fn fence() {
+                $fence(Ordering::SeqCst);
+            }
+            #[inline(always)]
             fn store(&self, value: u64) {
-                use $ordering as Ordering;
                 <$atomic>::store(self, value, Ordering::Release);
             }
             #[inline(always)]
             fn compare_exchange(&self, current: u64, new: u64) -> Result<(), u64> {
-                use $ordering as Ordering;
-                <$atomic>::compare_exchange(self, current, new, Ordering::AcqRel, Ordering::Acquire)
+                <$atomic>::compare_exchange(self, current, new, Ordering::SeqCst, Ordering::Acquire)
                     .map(|_| ())
             }
             #[inline(always)]
             fn swap(&self, value: u64) -> u64 {
-                use $ordering as Ordering;
                 <$atomic>::swap(self, value, Ordering::AcqRel)
             }
             #[inline(always)]
             fn fetch_add(&self, value: u64) -> u64 {
-                use $ordering as Ordering;
-                <$atomic>::fetch_add(self, value, Ordering::AcqRel)
+                <$atomic>::fetch_add(self, value, Ordering::SeqCst)
             }
             #[inline(always)]
             fn fetch_sub(&self, value: u64) -> u64 {
-                use $ordering as Ordering;
-                <$atomic>::fetch_sub(self, value, Ordering::AcqRel)
+                <$atomic>::fetch_sub(self, value, Ordering::SeqCst)
             }
         }
     };
 }
 
-atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::Ordering);
+atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, {});
+// loom takes sequentially consistent accesses for weaker ones, but knows the fence.
 #[cfg(loom)]
-atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::Ordering);
+atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence, {
+    loom::sync::atomic::fence(Ordering::SeqCst);
+});

@@ -224,7 +224,7 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
         }
     }
 
-    /// Output addresses are below 2^this.
+    /// Output addresses are below 2^this, which is below 2^64.
     fn output_bits(&self) -> u32;
 
     /// Whether a leaf can say the memory type of these attributes. What else it cannot say is left out: a format

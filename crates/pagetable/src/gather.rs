@@ -54,8 +54,11 @@ impl Runs {
     }
 
     /// All bytes together; saturates at 2^64 - 1.
+    #[inline]
     pub fn bytes(&self) -> u64 {
-        self.iter().fold(0, |sum, run| run.length().map_or(u64::MAX, |length| length.saturating_add(sum)))
+        let length = |run: IovaRange| run.length().unwrap_or(u64::MAX);
+        let last = self.last.map_or(0, length);
+        self.earlier.iter().fold(last, |sum, &run| length(run).saturating_add(sum))
     }
 }
 

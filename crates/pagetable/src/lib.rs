@@ -3,17 +3,6 @@
 //! A program that emulates an IOMMU, programs a real one, or simply needs to find the memory behind an I/O
 //! virtual address has a page table. This crate is that table.
 //!
-//! - A [`Format`] is a module of facts: [`Native`] is ours, for tables that software walks; [`VtdSecondStage`] is
-//!   Intel's.
-//! - A [`Radix`] is a table of one format in memory. Any range can be mapped with the largest leaves that fit,
-//!   and any granule-aligned piece unmapped again: a leaf that reaches over the edge is *cut* into smaller ones
-//!   while walkers run.
-//! - Nothing takes a lock. Walkers always run; operations on disjoint ranges run side by side, each in one of two
-//!   modes. *Claiming* operations ([`Radix::claim`] and what follows) arbitrate between each other, entry by entry,
-//!   with a busy bit of the native format. *Exclusive* ones ([`Radix::map`], [`Radix::unmap`]) rely on the caller
-//!   to have arbitrated already, and write leaves with plain stores.
-//! - What an operation takes away is written into a [`Gather`]: the caller invalidates, waits, and then frees.
-//!
 //! ```
 //! use ioasid_pagetable::{Attributes, Gather, IovaRange, Native, Oa, PageSize, Radix};
 //!
@@ -29,9 +18,56 @@
 //! assert!(table.walk(0x4020_0000).is_err());
 //! assert_eq!(table.walk(0x401f_ffff)?.output(0x401f_ffff), Oa::new(0x1_401f_ffff));
 //! assert_eq!(table.walk(0x4040_0000)?.size, PageSize::SIZE_2M);
+//!
+//! // Plug them in again, and make it one leaf again.
+//! table.map(block, Oa::new(0x1_4020_0000), Attributes::READ | Attributes::WRITE, &mut gather)?;
+//! table.merge(gigabyte, &mut gather)?;
+//! assert_eq!(table.walk(0x4020_0000)?.size, PageSize::SIZE_1G);
 //! // Here the caller invalidates its IOTLBs, waits for its walkers, and frees `gather.retired`.
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # Formats
+//!
+//! A [`Format`] is a module of facts: how entries look, which leaves each level may hold, what may change live.
+//!
+//! | format | levels | leaves | addresses |
+//! |---|---|---|---|
+//! | [`Native`]: ours, for tables that software walks | 4 to 6, grows | granule of 2 to 64 KiB, times 512, ... | 64 bits |
+//! | [`VtdSecondStage`] | 3, 4, 5 | 4K, 2M, 1G | 39, 48, 57 bits |
+//! | [`X86_64`]: VT-d first stage, AMD v2, processors | 4, 5 | 4K, 2M, 1G | 48, 57 bits, sign-extended |
+//! | [`AmdV1`]: AMD host tables | 1 to 6, grows | every power of two but 512G | 64 bits |
+//! | [`RiscV`]: Sv39, Sv48, Sv57 with Svnapot and Svpbmt | 3, 4, 5 | 4K, 64K, 2M, 1G, ... | 39, 48, 57 bits, sign-extended |
+//!
+//! # Operations
+//!
+//! A [`Radix`] is a table of one format in memory.
+//! [`map`](Radix::map) uses the largest leaves that fit, [`unmap`](Radix::unmap) takes away exactly what it was asked to: a leaf
+//! that reaches over the edge is [cut](Radix::cut) into smaller ones while walkers run. What was cut can be
+//! [merged](Radix::merge). [`protect`](Radix::protect) changes permissions in place.
+//! [`read_and_clear_dirty`](Radix::read_and_clear_dirty) tells what was written.
+//! [`walk`](Radix::walk) translates, [`cursor`](Radix::cursor) shows leaves and holes.
+//!
+//! Every operation happens as a whole or not at all. Where a format does not allow a change while walkers run, the error says
+//! so (*needs break*), and nothing was changed. What an operation takes away is written into a [`Gather`]: the caller
+//! invalidates, waits, and only then frees the tables in it.
+//!
+//! # Threads
+//!
+//! Nothing takes a lock. Walkers always run; operations on disjoint ranges run side by side, each table in one of two
+//! modes.
+//!
+//! - *Exclusive* operations ([`Radix::map`], [`Radix::unmap`] and all others but those named below) rely on the caller
+//!   to have arbitrated: nobody else works in the same range. They write leaves with plain stores.
+//! - *Claiming* operations ([`Radix::claim`], [`publish`](Radix::publish), [`retract`](Radix::retract),
+//!   [`release`](Radix::release), [`hold`](Radix::hold), [`let_go`](Radix::let_go), [`cut_claimed`](Radix::cut_claimed),
+//!   [`merge_claimed`](Radix::merge_claimed)) arbitrate between each other, entry by entry, with a busy bit of the
+//!   [native format](ClaimFormat).
+//!
+//! # Without the standard library
+//!
+//! The feature `std`, on by default, adds [`HeapTables`], table pages from the heap. Without it the crate needs `alloc` and
+//! whatever [`TableMemory`] the program has.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 #![deny(unsafe_code)]
@@ -40,6 +76,10 @@ extern crate alloc;
 
 mod address;
 mod atomic;
+mod dirty_bitmap;
+#[cfg(feature = "std")]
+#[allow(unsafe_code, reason = "one system call")]
+pub mod fence;
 mod format;
 #[allow(unsafe_code, reason = "a retired table is freed when its caller vouches for it")]
 mod gather;
@@ -50,6 +90,7 @@ mod radix;
 
 pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
+pub use dirty_bitmap::DirtyBitmap;
 pub use format::{
     AmdV1, Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, RiscV,
     TableLayout, VtdSecondStage, X86_64,
@@ -59,5 +100,6 @@ pub use gather::{Gather, RetiredTable, Runs};
 pub use memory::HeapTables;
 pub use memory::{OutOfTables, TableMemory};
 pub use radix::{
-    CachedWalk, ClaimError, CutError, Leaf, MapError, Radix, RetractError, UnmapError, WalkFault,
+    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RetractError, Span,
+    UnmapError, WalkFault,
 };

@@ -1,8 +1,8 @@
 //! Where table pages come from.
 //!
 //! A walker wants three things of a table page: its entries, the address that goes into the entry above it, and a
-//! live count that stands *beside* the page. Hardware leaves no room in the page itself, and a count kept with
-//! the parent would be a word that operations below different parents' entries share.
+//! word that stands *beside* the page and says what is to become of it. Hardware leaves no room in the page itself,
+//! and a word kept with the parent would be shared by operations below different entries of it.
 //!
 //! The allocator is told entries and alignment for each level, because a format may have a root of several pages
 //! (concatenated second stages) or tables smaller than a page.
@@ -21,9 +21,11 @@ pub struct OutOfTables;
 /// # Safety
 ///
 /// - [`allocate`](Self::allocate) returns `layout.entries` entries of value 0 at `layout.alignment`, used by
-///   nobody else and valid until [`free`](Self::free); the live count belonging to them is 0.
+///   nobody else and valid until [`free`](Self::free); the state belonging to them is 0.
 /// - [`address`](Self::address) is below 2^56, a multiple of 64, and [`pointer`](Self::pointer) is its inverse.
-/// - [`live`](Self::live) always gives the same word for the same table, and different words for different ones.
+/// - [`state`](Self::state) always gives the same word for the same table, and different words for different ones.
+/// - If one thread stores and then calls [`light_fence`](Self::light_fence), and another stores and then calls
+///   [`heavy_fence`](Self::heavy_fence), at least one of them loads what the other has stored.
 /// - Clones stand for the same allocator.
 pub unsafe trait TableMemory<A: AtomicEntry>: Clone + Send + Sync + 'static {
     /// A fresh table of absent entries.
@@ -33,22 +35,37 @@ pub unsafe trait TableMemory<A: AtomicEntry>: Clone + Send + Sync + 'static {
     ///
     /// # Safety
     ///
-    /// `table` came from `allocate` with this `layout`, and nobody uses it or its live count any more. If `empty`, all
+    /// `table` came from `allocate` with this `layout`, and nobody uses it or its state any more. If `empty`, all
     /// entries are 0.
     unsafe fn free(&self, table: NonNull<A>, layout: TableLayout, empty: bool);
 
-    /// The word beside the table in which the walker counts its entries.
+    /// The word beside the table that says whether it stays.
     ///
     /// # Safety
     ///
     /// `table` came from `allocate` with this `layout` and is not freed before the last use of the reference.
-    unsafe fn live<'a>(&self, table: NonNull<A>, layout: TableLayout) -> &'a A;
+    unsafe fn state<'a>(&self, table: NonNull<A>, layout: TableLayout) -> &'a A;
+
+    /// The frequent half of an asymmetric fence: called in exclusive mode after entries were filled.
+    #[inline(always)]
+    fn light_fence(&self) {
+        A::fence();
+    }
+
+    /// The rare half: called in exclusive mode before a table is retired that others may be filling.
+    fn heavy_fence(&self) {
+        A::fence();
+    }
 
     /// What the entry that leads to the table holds.
     fn address(&self, table: NonNull<A>) -> u64;
 
-    /// The table at an address that [`address`](Self::address) gave.
-    fn pointer(&self, address: u64) -> NonNull<A>;
+    /// The table at an address.
+    ///
+    /// # Safety
+    ///
+    /// [`address`](Self::address) gave it.
+    unsafe fn pointer(&self, address: u64) -> NonNull<A>;
 }
 
 #[cfg(feature = "std")]
@@ -58,10 +75,11 @@ pub use heap::HeapTables;
 mod heap {
     //! Table pages from the program's heap, in slabs.
     //!
-    //! A 4 KiB table on its own would need a second, mostly empty page for its live count. So 64 pages are taken
-    //! together, aligned to their size: the first holds the counts of the other 63, found by masking the address.
-    //! Each count has a cache line to itself, or threads at work on neighbouring tables would share one. A table costs
-    //! 4 KiB and 1/63, and a slab whose pages are all free goes back to the heap.
+    //! A 4 KiB table on its own would need a second, mostly empty page for its state. So 64 pages are taken
+    //! together, aligned to their size: the first holds the states of the other 63, found by masking the address.
+    //! Each has a cache line to itself, or threads at work on neighbouring tables would share one. A table costs
+    //! 4 KiB and 1/63. A slab whose pages are all free goes back to the heap, unless there is little to spare: memory
+    //! that comes back from the system has to be cleared and faulted in, which costs several times a table's use.
     //!
     //! Free pages are clear. Most tables come back empty, since being empty is why they were retired, so whoever
     //! needs a table seldom waits for 4 KiB to be cleared, and never between a map call and its return.
@@ -81,10 +99,12 @@ mod heap {
     };
     /// Every page but the header's.
     const ALL_FREE: u64 = !1;
+    /// So many pages may be to spare, and half as many again as are in use.
+    const SPARE: usize = 16 * (PAGES - 1);
 
-    /// A live count on a cache line of its own.
+    /// A state on a cache line of its own.
     #[repr(C, align(64))]
-    struct Count(AtomicU64);
+    struct State(AtomicU64);
 
     /// Table pages from the program's heap; the entry's address is the page's virtual address.
     ///
@@ -101,15 +121,15 @@ mod heap {
         }
     }
 
-    /// The first page of a slab. `live` is shared with the walkers; the rest is only touched under the pool's lock.
+    /// The first page of a slab. The states are shared with the walkers; the rest is only touched under the pool's lock.
     #[repr(C)]
     struct Header {
         books: Books,
-        /// The counts of the pages from number 1 on.
-        live: [Count; PAGES - 1],
+        /// Of the pages from number 1 on.
+        states: [State; PAGES - 1],
     }
 
-    /// The part of the header that the lock guards, so that no exclusive reference ever covers the live counts.
+    /// The part of the header that the lock guards, so that no exclusive reference ever covers the states.
     #[repr(C, align(64))]
     struct Books {
         /// Bit n: page n is free.
@@ -123,7 +143,8 @@ mod heap {
     /// Slabs that have free pages.
     struct Pool {
         slabs: Vec<NonNull<Header>>,
-        /// How many pages are handed out, and how many may be.
+        /// How many pages there are in all slabs, how many are handed out, and how many may be.
+        pages: usize,
         in_use: usize,
         limit: usize,
     }
@@ -131,7 +152,7 @@ mod heap {
     // SAFETY: the pointers name heap memory that is reached only under the pool's lock.
     unsafe impl Send for Pool {}
 
-    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new(), in_use: 0, limit: usize::MAX });
+    static POOL: Mutex<Pool> = Mutex::new(Pool { slabs: Vec::new(), pages: 0, in_use: 0, limit: usize::MAX });
 
     fn pool() -> MutexGuard<'static, Pool> {
         // The lists are consistent between any two statements that can panic: there are none.
@@ -142,7 +163,7 @@ mod heap {
         layout.entries * 8 == PAGE && layout.alignment == PAGE
     }
 
-    /// A table of another shape stands alone, with its count in front of it, `alignment` bytes before.
+    /// A table of another shape stands alone, with its state in front of it, `alignment` bytes before.
     fn single(layout: TableLayout) -> Result<Layout, OutOfTables> {
         let size = layout
             .entries
@@ -168,6 +189,7 @@ mod heap {
                         (*slab.as_ptr()).books = Books { free: ALL_FREE, position: 0 };
                     }
                     self.slabs.push(slab);
+                    self.pages += PAGES - 1;
                     slab
                 }
             };
@@ -193,7 +215,8 @@ mod heap {
                 self.slabs.push(slab);
             }
             books.free |= 1 << page;
-            if books.free == ALL_FREE && self.slabs.len() > 1 {
+            if books.free == ALL_FREE && self.pages - self.in_use > SPARE + self.in_use / 2 {
+                self.pages -= PAGES - 1;
                 let position = books.position;
                 self.slabs.swap_remove(position);
                 if let Some(moved) = self.slabs.get(position) {
@@ -226,8 +249,8 @@ mod heap {
         (unsafe { table.cast::<u8>().sub(offset).cast() }, offset / PAGE)
     }
 
-    // SAFETY: pages are zeroed when handed out and owned by one table at a time; the count of page n is word n of
-    // its slab's header (for a single table, the word in front of it); addresses are exposed pointers, which on
+    // SAFETY: pages are zeroed when handed out and owned by one table at a time; the state of page n is in cache
+    // line n of its slab's header (for a single table, the word in front of it); `fence` is such a pair of fences; addresses are exposed pointers, which on
     // the supported 64-bit machines are below 2^56.
     unsafe impl TableMemory<AtomicU64> for HeapTables {
         fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
@@ -240,8 +263,8 @@ mod heap {
                 // SAFETY: the allocation is `alignment` bytes larger than the table.
                 return Ok(unsafe { memory.add(layout.alignment).cast() });
             };
-            // SAFETY: the page is ours alone until it is returned; its count belongs to it.
-            unsafe { self.live(table, layout).store(0, core::sync::atomic::Ordering::Relaxed) };
+            // SAFETY: the page is ours alone until it is returned; its state belongs to it.
+            unsafe { self.state(table, layout).store(0, core::sync::atomic::Ordering::Relaxed) };
             Ok(table)
         }
 
@@ -260,26 +283,38 @@ mod heap {
             }
         }
 
-        unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+        #[inline(always)]
+        unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
             if is_page(layout) {
                 let (slab, page) = locate(table);
                 // SAFETY: `page` is below PAGES and not 0, and the header lives as long as the table does. Number n has
                 // the n-th cache line of the header.
-                unsafe { slab.cast::<Count>().add(page).cast::<AtomicU64>().as_ref() }
+                unsafe { slab.cast::<State>().add(page).cast::<AtomicU64>().as_ref() }
             } else {
                 // SAFETY: the word lies in the same allocation, in front of the table.
                 unsafe { table.sub(8).as_ref() }
             }
         }
 
+        #[inline(always)]
+        fn light_fence(&self) {
+            crate::fence::light();
+        }
+
+        fn heavy_fence(&self) {
+            crate::fence::heavy();
+        }
+
+        #[inline(always)]
         fn address(&self, table: NonNull<AtomicU64>) -> u64 {
             table.as_ptr().expose_provenance() as u64
         }
 
-        fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        #[inline(always)]
+        unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
             let pointer = core::ptr::with_exposed_provenance_mut(address as usize);
-            // An address that `address` gave is never null; a dangling pointer would be the caller's broken promise.
-            NonNull::new(pointer).unwrap_or(NonNull::dangling())
+            // SAFETY: the address of a table is not null.
+            unsafe { NonNull::new_unchecked(pointer) }
         }
     }
 
@@ -290,23 +325,23 @@ mod heap {
         const LAYOUT: TableLayout = TableLayout { entries: 512, alignment: 4096 };
 
         #[test]
-        fn pages_are_fresh_distinct_and_have_their_own_counts() {
+        fn pages_are_fresh_distinct_and_have_their_own_states() {
             use core::sync::atomic::Ordering::Relaxed;
             let memory = HeapTables;
             let tables: Vec<_> = (0..200).map(|_| memory.allocate(LAYOUT).unwrap()).collect();
             for (number, &table) in tables.iter().enumerate() {
-                assert_eq!(memory.pointer(memory.address(table)), table);
                 // SAFETY: allocated above, freed below.
                 unsafe {
+                    assert_eq!(memory.pointer(memory.address(table)), table);
                     assert_eq!(table.as_ref().swap(number as u64, Relaxed), 0);
-                    assert_eq!(memory.live(table, LAYOUT).swap(number as u64, Relaxed), 0);
+                    assert_eq!(memory.state(table, LAYOUT).swap(number as u64, Relaxed), 0);
                 }
             }
             for (number, &table) in tables.iter().enumerate() {
                 // SAFETY: as above.
                 unsafe {
                     assert_eq!(table.as_ref().load(Relaxed), number as u64);
-                    assert_eq!(memory.live(table, LAYOUT).load(Relaxed), number as u64);
+                    assert_eq!(memory.state(table, LAYOUT).load(Relaxed), number as u64);
                 }
             }
             for table in tables {
@@ -323,7 +358,7 @@ mod heap {
             assert_eq!(memory.address(table) % 16384, 0);
             // SAFETY: allocated above with this layout.
             unsafe {
-                memory.live(table, layout).fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+                memory.state(table, layout).fetch_add(1, core::sync::atomic::Ordering::Relaxed);
                 assert_eq!(table.as_ref().load(core::sync::atomic::Ordering::Relaxed), 0);
                 memory.free(table, layout, false);
             }

@@ -10,14 +10,27 @@
 //! what differs between mapping, removing, cutting and looking is only what the visitor does at an entry that is
 //! not a link. The visitors are in the modules below this one.
 //!
-//! # Live counts, and how an empty table goes away
+//! # How an empty table goes away
 //!
-//! Beside every table stands a count of its entries that are not absent. Whoever is about to fill an entry
-//! adds one *first*; whoever has emptied an entry subtracts one. A table whose count is 0 may be retired: first
-//! the count is replaced by `DEAD` with a compare-exchange, from which there is no way back, and then the link in
-//! the parent is taken away with another one. Whoever succeeds in that retires the table. It need not be the one
-//! who wrote `DEAD`: an operation that adds to a dead count has come through a link that is going away, and
-//! takes it away itself rather than wait for somebody who may be asleep.
+//! Counting the entries of each table would cost an atomic addition with every map and another with every unmap,
+//! which is as much as everything else that they do for a small page together. So nothing is counted. Whoever has
+//! emptied an entry looks at its neighbours, and only if all of the table seems empty, which is seldom, it goes to
+//! work. Beside every table stands a *state* for this:
+//!
+//! 1. The remover marks the state `DYING`, with a number that no one used before.
+//! 2. It looks at all entries again. If there is something, it takes the mark away.
+//! 3. Otherwise it changes exactly that `DYING` to `DEAD`, from which there is no way back, and takes the link in the
+//!    parent away.
+//!
+//! Whoever fills an entry looks at the state *afterwards*: if it is `DYING`, he takes the mark away and 3 fails; if
+//! it is `DEAD`, he takes his entry back, takes the link away himself rather than wait for somebody who may be asleep,
+//! and goes again from above. Either the filler sees the mark, or step 2 sees the entry: that takes an exchange
+//! followed by an ordered load on both sides (claiming mode, which exchanges anyway), or an asymmetric fence
+//! (exclusive mode, which only stores). A link cannot be taken back once others have gone through it, so whoever
+//! links a table *pins* its parent before, which takes a mark away, and a pinned table cannot be marked.
+//!
+//! Two removals that empty the last two entries at the same moment may each take the other's for filled still. Then
+//! the empty table stays until the next removal there, which is harmless.
 //!
 //! Not every empty table is retired at once, or a single page mapped and unmapped again and again would
 //! allocate a table each time. A few are kept, marked `KEPT`; a removal that covers the table's whole span, or
@@ -42,26 +55,40 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 mod claim;
+mod cursor;
 mod cut;
+mod dirty;
 mod map;
+mod merge;
+mod protect;
 mod retire;
 mod unmap;
 mod walk;
 
 pub use claim::{ClaimError, RetractError};
+pub use cursor::{Cursor, Span};
 pub use cut::CutError;
 pub use map::MapError;
+pub use protect::ProtectError;
 pub use unmap::UnmapError;
 pub use walk::{CachedWalk, Leaf, WalkFault};
 
 /// The table is retired or about to be; nobody may add to it.
 const DEAD: u64 = 1 << 63;
+/// Somebody is looking whether the table is empty, in order to retire it.
+const DYING: u64 = 1 << 62;
 /// The table was empty once and is one of those that may stay.
-const KEPT: u64 = 1 << 62;
-/// How many entries are not absent.
-const COUNT: u64 = (1 << 32) - 1;
+const KEPT: u64 = 1 << 61;
+/// One more `DYING`. Below are the pins.
+const DEATH: u64 = 1 << 24;
+/// How many operations are about to link a table in this one.
+const PINS: u64 = DEATH - 1;
+/// The numbers of deaths, between the pins and the marks; they wrap.
+const DEATHS: u64 = KEPT - DEATH;
 /// How many empty tables may stay linked in one radix.
 const KEPT_LIMIT: u64 = 64;
+/// No format has more levels; ways down are unrolled up to here.
+const HIGHEST_LEVEL: u8 = 6;
 /// The part of the root word that holds the level; addresses of tables are multiples of 64.
 const ROOT_LEVEL: u64 = 0x3f;
 
@@ -224,13 +251,16 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         self.root().map(|root| (self.memory.address(root.table), root.level))
     }
 
+    #[inline(always)]
     fn root(&self) -> Option<Node<A>> {
         self.decode_root(self.root.load())
     }
 
+    #[inline(always)]
     fn decode_root(&self, word: u64) -> Option<Node<A>> {
         (word != 0).then(|| Node {
-            table: self.memory.pointer(word & !ROOT_LEVEL),
+            // SAFETY: the root word was made of the address of a table.
+            table: unsafe { self.memory.pointer(word & !ROOT_LEVEL) },
             level: (word & ROOT_LEVEL) as u8,
         })
     }
@@ -238,13 +268,12 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Whether a top table at `level` covers the address.
     #[inline(always)]
     fn reaches(&self, level: u8, iova: u64) -> bool {
-        let width = self.format.width(level);
-        if width >= 64 {
-            true
-        } else if self.format.sign_extended() {
-            matches!((iova as i64) >> (width - 1), 0 | -1)
+        // Two shifts, because together they may be 64.
+        let (shift, bits) = (self.format.shift(level), self.format.index_bits(level));
+        if self.format.sign_extended() {
+            matches!((iova as i64) >> shift >> (bits - 1), 0 | -1)
         } else {
-            iova >> width == 0
+            iova >> shift >> bits == 0
         }
     }
 
@@ -288,7 +317,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             let new = self.allocate(level)?;
             if let Some(old) = old {
                 self.entry(new, 0).store(self.format.table_entry(level, self.memory.address(old.table)));
-                self.live(new).store(1);
             }
             if self.root.compare_exchange(word, self.memory.address(new.table) | u64::from(level)).is_err() {
                 // SAFETY: never published.
@@ -350,50 +378,74 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     #[inline(always)]
-    fn live<'a>(&self, node: Node<A>) -> &'a A {
-        // SAFETY: as for `entry`; the count lives as long as its table.
-        unsafe { self.memory.live(node.table, self.format.table_layout(node.level)) }
+    fn state<'a>(&self, node: Node<A>) -> &'a A {
+        // SAFETY: as for `entry`; the state lives as long as its table.
+        unsafe { self.memory.state(node.table, self.format.table_layout(node.level)) }
+    }
+
+    /// All entries of a table.
+    #[inline(always)]
+    fn all_entries<'a>(&self, node: Node<A>) -> &'a [A] {
+        self.entries(node, 0, 1 << self.format.index_bits(node.level))
     }
 
     #[inline(always)]
     fn child(&self, node: Node<A>, address: u64) -> Node<A> {
-        Node { table: self.memory.pointer(address), level: node.level - 1 }
+        // SAFETY: links are made of addresses of tables, and by us alone.
+        Node { table: unsafe { self.memory.pointer(address) }, level: node.level - 1 }
     }
 
-    /// Announces that an entry of `node` is about to be filled; `false` if the table is going away.
+    /// The root, if it covers the range, which lies in one half of a sign-extended table then.
     #[inline(always)]
-    fn add_live(&self, node: Node<A>, count: u64) -> bool {
-        // Adding to a dead count does no harm: nobody reads it any more.
-        self.live(node).fetch_add(count) & DEAD == 0
+    fn root_over_range(&self, range: IovaRange) -> Option<Node<A>> {
+        let root = self.root()?;
+        let one_half = |root: Node<A>| {
+            let apart = range.first() ^ range.last();
+            apart >> self.format.shift(root.level) >> (self.format.index_bits(root.level) - 1) == 0
+        };
+        let covers =
+            self.reaches(root.level, range.last()) && (!self.format.sign_extended() || one_half(root));
+        covers.then_some(root)
     }
 
-    /// Announces that entries of `node` have been emptied. What the count was before.
+    /// The table of `level` on the way to `iova`, if links lead there.
     #[inline(always)]
-    fn subtract_live(&self, node: Node<A>, count: u64) -> u64 {
-        self.live(node).fetch_sub(count)
+    fn descend(&self, root: Node<A>, level: u8, iova: u64) -> Option<Node<A>> {
+        let mut table = root.table;
+        // Unrolled, so that each level's shift is a constant.
+        for at in (2..=HIGHEST_LEVEL).rev() {
+            if at <= root.level && at > level {
+                let value = self.entry(Node { table, level: at }, self.index(at, iova)).load();
+                if !self.format.table_pattern(at).matches(value) {
+                    return None;
+                }
+                table = self.child(Node { table, level: at }, self.format.table_address(value)).table;
+            }
+        }
+        Some(Node { table, level })
     }
 
     /// The table and the level in which the ends of a range part, and the first address's way to it: the way is
     /// followed through links alone, as long as one entry covers the range. `None`: it leads nowhere.
     #[inline(always)]
     fn parting(&self, range: IovaRange) -> Option<Node<A>> {
-        let mut node = self.root()?;
-        if !self.reaches(node.level, range.first()) || !self.reaches(node.level, range.last()) {
-            return None;
-        }
-        // The highest bit in which the ends differ; no table is so small that bit 0 could stand for none.
-        let spread = 63 - ((range.first() ^ range.last()) | 1).leading_zeros();
-        if spread >= self.format.width(node.level) {
-            return None;
-        }
-        while node.level > 1 && self.format.shift(node.level) > spread {
-            let entry = self.entry(node, self.index(node.level, range.first())).load();
-            if !self.format.table_pattern(node.level).matches(entry) {
-                break;
+        let root = self.root_over_range(range)?;
+        let apart = range.first() ^ range.last();
+        let mut table = root.table;
+        for at in (2..=HIGHEST_LEVEL).rev() {
+            if at <= root.level {
+                let node = Node { table, level: at };
+                if apart >> self.format.shift(at) != 0 {
+                    return Some(node);
+                }
+                let value = self.entry(node, self.index(at, range.first())).load();
+                if !self.format.table_pattern(at).matches(value) {
+                    return Some(node);
+                }
+                table = self.child(node, self.format.table_address(value)).table;
             }
-            node = self.child(node, self.format.table_address(entry));
         }
-        Some(node)
+        Some(Node { table, level: 1 })
     }
 
     /// The entries of `node` that the range, which lies within the table, covers. `None` if it covers one in part.
@@ -458,7 +510,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                     let entries = self.entries(node, index, whole as usize);
                     let done = visitor.stretch(Stretch { node, entries, first: at })? as u64;
                     if done > 0 {
-                        let done = at + ((done << shift) - 1);
+                        // All of the highest table may be all of the 2^64 addresses.
+                        let done = at + (((done - 1) << shift) | low);
                         if done >= last {
                             return Ok(());
                         }

@@ -16,8 +16,8 @@
 #![cfg(loom)]
 
 use ioasid_pagetable::{
-    Attributes, CachedWalk, ClaimError, ClaimFormat, Entry, Format, Gather, IovaRange, MapError, Oa,
-    OutOfTables, PageSize, Radix, RetractError, Split, TableLayout, TableMemory, WalkFault,
+    Attributes, CachedWalk, ClaimError, ClaimFormat, Entry, Format, Gather, IovaRange, LiveChanges, MapError,
+    Oa, OutOfTables, PageSize, Pattern, Radix, RetractError, Span, TableLayout, TableMemory, WalkFault,
 };
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::thread;
@@ -38,6 +38,8 @@ const TABLE: u64 = 1 << 3;
 const READ: u64 = 1 << 4;
 const WRITE: u64 = 1 << 5;
 const ADDRESS: u64 = 0x00ff_ffff_ffff_ffc0;
+const ACCESSED: u64 = 1 << 56;
+const DIRTY: u64 = 1 << 57;
 
 impl Format for Tiny {
     const NAME: &'static str = "tiny";
@@ -58,16 +60,36 @@ impl Format for Tiny {
         1 << self.shift(level)
     }
 
-    fn accepts(&self, range: &IovaRange) -> bool {
-        range.last() >> (self.shift(self.highest) + 2) == 0
-    }
-
     fn output_bits(&self) -> u32 {
         56
     }
 
-    fn split(&self) -> Split {
-        Split::Live
+    fn live_changes(&self) -> LiveChanges {
+        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+    }
+
+    fn dirty_bit(&self) -> u64 {
+        DIRTY
+    }
+
+    fn hardware_marks(&self) -> bool {
+        true
+    }
+
+    fn software_bits(&self, _level: u8) -> u64 {
+        0
+    }
+
+    fn table_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(Self::PRESENT | TABLE, 0)
+    }
+
+    fn leaf_pattern(&self, _level: u8) -> Pattern {
+        Pattern::new(Self::PRESENT, TABLE | Self::BUSY)
+    }
+
+    fn table_address(&self, entry: u64) -> u64 {
+        entry & ADDRESS
     }
 
     fn decode(&self, level: u8, entry: u64) -> Entry {
@@ -80,6 +102,8 @@ impl Format for Tiny {
         let mut attributes = Attributes::empty();
         attributes.set(Attributes::READ, entry & READ != 0);
         attributes.set(Attributes::WRITE, entry & WRITE != 0);
+        attributes.set(Attributes::ACCESSED, entry & ACCESSED != 0);
+        attributes.set(Attributes::DIRTY, entry & DIRTY != 0);
         let size = PageSize::from_log2(self.shift(level)).unwrap();
         Entry::Leaf { oa: entry & ADDRESS, size, attributes }
     }
@@ -89,14 +113,14 @@ impl Format for Tiny {
     }
 
     fn leaf_entry(&self, _level: u8, _size: PageSize, oa: u64, attributes: Attributes) -> u64 {
-        let mut entry = oa | Self::PRESENT;
-        if attributes.contains(Attributes::READ) {
-            entry |= READ;
-        }
-        if attributes.contains(Attributes::WRITE) {
-            entry |= WRITE;
-        }
-        entry
+        let bits = [
+            (Attributes::READ, READ),
+            (Attributes::WRITE, WRITE),
+            (Attributes::ACCESSED, ACCESSED),
+            (Attributes::DIRTY, DIRTY),
+        ];
+        let set = bits.iter().filter(|(attribute, _)| attributes.contains(*attribute));
+        set.fold(oa | Self::PRESENT, |entry, (_, bit)| entry | bit)
     }
 
     fn table_layout(&self, _level: u8) -> TableLayout {
@@ -113,7 +137,7 @@ impl ClaimFormat for Tiny {
 #[repr(C, align(64))]
 struct Page {
     entries: [AtomicU64; 4],
-    live: AtomicU64,
+    state: AtomicU64,
 }
 
 /// Pages by address.
@@ -136,7 +160,7 @@ impl Pages {
 // SAFETY: pages are zero when handed out, never handed out twice, and live as long as the memory does.
 unsafe impl TableMemory<AtomicU64> for Pages {
     fn allocate(&self, _layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
-        let page = Box::new(Page { entries: [(); 4].map(|()| AtomicU64::new(0)), live: AtomicU64::new(0) });
+        let page = Box::new(Page { entries: [(); 4].map(|()| AtomicU64::new(0)), state: AtomicU64::new(0) });
         let table = NonNull::from(&*page).cast();
         self.0.lock().unwrap().insert(self.address(table), Owned { page, freed: false });
         Ok(table)
@@ -154,16 +178,16 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         }
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, _layout: TableLayout) -> &'a AtomicU64 {
         // SAFETY: the entries are a page's first field.
-        unsafe { &(*table.cast::<Page>().as_ptr()).live }
+        unsafe { &(*table.cast::<Page>().as_ptr()).state }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         table.as_ptr().expose_provenance() as u64
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
         NonNull::new(std::ptr::with_exposed_provenance_mut(address as usize)).unwrap()
     }
 }
@@ -207,6 +231,27 @@ fn map(radix: &Table, range: IovaRange, oa: u64) {
     assert!(gather.retired.is_empty());
 }
 
+/// Maps in exclusive mode, where tables may be dying.
+fn map_gathered(radix: &Table, range: IovaRange, oa: u64) -> Gathered {
+    let mut gather = Gather::new();
+    radix.map(range, Oa::new(oa), READ_WRITE, &mut gather).unwrap();
+    gather
+}
+
+fn unmap(radix: &Table, range: IovaRange) -> Gathered {
+    let mut gather = Gather::new();
+    radix.unmap(range, &mut gather).unwrap();
+    gather
+}
+
+/// Frees what was retired. All threads that could have seen it have ended.
+fn free(gather: Gathered) {
+    for retired in gather.retired {
+        // SAFETY: the models call this after joining their threads.
+        unsafe { retired.free() };
+    }
+}
+
 fn claim(radix: &Table, range: IovaRange, oa: u64, gather: &mut Gathered) -> bool {
     match radix.claim(range, Oa::new(oa), READ_WRITE, gather) {
         Ok(()) => true,
@@ -231,7 +276,7 @@ fn claim_and_publish(radix: &Table, range: IovaRange, oa: u64, gather: &mut Gath
 fn output(radix: &Table, page: u64) -> Option<u64> {
     match radix.walk(page << 12) {
         Ok(leaf) => {
-            assert_eq!(leaf.attributes, READ_WRITE);
+            assert_eq!(leaf.attributes.difference(Attributes::USED), READ_WRITE);
             Some(leaf.output(page << 12).get())
         }
         Err(WalkFault::NotMapped(_)) => None,
@@ -242,7 +287,7 @@ fn output(radix: &Table, page: u64) -> Option<u64> {
 fn output_cached(radix: &Table, page: u64, cache: &mut CachedWalk<AtomicU64>) -> Option<u64> {
     match radix.walk_cached(page << 12, cache) {
         Ok(leaf) => {
-            assert_eq!(leaf.attributes, READ_WRITE);
+            assert_eq!(leaf.attributes.difference(Attributes::USED), READ_WRITE);
             Some(leaf.output(page << 12).get())
         }
         Err(WalkFault::NotMapped(_)) => None,
@@ -260,39 +305,57 @@ fn leaves(radix: &Table) -> Vec<(u64, u64)> {
     found
 }
 
-/// Counts the linked tables and holds the live counts against their entries.
+/// Counts the linked tables. None of them is dead or pinned.
 fn linked(radix: &Table, memory: &Pages) -> u64 {
     fn below(format: &Tiny, memory: &Pages, table: NonNull<AtomicU64>, level: u8) -> u64 {
-        let (mut tables, mut used) = (1, 0);
+        let mut tables = 1;
         for index in 0..4 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
-            used += u64::from(value != 0);
             if let Entry::Table(address) = format.decode(level, value) {
-                tables += below(format, memory, memory.pointer(address), level - 1);
+                // SAFETY: the address stands in a link.
+                let table = unsafe { memory.pointer(address) };
+                tables += below(format, memory, table, level - 1);
             }
         }
         // SAFETY: as above.
-        let live = unsafe { memory.live(table, format.table_layout(level)) }.load(Ordering::Acquire);
-        assert_eq!(live & 0xffff_ffff, used, "live count at level {level}");
-        assert_eq!(live >> 63, 0, "a dead table is linked");
+        let state = unsafe { memory.state(table, format.table_layout(level)) }.load(Ordering::Acquire);
+        assert_eq!(state & 0xff_ffff, 0, "a table at level {level} is still pinned");
+        assert_eq!(state >> 63, 0, "a dead table is linked");
         tables
     }
-    radix.top().map_or(0, |(address, level)| below(radix.format(), memory, memory.pointer(address), level))
+    // SAFETY: the address is the root's.
+    let below_top = |address, level| below(radix.format(), memory, unsafe { memory.pointer(address) }, level);
+    radix.top().map_or(0, |(address, level)| below_top(address, level))
 }
 
 /// All threads are done: frees what they retired, and looks for leaks.
 fn finish(radix: Arc<Table>, memory: &Pages, gathers: impl IntoIterator<Item = Gathered>) {
-    for gather in gathers {
-        for retired in gather.retired {
-            // SAFETY: all threads of the model have ended.
-            unsafe { retired.free() };
-        }
-    }
+    gathers.into_iter().for_each(free);
     assert_eq!(memory.tables(), linked(&radix, memory), "tables that are neither linked nor freed");
     assert_eq!(memory.tables(), radix.table_count());
     drop(Arc::into_inner(radix).unwrap());
     assert_eq!(memory.tables(), 0);
+}
+
+/// Somebody has used up how many empty tables may stay, so that from now on whoever empties one retires it.
+fn without_allowance(highest: u8) -> (Arc<Table>, Pages) {
+    let (radix, memory) = table(highest);
+    map(&radix, pages(0, 1), LOW);
+    // The table says of itself that it is one of those that stay, and was never counted. When it goes, one less than none
+    // is counted, which is more than may stay.
+    let (root, level) = radix.top().unwrap();
+    // SAFETY: the address is the root's, and its first entry leads to the only table below.
+    let link = unsafe { memory.pointer(root).as_ref() }.load(Ordering::Acquire);
+    // SAFETY: linked, and nobody else is here yet.
+    let state =
+        unsafe { memory.state(memory.pointer(link & ADDRESS), radix.format().table_layout(level - 1)) };
+    state.store(1 << 61, Ordering::Release);
+    let mut gather = Gather::new();
+    radix.unmap(pages(0, 4), &mut gather).unwrap();
+    assert_eq!(gather.retired.len(), 1);
+    free(gather);
+    (radix, memory)
 }
 
 // ---------------------------------------------------------------------------------------------------- models
@@ -448,18 +511,21 @@ fn unmaps_cut_the_same_leaf() {
     });
 }
 
-/// A cut may run beside any other operation, also beside the unmap of the very leaf.
+/// Somebody who has the second half of a leaf may cut it while the first half is unmapped.
 #[test]
 fn cut_against_unmap() {
     check(|| {
         let (radix, memory) = table(2);
         map(&radix, pages(0, 4), LOW);
-        let other = spawn(&radix, |radix| radix.cut(2 << 12, &mut Gather::new()).unwrap());
+        let other = spawn(&radix, |radix| {
+            radix.cut(2 << 12, &mut Gather::new()).unwrap();
+            radix.cut(3 << 12, &mut Gather::new()).unwrap();
+        });
         let mut gather = Gather::new();
-        radix.unmap(pages(0, 4), &mut gather).unwrap();
+        radix.unmap(pages(0, 2), &mut gather).unwrap();
         other.join().unwrap();
-        assert_eq!(leaves(&radix), []);
-        assert_eq!(gather.runs.iter().collect::<Vec<_>>(), [pages(0, 4)]);
+        assert_eq!(leaves(&radix), [(2, 1), (3, 1)]);
+        assert_eq!(gather.runs.iter().collect::<Vec<_>>(), [pages(0, 2)]);
         finish(radix, &memory, [gather]);
     });
 }
@@ -695,5 +761,660 @@ fn cached_walk_between_unlinking_and_generation() {
         }
         assert_eq!(output_cached(&radix, 0, &mut cache), won.then_some(HIGH));
         finish(radix, &memory, []);
+    });
+}
+
+// ------------------------------------------------------------------------------------- models of retirement
+
+/// The mapper of a page is told to come again if its table dies under it; what it mapped is there in the end, wherever
+/// the neighbour was in retiring the table. A walker who saw the page and then not will be told by the gather.
+#[test]
+fn map_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(0, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(0, 1)));
+        let walker = spawn(&radix, |radix| (output(radix, 1), output(radix, 1)));
+        let gather = map_gathered(&radix, pages(1, 1), HIGH);
+        assert_eq!(output(&radix, 1), Some(HIGH));
+        let other = unmapper.join().unwrap();
+        let (first, second) = walker.join().unwrap();
+        assert!([first, second].iter().all(|seen| seen.is_none_or(|oa| oa == HIGH)));
+        assert!(first.is_none() || second.is_some() || !gather.runs.is_empty(), "nobody is told");
+        assert_eq!((output(&radix, 0), output(&radix, 1)), (None, Some(HIGH)));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// The same with several pages, and on the long way, which begins in the next table.
+#[test]
+fn long_map_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(4, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(4, 1)));
+        let gather = map_gathered(&radix, pages(5, 4), MISALIGNED);
+        let other = unmapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(5, 1), (6, 1), (7, 1), (8, 1)]);
+        assert!((0..4).all(|page| output(&radix, 5 + page) == Some(MISALIGNED + (page << 12))));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A cached walker has the table that dies, and is told of the page that is mapped in the next one.
+#[test]
+fn cached_walk_against_map_and_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(0, 1), LOW);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 0, &mut cache), Some(LOW));
+        let mapped = Arc::new(AtomicBool::new(false));
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(0, 1)));
+        let walker = {
+            let mapped = Arc::clone(&mapped);
+            spawn(&radix, move |radix| {
+                let mapped = mapped.load(Ordering::Acquire);
+                let seen = output_cached(radix, 1, &mut cache);
+                assert!(!mapped || seen == Some(HIGH));
+                assert!(seen.is_none_or(|oa| oa == HIGH));
+                cache
+            })
+        };
+        let gather = map_gathered(&radix, pages(1, 1), HIGH);
+        mapped.store(true, Ordering::Release);
+        let other = unmapper.join().unwrap();
+        let mut cache = walker.join().unwrap();
+        free(gather);
+        free(other);
+        assert_eq!(output_cached(&radix, 0, &mut cache), None);
+        assert_eq!(output_cached(&radix, 1, &mut cache), Some(HIGH));
+        finish(radix, &memory, []);
+    });
+}
+
+/// A release empties a table that nobody may keep, and another claims in it.
+#[test]
+fn claim_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(0, 1), LOW);
+        radix.retract(pages(0, 1), &mut Gather::new()).unwrap();
+        let other = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            assert!(claim(radix, pages(1, 2), MISALIGNED, &mut gather));
+            radix.publish(pages(1, 2));
+            gather
+        });
+        let mut gather = Gather::new();
+        radix.release(pages(0, 1), &mut gather);
+        let other = other.join().unwrap();
+        assert_eq!(leaves(&radix), [(1, 1), (2, 1)]);
+        assert_eq!((output(&radix, 0), output(&radix, 1)), (None, Some(MISALIGNED)));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A table that dies as the last but one of two levels, while another is about to link a table in the upper one.
+#[test]
+fn link_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let gather = map_gathered(&radix, pages(20, 1), HIGH);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        let other = unmapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1)]);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// The same in claiming mode.
+#[test]
+fn claiming_link_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        radix.retract(pages(16, 1), &mut Gather::new()).unwrap();
+        let other = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            assert!(claim(radix, pages(20, 1), HIGH, &mut gather));
+            radix.publish(pages(20, 1));
+            gather
+        });
+        let mut gather = Gather::new();
+        radix.release(pages(16, 1), &mut gather);
+        let other = other.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1)]);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// Two link tables in one that a third wants to retire.
+#[test]
+fn two_links_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(24, 1), LOW));
+        let gather = map_gathered(&radix, pages(20, 1), HIGH);
+        let other = unmapper.join().unwrap();
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (24, 1)]);
+        assert_eq!((output(&radix, 20), output(&radix, 24)), (Some(HIGH), Some(LOW)));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A large leaf goes into an entry of a table that dies because its last table has gone.
+#[test]
+fn large_map_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(20, 1), HIGH);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(20, 1)));
+        let walker = spawn(&radix, |radix| output(radix, 17));
+        let gather = map_gathered(&radix, pages(16, 4), LOW);
+        let other = unmapper.join().unwrap();
+        assert!(walker.join().unwrap().is_none_or(|oa| oa == LOW + 0x1000));
+        assert_eq!(leaves(&radix), [(16, 4)]);
+        assert_eq!(output(&radix, 17), Some(LOW + 0x1000));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A large leaf takes the place of a tree of empty tables, while others work beside it and walkers are below.
+#[test]
+fn large_map_over_empty_tables() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(16, 1), HIGH);
+        map(&radix, pages(20, 1), HIGH);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 20, &mut cache), Some(HIGH));
+        assert!(
+            unmap(&radix, pages(16, 1)).retired.is_empty() && unmap(&radix, pages(20, 1)).retired.is_empty()
+        );
+        let neighbour = spawn(&radix, |radix| map_gathered(radix, pages(0, 1), HIGH));
+        let mapped = Arc::new(AtomicBool::new(false));
+        let walker = {
+            let mapped = Arc::clone(&mapped);
+            spawn(&radix, move |radix| {
+                let mapped = mapped.load(Ordering::Acquire);
+                let seen = output_cached(radix, 20, &mut cache);
+                assert!(!mapped || seen.is_some());
+                assert!(seen.is_none_or(|oa| oa == LOW + 0x4000));
+                cache
+            })
+        };
+        let gather = map_gathered(&radix, pages(16, 16), LOW);
+        mapped.store(true, Ordering::Release);
+        assert_eq!(gather.retired.len(), 3);
+        let other = neighbour.join().unwrap();
+        let mut cache = walker.join().unwrap();
+        free(gather);
+        assert_eq!(leaves(&radix), [(0, 1), (16, 16)]);
+        assert_eq!(output_cached(&radix, 20, &mut cache), Some(LOW + 0x4000));
+        finish(radix, &memory, [other]);
+    });
+}
+
+/// Two want to put a large leaf in the place of an empty table, and a third maps a page in it. The one who is taken
+/// back by the third must not profit from the other one's mark.
+#[test]
+fn two_large_claims_against_small() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 1), LOW);
+        unmap(&radix, pages(0, 1));
+        let large = |oa| {
+            move |radix: &Table| {
+                let mut gather = Gather::new();
+                (claim_and_publish(radix, pages(0, 4), oa, &mut gather), gather)
+            }
+        };
+        let first = spawn(&radix, large(LOW));
+        let second = spawn(&radix, large(HIGH));
+        let mut gather = Gather::new();
+        let mine = claim_and_publish(&radix, pages(2, 1), MISALIGNED, &mut gather);
+        let (first, other) = first.join().unwrap();
+        let (second, third) = second.join().unwrap();
+        let expected = match (mine, first, second) {
+            (true, false, false) => MISALIGNED,
+            (false, true, false) => LOW + 0x2000,
+            (false, false, true) => HIGH + 0x2000,
+            won => panic!("{won:?}"),
+        };
+        assert_eq!(output(&radix, 2), Some(expected));
+        assert_eq!(output(&radix, 1).is_some(), !mine);
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// Two empty the last two pages of a table, and each may take the other's for filled. Whoever maps there next finds
+/// the table as good as ever, or another one.
+#[test]
+fn two_removals_at_once() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        map(&radix, pages(17, 1), HIGH);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 16, &mut cache), Some(LOW));
+        let other = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let walker = spawn(&radix, move |radix| {
+            assert!(output_cached(radix, 17, &mut cache).is_none_or(|oa| oa == HIGH));
+            cache
+        });
+        let gather = unmap(&radix, pages(17, 1));
+        assert_eq!(output(&radix, 17), None);
+        let other = other.join().unwrap();
+        let mut cache = walker.join().unwrap();
+        assert!(matches!(gather.retired.len() + other.retired.len(), 0 | 2));
+        free(gather);
+        free(other);
+        assert_eq!(output_cached(&radix, 16, &mut cache), None);
+        let gather = map_gathered(&radix, pages(18, 1), LOW);
+        assert_eq!(output_cached(&radix, 18, &mut cache), Some(LOW));
+        assert_eq!(leaves(&radix), [(18, 1)]);
+        finish(radix, &memory, [gather]);
+    });
+}
+
+/// Two empty a table and a third fills it.
+#[test]
+fn two_removals_against_map() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(0, 1), LOW);
+        map(&radix, pages(1, 1), HIGH);
+        let first = spawn(&radix, |radix| unmap(radix, pages(0, 1)));
+        let second = spawn(&radix, |radix| unmap(radix, pages(1, 1)));
+        let gather = map_gathered(&radix, pages(2, 1), LOW);
+        let gathers = [gather, first.join().unwrap(), second.join().unwrap()];
+        assert_eq!(leaves(&radix), [(2, 1)]);
+        assert_eq!(output(&radix, 2), Some(LOW));
+        finish(radix, &memory, gathers);
+    });
+}
+
+/// Two halves of one leaf are unmapped, by which it is cut, emptied and retired; a third page's owner looks on.
+#[test]
+fn halves_of_a_leaf_go_with_their_table() {
+    check(|| {
+        let (radix, memory) = without_allowance(2);
+        map(&radix, pages(0, 4), LOW);
+        let other = spawn(&radix, |radix| unmap(radix, pages(0, 2)));
+        let walker = spawn(&radix, |radix| (output(radix, 3), output(radix, 3)));
+        let gather = unmap(&radix, pages(2, 2));
+        let other = other.join().unwrap();
+        let (first, second) = walker.join().unwrap();
+        assert!([first, second].iter().all(|seen| seen.is_none_or(|oa| oa == LOW + 0x3000)));
+        assert!(first.is_some() || second.is_none(), "once gone, it stays so");
+        assert_eq!(leaves(&radix), []);
+        assert_eq!(gather.runs.iter().collect::<Vec<_>>(), [pages(2, 2)]);
+        assert_eq!(other.runs.iter().collect::<Vec<_>>(), [pages(0, 2)]);
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A tree of tables is unlinked with all that is in it, under walkers, while the neighbours of the topmost come and go.
+#[test]
+fn unmap_of_whole_tables() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(16, 1), LOW);
+        map(&radix, pages(20, 1), HIGH);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 20, &mut cache), Some(HIGH));
+        let unmapped = Arc::new(AtomicBool::new(false));
+        let walker = {
+            let unmapped = Arc::clone(&unmapped);
+            spawn(&radix, move |radix| {
+                let unmapped = unmapped.load(Ordering::Acquire);
+                let seen = (output(radix, 16), output_cached(radix, 20, &mut cache));
+                assert!(!unmapped || seen == (None, None));
+                assert!(seen.0.is_none_or(|oa| oa == LOW) && seen.1.is_none_or(|oa| oa == HIGH));
+                cache
+            })
+        };
+        let neighbour = spawn(&radix, |radix| map_gathered(radix, pages(32, 1), LOW));
+        let gather = unmap(&radix, pages(16, 16));
+        unmapped.store(true, Ordering::Release);
+        assert_eq!(gather.retired.len(), 3);
+        let other = neighbour.join().unwrap();
+        let mut cache = walker.join().unwrap();
+        free(gather);
+        assert_eq!(output_cached(&radix, 20, &mut cache), None);
+        assert_eq!(leaves(&radix), [(32, 1)]);
+        finish(radix, &memory, [other]);
+    });
+}
+
+/// One is about to keep an empty table, another puts a large leaf in its place, a third fills it.
+#[test]
+fn keep_against_large_claim() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 1), LOW);
+        radix.retract(pages(0, 1), &mut Gather::new()).unwrap();
+        let large = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (claim_and_publish(radix, pages(0, 4), LOW, &mut gather), gather)
+        });
+        let small = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (claim_and_publish(radix, pages(3, 1), HIGH, &mut gather), gather)
+        });
+        let mut gather = Gather::new();
+        radix.release(pages(0, 1), &mut gather);
+        let (large, other) = large.join().unwrap();
+        let (small, third) = small.join().unwrap();
+        assert!(!(large && small));
+        let expected = if small { Some(HIGH) } else { large.then_some(LOW + 0x3000) };
+        assert_eq!(output(&radix, 3), expected);
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// The root grows over a table that loses its last table below, while somebody links another one there.
+#[test]
+fn root_growth_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        let top = || radix.top().unwrap().1;
+        assert_eq!(top(), 2);
+        map(&radix, pages(0, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(0, 1)));
+        let grower = spawn(&radix, |radix| map_gathered(radix, pages(16, 1), LOW));
+        let gather = map_gathered(&radix, pages(4, 1), HIGH);
+        let gathers = [gather, unmapper.join().unwrap(), grower.join().unwrap()];
+        assert_eq!(top(), 3);
+        assert_eq!(leaves(&radix), [(4, 1), (16, 1)]);
+        assert_eq!((output(&radix, 4), output(&radix, 16)), (Some(HIGH), Some(LOW)));
+        finish(radix, &memory, gathers);
+    });
+}
+
+// ------------------------------------------------------------------------- models of what changes mapped leaves
+
+/// Four pages that are one leaf, cut.
+fn four_pages(highest: u8) -> (Arc<Table>, Pages) {
+    let (radix, memory) = table(highest);
+    map(&radix, pages(0, 4), LOW);
+    radix.cut(1 << 12, &mut Gather::new()).unwrap();
+    assert_eq!(leaves(&radix).len(), 4);
+    (radix, memory)
+}
+
+fn is_dirty(radix: &Table, page: u64) -> bool {
+    radix.walk(page << 12).unwrap().attributes.contains(Attributes::DIRTY)
+}
+
+/// Walkers see the table or the leaf in its place, remembered ways included, and a neighbour is not in the way.
+#[test]
+fn merge_against_walkers() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 1, &mut cache), Some(LOW + 0x1000));
+        let walker = spawn(&radix, move |radix| {
+            assert_eq!(output(radix, 2), Some(LOW + 0x2000));
+            assert_eq!(output_cached(radix, 1, &mut cache), Some(LOW + 0x1000));
+        });
+        let neighbour = spawn(&radix, |radix| map_gathered(radix, pages(4, 1), HIGH));
+        let mut gather = Gather::new();
+        assert_eq!(radix.merge(pages(0, 4), &mut gather), Ok(1));
+        walker.join().unwrap();
+        let other = neighbour.join().unwrap();
+        assert_eq!(leaves(&radix), [(0, 4), (4, 1)]);
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// The leaf that has come of a merge is unmapped. Whoever is told of that finds nothing there, also if he remembers the
+/// way to the table that was merged, in which the old leaves stand.
+#[test]
+fn claiming_merge_against_retract() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let mut cache = CachedWalk::new();
+        assert_eq!(output_cached(&radix, 1, &mut cache), Some(LOW + 0x1000));
+        let unmapped = Arc::new(AtomicBool::new(false));
+        let other = {
+            let unmapped = Arc::clone(&unmapped);
+            spawn(&radix, move |radix| {
+                let mut gather = Gather::new();
+                let retracted = radix.retract(pages(0, 4), &mut gather);
+                if retracted.is_ok() {
+                    radix.release(pages(0, 4), &mut gather);
+                    unmapped.store(true, Ordering::Release);
+                }
+                (retracted, gather)
+            })
+        };
+        let walker = spawn(&radix, move |radix| {
+            let unmapped = unmapped.load(Ordering::Acquire);
+            let seen = output_cached(radix, 1, &mut cache);
+            assert!(!unmapped || seen.is_none(), "translated after the unmap");
+            assert!(seen.is_none_or(|oa| oa == LOW + 0x1000));
+        });
+        let mut gather = Gather::new();
+        let merged = radix.merge_claimed(pages(0, 4), &mut gather);
+        let (retracted, other) = other.join().unwrap();
+        walker.join().unwrap();
+        match (merged, retracted) {
+            (0 | 1, Ok(())) => assert_eq!(leaves(&radix), []),
+            (1, Err(RetractError::Contended { .. })) => assert_eq!(leaves(&radix), [(0, 4)]),
+            // The one met the other in the middle.
+            (0, Err(RetractError::Contended { .. })) => assert_eq!(leaves(&radix).len(), 4),
+            results => panic!("{results:?}"),
+        }
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A page is taken out of a table that is being merged: out of the table, out of the leaf, or not now.
+#[test]
+fn claiming_merge_against_partial_retract() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let other = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (radix.retract(pages(2, 1), &mut gather), gather)
+        });
+        let mut gather = Gather::new();
+        let merged = radix.merge_claimed(pages(0, 4), &mut gather);
+        let (retracted, other) = other.join().unwrap();
+        assert_eq!(output(&radix, 2).is_none(), retracted.is_ok());
+        assert!([0, 1, 3].into_iter().all(|page| output(&radix, page) == Some(LOW + (page << 12))));
+        if retracted.is_ok() {
+            assert_eq!(other.runs.iter().collect::<Vec<_>>(), [pages(2, 1)]);
+        } else {
+            assert_eq!(merged, 1);
+        }
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A leaf that is held for copying is not merged meanwhile, and letting it go changes nothing else.
+#[test]
+fn claiming_merge_against_hold() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let other = spawn(&radix, |radix| {
+            let held = radix.hold(pages(2, 2));
+            if let Ok(Some(leaf)) = held {
+                assert_eq!(output(radix, 2), Some(LOW + 0x2000));
+                radix.let_go(&leaf);
+            }
+            held
+        });
+        let mut gather = Gather::new();
+        let merged = radix.merge_claimed(pages(0, 4), &mut gather);
+        let held = other.join().unwrap();
+        assert!(merged == 1 || matches!(held, Ok(Some(_))), "{held:?}");
+        assert_eq!(leaves(&radix).len(), if merged == 1 { 1 } else { 4 });
+        // Nobody owns anything any more.
+        radix.retract(pages(0, 4), &mut Gather::new()).unwrap();
+        finish(radix, &memory, [gather]);
+    });
+}
+
+/// Mappings are claimed where leaves are being merged, and beside them.
+#[test]
+fn claiming_merge_against_claims() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let inside = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (radix.claim(pages(3, 1), Oa::new(HIGH), READ_WRITE, &mut gather), gather)
+        });
+        let beside = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            assert!(claim_and_publish(radix, pages(4, 1), HIGH, &mut gather));
+            gather
+        });
+        let mut gather = Gather::new();
+        assert_eq!(radix.merge_claimed(pages(0, 4), &mut gather), 1);
+        let (refused, other) = inside.join().unwrap();
+        assert!(refused.is_err());
+        let third = beside.join().unwrap();
+        assert_eq!(leaves(&radix), [(0, 4), (4, 1)]);
+        assert_eq!(output(&radix, 3), Some(LOW + 0x3000));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// Two merges of the same tables at two levels: each table goes once.
+#[test]
+fn merges_at_two_levels() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(16, 16), LOW);
+        radix.cut(17 << 12, &mut Gather::new()).unwrap();
+        let merge = |range| {
+            move |radix: &Table| {
+                let mut gather = Gather::new();
+                (radix.merge_claimed(range, &mut gather), gather)
+            }
+        };
+        let other = spawn(&radix, merge(pages(16, 4)));
+        let walker = spawn(&radix, |radix| output(radix, 18));
+        let (upper, gather) = merge(pages(16, 16))(&radix);
+        let (lower, other) = other.join().unwrap();
+        assert_eq!(walker.join().unwrap(), Some(LOW + 0x2000));
+        // Whoever meets the other in the middle leaves it to him.
+        assert!(lower + upper <= 2);
+        assert_eq!(leaves(&radix).len() as u64, 7 - 3 * (lower + upper));
+        assert!((0..16).all(|page| output(&radix, 16 + page) == Some(LOW + (page << 12))));
+        radix.retract(pages(16, 16), &mut Gather::new()).unwrap();
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
+/// A page is written through while its leaf is cut: its piece is dirty.
+#[test]
+fn mark_against_cut() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 4), LOW);
+        let other = spawn(&radix, |radix| {
+            let before = radix.mark(1 << 12, Attributes::USED).unwrap();
+            assert!(!before.attributes.contains(Attributes::DIRTY));
+        });
+        radix.cut(2 << 12, &mut Gather::new()).unwrap();
+        other.join().unwrap();
+        assert!(is_dirty(&radix, 1));
+        finish(radix, &memory, []);
+    });
+}
+
+/// The same while leaves are merged.
+#[test]
+fn mark_against_merge() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let other = spawn(&radix, |radix| radix.mark(1 << 12, Attributes::USED).map(|_| ()));
+        let mut gather = Gather::new();
+        radix.merge(pages(0, 4), &mut gather).unwrap();
+        other.join().unwrap().unwrap();
+        assert!(is_dirty(&radix, 1));
+        finish(radix, &memory, [gather]);
+    });
+}
+
+/// The same while it is made read-only: what was written stays dirty.
+#[test]
+fn mark_against_protect() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 2), MISALIGNED);
+        let other = spawn(&radix, |radix| {
+            radix.mark(0, Attributes::ACCESSED).unwrap();
+            radix.mark(1 << 12, Attributes::DIRTY).unwrap();
+        });
+        radix.protect(pages(0, 2), Attributes::READ, &mut Gather::new()).unwrap();
+        other.join().unwrap();
+        let attributes = |page: u64| radix.walk(page << 12).unwrap().attributes;
+        assert_eq!(attributes(0), Attributes::READ | Attributes::ACCESSED);
+        assert_eq!(attributes(1), Attributes::READ | Attributes::DIRTY);
+        finish(radix, &memory, []);
+    });
+}
+
+/// The same while dirty leaves are read and cleaned: it is reported or it is dirty still.
+#[test]
+fn mark_against_read_and_clear() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 2), MISALIGNED);
+        radix.mark(0, Attributes::USED).unwrap();
+        let other = spawn(&radix, |radix| {
+            radix.mark(0, Attributes::USED).unwrap();
+            radix.mark(1 << 12, Attributes::USED).unwrap();
+        });
+        let mut reported = Vec::new();
+        radix.read_and_clear_dirty(pages(0, 4), |dirty| reported.push(dirty));
+        other.join().unwrap();
+        let reported = |page: u64| reported.iter().any(|dirty| dirty.contains(page << 12));
+        assert!(reported(0));
+        assert!(reported(1) || is_dirty(&radix, 1));
+        finish(radix, &memory, []);
+    });
+}
+
+/// A cursor is in a table that goes with all that is in it. What it shows was there when it began.
+#[test]
+fn cursor_against_unmap_of_its_table() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 2), MISALIGNED);
+        map(&radix, pages(4, 1), HIGH);
+        let other = spawn(&radix, |radix| {
+            let mut at = 0;
+            for span in radix.cursor(pages(0, 8)) {
+                let range = match span {
+                    Span::Leaf(leaf) => {
+                        assert_eq!(
+                            leaf.oa.get(),
+                            if leaf.iova >> 12 == 4 { HIGH } else { MISALIGNED + leaf.iova }
+                        );
+                        leaf.range()
+                    }
+                    Span::Hole(hole) => hole,
+                };
+                assert_eq!(range.first(), at);
+                at = range.last() + 1;
+            }
+            assert_eq!(at, 8 << 12);
+        });
+        let gather = unmap(&radix, pages(0, 4));
+        other.join().unwrap();
+        finish(radix, &memory, [gather]);
     });
 }

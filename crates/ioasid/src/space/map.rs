@@ -93,9 +93,11 @@ impl From<ClaimError> for Try {
             ClaimError::Map(EntryError::Occupied { at }) => Try::Failed(MapError::AlreadyMapped { at }),
             ClaimError::Map(EntryError::OutOfTables(_)) => Try::Failed(MapError::OutOfTables),
             // Range, alignment and output address were checked, and the native format takes all of them.
-            ClaimError::Map(EntryError::OutOfRange { range } | EntryError::Misaligned { range, .. }) => {
-                Try::Failed(TableError::DoesNotFit { range }.into())
-            }
+            ClaimError::Map(
+                EntryError::OutOfRange { range }
+                | EntryError::Misaligned { range, .. }
+                | EntryError::NoMemoryType { range, .. },
+            ) => Try::Failed(TableError::DoesNotFit { range }.into()),
             ClaimError::Map(EntryError::NoAccess { .. }) => Try::Failed(MapError::NoPermission),
             ClaimError::Map(EntryError::OutputOutOfRange { .. }) => {
                 Try::Failed(TableError::DoesNotFit { range: IovaRange::ALL }.into())

@@ -22,7 +22,7 @@
 use super::layout::Layout;
 use super::{Space, step_aside};
 use crate::epoch;
-use crate::iommu::{DerivedTable, TableError};
+use crate::iommu::TableError;
 use crate::memory::Piece;
 use arc_swap::Guard;
 use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs};
@@ -94,6 +94,15 @@ impl From<CutError> for Step {
     }
 }
 
+impl From<RetractError> for Step {
+    fn from(error: RetractError) -> Step {
+        match error {
+            RetractError::Contended { .. } => Step::Contended,
+            RetractError::Cut(error) => error.into(),
+        }
+    }
+}
+
 impl Space {
     /// Unmaps exactly the range. Where nothing is mapped nothing happens, and what was mapped is reported.
     ///
@@ -159,13 +168,9 @@ impl Space {
         layout: &Layout,
         gather: &mut Gather<HeapTables, AtomicU64>,
     ) -> Result<(), Step> {
-        // No leaf reaches over the ends of everything, so this one unmap can always be carried out.
-        let cut = |table: &dyn DerivedTable| if range == IovaRange::ALL { Ok(()) } else { table.cut(range) };
         if gather.runs.is_empty() {
             self.native.cut_claimed(range)?;
-            for table in layout.derived() {
-                cut(&**table).map_err(|error| Step::Failed(error.into()))?;
-            }
+            self.cut_unowned(range, layout)?;
         }
         let retracted = match wanted {
             None => self.native.retract(*rest, gather),
@@ -182,8 +187,45 @@ impl Space {
         if wanted.is_none() && self.came_behind_us(range, &gather.runs) {
             return Err(Step::Overtaken);
         }
-        for table in layout.derived() {
-            cut(&**table).map_err(|error| Step::Failed(error.into()))?;
+        // The tables may have changed since, and what was a hole may not be one any more. The outermost ends of what was
+        // retracted are all that a leaf can reach over, and they are ours.
+        let ends = (gather.runs.iter().next(), gather.runs.iter().next_back());
+        if let (Some(head), Some(tail)) = ends {
+            for at in core::iter::once(head.first()).chain(tail.last().checked_add(1)) {
+                Self::cut_derived(at, layout)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts the derived tables at the ends of a range before anything is retracted, so that an unmap which cannot be
+    /// carried out has disturbed nobody. Whoever cuts must have a page on one side of the cut: it is held meanwhile,
+    /// and goes on translating.
+    fn cut_unowned(&self, range: IovaRange, layout: &Layout) -> Result<(), Step> {
+        let inside_and_outside = [
+            (range.first(), Some(range.first()), range.first().checked_sub(1)),
+            (range.last().wrapping_add(1), Some(range.last()), range.last().checked_add(1)),
+        ];
+        for (at, inside, outside) in inside_and_outside {
+            // No leaf reaches over the end of everything.
+            if at == 0 || !layout.derived().any(|table| table.reaches_over(at)) {
+                continue;
+            }
+            for page in inside.into_iter().chain(outside).filter_map(|page| IovaRange::new(page, page)) {
+                let Some(leaf) = self.native.hold(page)? else { continue };
+                let result = Self::cut_derived(at, layout);
+                self.native.let_go(&leaf);
+                result?;
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts the derived tables at one place, of which the caller has the page on either side.
+    fn cut_derived(at: u64, layout: &Layout) -> Result<(), Step> {
+        for table in layout.derived().filter(|table| table.reaches_over(at)) {
+            table.cut(at).map_err(|error| Step::Failed(error.into()))?;
         }
         Ok(())
     }

@@ -229,19 +229,19 @@ impl DerivedTable for DoubleTable {
         if fails { Err(refused()) } else { Ok(()) }
     }
 
-    fn cut(&self, range: IovaRange) -> Result<(), TableError> {
+    fn reaches_over(&self, _at: u64) -> bool {
         self.switches.pass_gate(Stop::Cuts);
+        true
+    }
+
+    fn cut(&self, at: u64) -> Result<(), TableError> {
         if self.switches.fails(Call::Cut) {
             return Err(refused());
         }
         if self.switches.uncuttable.load(Ordering::SeqCst) {
-            let mut ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
-            return match ends.find(|&at| self.across(at).is_some()) {
-                Some(at) => Err(TableError::CannotCut { at }),
-                None => Ok(()),
-            };
+            return if self.across(at).is_some() { Err(TableError::CannotCut { at }) } else { Ok(()) };
         }
-        self.inner.cut(range)
+        self.inner.cut(at)
     }
 
     fn unmap(&self, range: IovaRange) {

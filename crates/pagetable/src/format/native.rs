@@ -73,6 +73,7 @@ impl Default for Native {
 impl Format for Native {
     const NAME: &'static str = "native";
 
+    #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
         4..=6
     }
@@ -94,6 +95,7 @@ impl Format for Native {
         if shift <= self.largest_leaf.log2() || level == 1 { 1 << shift } else { 0 }
     }
 
+    #[inline(always)]
     fn output_bits(&self) -> u32 {
         56
     }

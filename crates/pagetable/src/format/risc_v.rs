@@ -115,6 +115,7 @@ impl RiscV {
 impl Format for RiscV {
     const NAME: &'static str = "riscv64";
 
+    #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
         self.levels..=self.levels
     }
@@ -138,10 +139,12 @@ impl Format for RiscV {
         }
     }
 
+    #[inline(always)]
     fn sign_extended(&self) -> bool {
         true
     }
 
+    #[inline(always)]
     fn output_bits(&self) -> u32 {
         56
     }

@@ -76,6 +76,8 @@ pub struct X86_64 {
     levels: u8,
     sign_extended: bool,
     host_address_width: u32,
+    /// The address bits below the host address width; kept because every entry on the way is held against it.
+    address_mask: u64,
     large_pages: u64,
     execute_disable: bool,
     /// The [`MemoryType`] of each of the eight indexes, four bits each.
@@ -108,6 +110,7 @@ impl X86_64 {
             levels,
             sign_extended: true,
             host_address_width: 52,
+            address_mask: ADDRESS,
             large_pages: PageSize::SIZE_2M.bytes() | PageSize::SIZE_1G.bytes(),
             execute_disable: false,
             types: 0,
@@ -134,7 +137,7 @@ impl X86_64 {
         if bits < 32 || bits > 52 {
             return None;
         }
-        Some(X86_64 { host_address_width: bits, ..self })
+        Some(X86_64 { host_address_width: bits, address_mask: ADDRESS & ((1 << bits) - 1), ..self })
     }
 
     /// Whether leaves forbid instruction fetches (VT-d: NXE in the PASID entry; AMD: EFR.NXSup). Without it bit 63
@@ -165,15 +168,10 @@ impl X86_64 {
         X86_64 { types, indexes, ..self }
     }
 
-    #[inline(always)]
-    const fn address_mask(&self) -> u64 {
-        ADDRESS & ((1 << self.host_address_width) - 1)
-    }
-
     /// What is reserved in every entry.
     #[inline(always)]
     const fn reserved(&self) -> u64 {
-        let beyond = ADDRESS & !self.address_mask();
+        let beyond = ADDRESS & !self.address_mask;
         if self.execute_disable { beyond } else { beyond | EXECUTE_DISABLE }
     }
 
@@ -190,9 +188,16 @@ impl X86_64 {
     }
 }
 
+// The attributes stand in the order of the format's own bits.
+const _: () = {
+    assert!(Attributes::WRITE.bits() as u64 == WRITE && WRITE << 5 == DIRTY);
+    assert!((Attributes::DIRTY.bits() as u64) << 2 == DIRTY);
+};
+
 impl Format for X86_64 {
     const NAME: &'static str = "x86_64";
 
+    #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
         self.levels..=self.levels
     }
@@ -216,10 +221,12 @@ impl Format for X86_64 {
         }
     }
 
+    #[inline(always)]
     fn sign_extended(&self) -> bool {
         self.sign_extended
     }
 
+    #[inline(always)]
     fn output_bits(&self) -> u32 {
         self.host_address_width
     }
@@ -276,7 +283,7 @@ impl Format for X86_64 {
             return if entry & self.reserved() != 0 {
                 Entry::Malformed
             } else {
-                Entry::Table(entry & self.address_mask())
+                Entry::Table(entry & self.address_mask)
             };
         }
         let misaligned = self.misaligned(level);
@@ -297,7 +304,7 @@ impl Format for X86_64 {
         }
         let low = (1 << self.shift(level)) - 1;
         Entry::Leaf {
-            oa: entry & self.address_mask() & !low,
+            oa: entry & self.address_mask & !low,
             size: PageSize(self.shift(level) as u8),
             attributes,
         }
@@ -317,14 +324,14 @@ impl Format for X86_64 {
         if attributes.intersects(Attributes::PERMISSIONS) {
             entry |= USER;
         }
-        if attributes.contains(Attributes::WRITE) {
-            entry |= WRITE | DIRTY;
-        }
-        if attributes.contains(Attributes::DIRTY) {
-            entry |= DIRTY;
-        }
+        // Moving bits is cheaper than asking for each; what may be written begins dirty.
+        let bits = u64::from(attributes.bits());
+        entry |= bits & WRITE | (bits & WRITE) << 5 | (bits & u64::from(Attributes::DIRTY.bits())) << 2;
         if self.execute_disable && !attributes.contains(Attributes::EXECUTE) {
             entry |= EXECUTE_DISABLE;
+        }
+        if attributes.memory_type() == MemoryType::Inherit {
+            return entry;
         }
         let index = u64::from((self.indexes >> (4 * attributes.memory_type() as u32)) & 7);
         entry | (index & 3) << TYPE_LOW_SHIFT | (index >> 2) << X86_64::pat_shift(level)

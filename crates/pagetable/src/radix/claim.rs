@@ -16,8 +16,9 @@
 //! and a mapper gives everything back before it tries again, so no two can wait for each other.
 
 use super::cut::SoftwareBits;
-use super::map::{ClaimBits, Install, InstallError, MapError, Mapping, check_mapping};
-use super::{COUNT, CutError, Leaf, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::map::{ClaimBits, Install, InstallError, MapError, Mapping};
+use super::retire::Filling;
+use super::{CutError, Leaf, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
@@ -71,8 +72,6 @@ enum Outcome {
 struct Settle<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> {
     radix: &'a Radix<F, M, A>,
     outcome: Outcome,
-    /// The live count of the last table in which leaves became absent.
-    left_live: u64,
     gather: &'a mut Gather<M, A>,
 }
 
@@ -81,7 +80,6 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
 
     #[inline]
     fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<Self::Error>> {
-        let mut settled = 0;
         let mut done = 0;
         for entry in stretch.entries {
             let value = entry.load();
@@ -91,15 +89,11 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
                     Outcome::Present => entry.store((value & !F::BUSY) | F::PRESENT),
                     Outcome::Absent => entry.store(0),
                 }
-                settled += 1;
             } else if value & F::PRESENT != 0 {
                 // A leaf of somebody else's, or a link, which is for the walker.
                 break;
             }
             done += 1;
-        }
-        if self.outcome == Outcome::Absent && settled > 0 {
-            self.left_live = self.radix.subtract_live(stretch.node, settled) - settled;
         }
         Ok(done)
     }
@@ -111,17 +105,14 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Settle
         // The entry is ours: a store is enough.
         match self.outcome {
             Outcome::Present => slot.entry.store((slot.value & !F::BUSY) | F::PRESENT),
-            Outcome::Absent => {
-                slot.entry.store(0);
-                self.radix.subtract_live(slot.node, 1);
-            }
+            Outcome::Absent => slot.entry.store(0),
         }
         Ok(Next::After(slot.last))
     }
 
     fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), Self::Error> {
         if self.outcome == Outcome::Absent {
-            self.radix.prune(self.gather, slot, child, whole);
+            self.radix.prune(self.gather, slot, child, whole, Filling::Exchange);
         }
         Ok(())
     }
@@ -246,24 +237,25 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         attributes: Attributes,
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
-        check_mapping(&self.format, range, oa, attributes)?;
-        let root = self.root_covering(range.last()).map_err(MapError::from)?;
-        let mapping = Mapping::new(range, oa, attributes);
         let claim = Some(ClaimBits { present: F::PRESENT, busy: F::BUSY, first: F::FIRST });
-        if self.install_in_one_table(root, &mapping, claim) {
+        if self.install_in_one_table(range, oa, attributes, claim, gather) {
             return Ok(());
         }
-        self.claim_piecewise(mapping, claim, gather)
+        self.claim_slowly(Mapping::new(range, oa, attributes), claim, gather)
     }
 
-    /// The long way of [`claim`](Self::claim).
+    /// What the short way was not for, or not yet.
     #[inline(never)]
-    fn claim_piecewise(
+    fn claim_slowly(
         &self,
         mapping: Mapping,
         claim: Option<ClaimBits>,
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
+        let table = self.prepare(&mapping)?;
+        if table.is_some_and(|table| self.install_in(table, &mapping, claim, gather)) {
+            return Ok(());
+        }
         let range = mapping.range;
         let mut install = Install {
             radix: self,
@@ -279,7 +271,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         for run in installed.iter() {
             self.release(run, gather);
         }
-        self.sweep_path(at, gather);
+        self.sweep_path(at, gather, Filling::Exchange);
         Err(match error {
             InstallError::Contended(at) => ClaimError::Contended { at },
             InstallError::Map(error) => error.into(),
@@ -298,14 +290,14 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     #[inline(always)]
     fn settle(&self, range: IovaRange, outcome: Outcome, gather: &mut Gather<M, A>) {
-        let mut settle = Settle { radix: self, outcome, left_live: COUNT, gather };
+        let mut settle = Settle { radix: self, outcome, gather };
         if let Some(stretch) = self.in_one_table(range) {
-            let count = stretch.entries.len();
-            let whole = count == 1 << self.format.index_bits(stretch.node.level);
+            let (node, count) = (stretch.node, stretch.entries.len());
             let Ok(done) = settle.stretch(stretch) else { return };
             if done == count {
-                if self.is_idle(settle.left_live, whole) {
-                    self.sweep(range, gather);
+                let index = self.index(node.level, range.first());
+                if outcome == Outcome::Absent && self.is_idle(node, index, count) {
+                    self.sweep(range, gather, Filling::Exchange);
                 }
                 return;
             }

@@ -90,7 +90,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
-    /// Makes `at` a boundary between leaves. Changes no translation, and may run beside any other operation.
+    /// Makes `at` a boundary between leaves. Changes no translation.
+    ///
+    /// Exclusive mode: the caller has the page before `at` or the one behind it to himself. So nobody can be unmapping
+    /// the leaf as a whole; but others may be cutting it too.
     ///
     /// `gather` takes the range of the largest leaf that was cut. Until it is invalidated, caches may hold the old leaf,
     /// which says the same.
@@ -160,7 +163,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return Err(needs_break);
         }
         let child: Node<A> = self.allocate(level - 1)?;
-        let entries = self.entries(child, 0, 1 << self.format.index_bits(level - 1));
+        let entries = self.all_entries(child);
         // What the entry holds beyond the format's own bits goes on with the pieces.
         let kept = slot.value & self.format.software_bits(level) & self.format.software_bits(level - 1);
         let first = self.leaf_like(level - 1, piece, oa, attributes) | kept;
@@ -168,7 +171,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         if let Some(entry) = entries.first() {
             entry.store(first | (slot.value & software.first));
         }
-        self.live(child).store(entries.len() as u64);
         let link = self.format.table_entry(level, self.memory.address(child.table));
         if slot.entry.compare_exchange(slot.value, link).is_err() {
             // SAFETY: never linked.

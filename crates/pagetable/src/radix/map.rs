@@ -10,8 +10,8 @@
 //! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
 //! once in small pages can be mapped with large ones again.
 
-use super::retire::Sweep;
-use super::{COUNT, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::retire::{Filling, Sweep, all_absent};
+use super::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format, MemoryType};
@@ -68,8 +68,18 @@ pub enum MapError {
     OutOfTables(#[from] OutOfTables),
 }
 
-/// Whether some leaf of the format can hold each part of a mapping.
+/// Whether [`check_mapping`] has nothing to say, apart from the addresses' width.
 #[inline(always)]
+fn is_in_order<F: Format>(format: &F, range: IovaRange, oa: Oa, attributes: Attributes) -> bool {
+    let low = (1u64 << format.shift(1)) - 1;
+    let last = oa.get().checked_add(range.last() - range.first());
+    (range.first() | !range.last() | oa.get()) & low == 0
+        && last.is_some_and(|last| last >> format.output_bits() == 0)
+        && attributes.intersects(Attributes::READ | Attributes::WRITE)
+        && format.has_memory_type(attributes.memory_type())
+}
+
+/// Whether some leaf of the format can hold each part of a mapping.
 pub(super) fn check_mapping<F: Format>(
     format: &F,
     range: IovaRange,
@@ -84,7 +94,7 @@ pub(super) fn check_mapping<F: Format>(
         return Err(MapError::OutOfRange { range });
     }
     let last = oa.get().checked_add(range.last() - range.first()).ok_or(MapError::OutputOutOfRange { oa })?;
-    if last >> format.output_bits().min(63) != 0 {
+    if last >> format.output_bits() != 0 {
         return Err(MapError::OutputOutOfRange { oa });
     }
     if !attributes.intersects(Attributes::READ | Attributes::WRITE) {
@@ -192,17 +202,24 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
     }
 
     /// Writes the leaf into its entries. `None`: lost a race.
-    fn install(&self, slot: &Slot<'_, A>, size: PageSize, count: u64) -> Option<()> {
+    fn install(&self, slot: &Slot<'_, A>, size: PageSize, entries: &[A]) -> Option<()> {
         let leaf = self.leaf(slot.node.level, size, slot.first);
         if self.claim.is_some() {
             return slot.entry.compare_exchange(slot.value, leaf).ok();
         }
-        slot.entry.store(leaf);
-        let index = self.radix.index(slot.node.level, slot.first);
-        for replica in 1..count as usize {
-            self.radix.entry(slot.node, index + replica).store(leaf);
-        }
+        entries.iter().for_each(|entry| entry.store(leaf));
         Some(())
+    }
+
+    /// Empties entries of a dead table again that were filled a moment ago.
+    fn take_back(&mut self, node: Node<A>, first: u64, entries: &[A]) {
+        let size = PageSize(self.radix.format.shift(node.level) as u8);
+        self.radix.take_back(node, entries, self.gather);
+        // They will be mapped again; if not, this is how the caller gets to know that they have been visible.
+        let last = first + ((entries.len() as u64 - 1) << size.log2()) + (size.bytes() - 1);
+        if let (Some(range), None) = (IovaRange::new(first, last), self.claim) {
+            self.gather.removed(range, size, entries.len() as u64);
+        }
     }
 
     /// Whether a leaf that was found allows what one of this operation would: what the format cannot express does
@@ -216,6 +233,53 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         }
     }
 
+    /// The largest leaf that can begin in an absent entry: one of several entries only where all of them are free.
+    fn size_that_fits(&mut self, slot: &Slot<'_, A>) -> Option<PageSize> {
+        let mut sizes = self.radix.format.leaf_sizes(slot.node.level);
+        loop {
+            let size = self.mapping.best_size(sizes, slot.first)?;
+            if size.log2() <= self.radix.format.shift(slot.node.level) || self.is_free(slot, size) {
+                return Some(size);
+            }
+            sizes &= size.bytes() - 1;
+        }
+    }
+
+    /// Whether nothing is in the entries of a leaf to be, of which the first is absent. Tables that hold nothing go.
+    fn is_free(&mut self, slot: &Slot<'_, A>, size: PageSize) -> bool {
+        let (radix, node) = (self.radix, slot.node);
+        let entry_size = 1u64 << radix.format.shift(node.level);
+        let mut first = slot.first;
+        for entry in radix.leaf_entries(node, slot.first, size) {
+            let value = entry.load();
+            let last = first + (entry_size - 1);
+            if value != 0 {
+                let Entry::Table(address) = radix.format.decode(node.level, value) else { return false };
+                if node.level == 1 || !self.bury_unused(radix.child(node, address), first, last) {
+                    return false;
+                }
+                let slot = Slot { node, entry, value, decoded: Entry::Table(address), first, last };
+                radix.unlink(self.gather, &slot, radix.child(node, address));
+            }
+            first = last.wrapping_add(1);
+        }
+        true
+    }
+
+    /// Declares a table dead that the mapping covers as a whole, together with all that it leads to. `false`: it is in
+    /// use.
+    fn bury_unused(&mut self, child: Node<A>, first: u64, last: u64) -> bool {
+        let radix = self.radix;
+        // Nobody else has business below an entry that an exclusive mapping covers as a whole.
+        let filling = if self.claim.is_some() { Filling::Exchange } else { Filling::Nobody };
+        if !all_absent(radix.all_entries(child)) {
+            // All that it leads to may be empty too.
+            let mut sweep = Sweep { radix, gather: &mut *self.gather, filling, until_used: true };
+            let _ = radix.visit(&mut sweep, child, first, last);
+        }
+        radix.bury(child, filling)
+    }
+
     /// Writes down what was installed.
     fn installed_leaf(&mut self, first: u64, size: PageSize) -> Next {
         let (first, last) = leaf_span(first, size);
@@ -224,15 +288,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         }
         Next::After(last)
     }
-}
-
-/// Whether nothing is in the entries.
-#[inline(always)]
-fn all_absent<A: AtomicEntry>(entries: &[A]) -> bool {
-    let (groups, rest) = entries.split_at(entries.len() & !7);
-    // Eight at a time, which is a cache line: one branch for all of them.
-    groups.chunks_exact(8).all(|group| group.iter().fold(0, |any, entry| any | entry.load()) == 0)
-        && rest.iter().all(|entry| entry.load() == 0)
 }
 
 /// Fills entries with leaves that follow each other.
@@ -291,10 +346,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             return Ok(0);
         }
         self.at = first;
-        let count = entries.len() as u64;
-        if !radix.add_live(node, count) {
-            return Err(Stop::Stale(first));
-        }
         let mut leaf = radix.format.leaf_entry(node.level, size, output, self.mapping.attributes);
         let step = radix.format.leaf_step(node.level);
         let taken = match self.claim {
@@ -313,8 +364,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             Some(bits) => claim_leaves(entries, leaf, step, bits, first == self.mapping.range.first()).err(),
         };
         let done = taken.unwrap_or(entries.len());
-        if done < entries.len() {
-            radix.subtract_live(node, count - done as u64);
+        self.radix.fence_filled(self.claim);
+        if done > 0 && !radix.stays(node) {
+            self.take_back(node, first, entries.split_at(done).0);
+            return Err(Stop::Stale(first));
         }
         if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
             self.installed.extend(IovaRange::new(first, leaf_span(last, size).1));
@@ -339,7 +392,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             _ => return Err(Stop::Error(MapError::Occupied { at: slot.first }.into())),
         }
         let radix = self.radix;
-        let Some(size) = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first) else {
+        let Some(size) = self.size_that_fits(&slot) else {
             if slot.node.level == 1 {
                 // Alignment was checked, so this is a format whose facts contradict each other.
                 let range = self.mapping.range;
@@ -351,40 +404,36 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
                 Err(Stop::Error(error)) => Err(Stop::Error(MapError::from(error).into())),
             };
         };
-        let count = size.bytes() >> radix.format.shift(slot.node.level);
-        if !radix.add_live(slot.node, count) {
-            return Err(Stop::Stale(slot.first));
-        }
-        if self.install(&slot, size, count).is_none() {
-            radix.subtract_live(slot.node, count);
+        let entries = radix.leaf_entries(slot.node, slot.first, size);
+        if self.install(&slot, size, entries).is_none() {
             return Ok(Next::Again);
+        }
+        radix.fence_filled(self.claim);
+        if !radix.stays(slot.node) {
+            self.take_back(slot.node, slot.first, entries);
+            return Err(Stop::Stale(slot.first));
         }
         Ok(self.installed_leaf(slot.first, size))
     }
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
         let radix = self.radix;
+        let shift = radix.format.shift(slot.node.level);
         let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
-        if size.log2() != radix.format.shift(slot.node.level) {
+        if size.log2() < shift || !self.bury_unused(child, slot.first, slot.last) {
             return None;
         }
-        let mut word = radix.live(child).load();
-        if word & COUNT != 0 {
-            // All that it leads to may be empty too.
-            let mut sweep = Sweep { radix, gather: &mut *self.gather, until_used: true };
-            let _ = radix.visit(&mut sweep, child, slot.first, slot.last);
-            word = radix.live(child).load();
+        if size.log2() > shift {
+            // The other entries of the leaf are looked at when this one is absent.
+            radix.unlink(self.gather, slot, child);
+            return Some(Next::Again);
         }
-        if !radix.bury(child, word) {
-            return None;
-        }
-        // One entry for another: the parent's count stays.
         let leaf = self.leaf(slot.node.level, size, slot.first);
         if slot.entry.compare_exchange(slot.value, leaf).is_err() {
             // Somebody took the dead table's link away.
             return Some(Next::Again);
         }
-        radix.retire(self.gather, child, true);
+        radix.retire(self.gather, child);
         Some(self.installed_leaf(slot.first, size))
     }
 
@@ -433,13 +482,51 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        check_mapping(&self.format, range, oa, attributes)?;
-        let mapping = Mapping::new(range, oa, attributes);
-        let root = self.root_covering(range.last())?;
-        if self.install_in_one_table(root, &mapping, None) {
+        if self.install_in_one_table(range, oa, attributes, None, gather) {
+            return Ok(());
+        }
+        self.install_slowly(Mapping::new(range, oa, attributes), accept_equal, gather)
+    }
+
+    /// What the short way was not for, or not yet.
+    #[inline(never)]
+    fn install_slowly(
+        &self,
+        mapping: Mapping,
+        accept_equal: bool,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), MapError> {
+        let table = self.prepare(&mapping)?;
+        if table.is_some_and(|table| self.install_in(table, &mapping, None, gather)) {
             return Ok(());
         }
         self.install_piecewise(mapping, accept_equal, gather)
+    }
+
+    /// Checks a mapping, and makes the tables on the way to one that goes into one table, which is returned.
+    pub(super) fn prepare(&self, mapping: &Mapping) -> Result<Option<Node<A>>, MapError> {
+        let range = mapping.range;
+        check_mapping(&self.format, range, Oa::new(mapping.oa), mapping.attributes)?;
+        let mut node = self.root_covering(range.last())?;
+        let Some(level) = self.leaf_level(node.level, mapping) else { return Ok(None) };
+        if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
+            return Ok(None);
+        }
+        while node.level > level {
+            let entry = self.entry(node, self.index(node.level, range.first()));
+            let value = entry.load();
+            match self.format.decode(node.level, value) {
+                Entry::Table(address) => node = self.child(node, address),
+                decoded => {
+                    let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
+                    // Whatever is in the way, the long way will say it.
+                    if value != 0 || self.link_table(&slot).is_err() {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+        Ok(Some(node))
     }
 
     /// The short way: installs a mapping whose leaves are all of one size and stand in one table. `false`: nothing was
@@ -447,61 +534,151 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     #[inline(always)]
     pub(super) fn install_in_one_table(
         &self,
-        root: Node<A>,
+        range: IovaRange,
+        oa: Oa,
+        attributes: Attributes,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> bool {
+        if !is_in_order(&self.format, range, oa, attributes) {
+            return false;
+        }
+        let Some(root) = self.root_over_range(range) else { return false };
+        // One of the smallest pages, most of all; there is nothing to choose then, and the way down is a straight line.
+        if range.last() - range.first() == (1 << self.format.shift(1)) - 1 {
+            let Some(node) = self.descend(root, 1, range.first()) else { return false };
+            return self.install_leaf(node, range, oa, attributes, claim, gather);
+        }
+        let mapping = Mapping::new(range, oa, attributes);
+        let Some(level) = self.leaf_level(root.level, &mapping) else { return false };
+        // Not in one table.
+        if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
+            return false;
+        }
+        let Some(node) = self.descend(root, level, range.first()) else { return false };
+        self.install_in(node, &mapping, claim, gather)
+    }
+
+    /// Installs a mapping whose leaves stand in `node`, all of one entry. `false`: as above.
+    #[inline(always)]
+    pub(super) fn install_in(
+        &self,
+        node: Node<A>,
         mapping: &Mapping,
         claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
     ) -> bool {
-        let range = mapping.range;
+        let Mapping { range, oa, attributes, .. } = *mapping;
+        let (level, oa) = (node.level, Oa::new(oa));
+        let shift = self.format.shift(level);
         let apart = range.first() ^ range.last();
-        let mut node = root;
-        let size = loop {
-            let sizes = self.format.leaf_sizes(node.level) & mapping.possible;
-            let shift = self.format.shift(node.level);
-            if sizes != 0 {
-                if sizes != 1 << shift {
-                    return false;
-                }
-                break PageSize(shift as u8);
-            }
-            // The way parts: this is not for one table.
-            if node.level == 1 || apart >> shift != 0 {
-                return false;
-            }
-            let entry = self.entry(node, self.index(node.level, range.first()));
-            let value = entry.load();
-            if self.format.table_pattern(node.level).matches(value) {
-                node = self.child(node, self.format.table_address(value));
-            } else {
-                let decoded = Entry::Absent;
-                let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
-                if value != 0 || self.link_table(&slot).is_err() {
-                    return false;
-                }
-            }
-        };
-        if apart >> self.format.width(node.level).min(63) != 0 {
+        // Not from one end of an entry to another.
+        let low = (1u64 << shift) - 1;
+        if (range.first() | !range.last()) & low != 0 {
             return false;
+        }
+        if apart <= low {
+            return self.install_leaf(node, range, oa, attributes, claim, gather);
         }
         let Some(entries) = self.covered_entries(node, range) else { return false };
-        let count = entries.len() as u64;
-        // Nobody else fills entries of ours. One that is taken is found in the same way by the long way.
-        if claim.is_none() && !all_absent(entries) || !self.add_live(node, count) {
-            return false;
-        }
-        let leaf = self.format.leaf_entry(node.level, size, mapping.oa, mapping.attributes);
-        let step = if count > 1 { self.format.leaf_step(node.level) } else { 0 };
+        let leaf = self.format.leaf_entry(level, PageSize(shift as u8), oa.get(), attributes);
+        let step = self.format.leaf_step(level);
         match claim {
+            // Nobody else fills entries of ours. If one is taken the long way will find it again.
+            None if !all_absent(entries) => return false,
             None => store_leaves(entries, leaf, step),
             Some(bits) => {
                 if let Err(done) = claim_leaves(entries, leaf, step, bits, true) {
                     // Nobody has translated through them, so nobody has to be told.
                     entries.iter().take(done).for_each(|entry| entry.store(0));
-                    self.subtract_live(node, count);
                     return false;
                 }
             }
         }
-        true
+        self.fence_filled(claim);
+        self.stays(node) || self.take_all_back(node, range, claim, gather)
+    }
+
+    /// Installs a mapping that is one leaf of one entry in `node`.
+    #[inline(always)]
+    fn install_leaf(
+        &self,
+        node: Node<A>,
+        range: IovaRange,
+        oa: Oa,
+        attributes: Attributes,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> bool {
+        let entry = self.entry(node, self.index(node.level, range.first()));
+        let size = PageSize(self.format.shift(node.level) as u8);
+        let leaf = self.format.leaf_entry(node.level, size, oa.get(), attributes);
+        match claim {
+            // As above.
+            None if entry.load() != 0 => return false,
+            None => entry.store(leaf),
+            Some(bits) => {
+                if entry.compare_exchange(0, (leaf & !bits.present) | bits.busy | bits.first).is_err() {
+                    return false;
+                }
+            }
+        }
+        self.fence_filled(claim);
+        self.stays(node) || self.take_all_back(node, range, claim, gather)
+    }
+
+    /// Takes the leaves of a mapping back that were put into a table that is going away.
+    #[cold]
+    fn take_all_back(
+        &self,
+        node: Node<A>,
+        range: IovaRange,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> bool {
+        if let Some(entries) = self.covered_entries(node, range) {
+            self.take_back(node, entries, gather);
+            if claim.is_none() {
+                // They will be mapped again; if not, this is how the caller gets to know that they have been visible.
+                gather.removed(range, PageSize(self.format.shift(node.level) as u8), entries.len() as u64);
+            }
+        }
+        false
+    }
+
+    /// After entries were filled, so that [`stays`](Self::stays) can be asked.
+    #[inline(always)]
+    fn fence_filled(&self, claim: Option<ClaimBits>) {
+        if claim.is_none() {
+            self.memory.light_fence();
+        }
+    }
+
+    /// Empties entries of a dead table again that this operation has filled a moment ago. The same leaves will be
+    /// installed elsewhere.
+    #[cold]
+    fn take_back(&self, node: Node<A>, entries: &[A], gather: &mut Gather<M, A>) {
+        for entry in entries {
+            // Somebody may have cut a leaf that was exclusive and there for a moment.
+            if let Entry::Table(address) = self.format.decode(node.level, entry.swap(0)) {
+                if node.level > 1 {
+                    self.retire_with_contents(gather, self.child(node, address));
+                }
+            }
+        }
+    }
+
+    /// The level, from `top` down, at which all leaves of a mapping stand that has leaves of one size and of one entry.
+    #[inline(always)]
+    fn leaf_level(&self, top: u8, mapping: &Mapping) -> Option<u8> {
+        let mut level = top;
+        loop {
+            let sizes = self.format.leaf_sizes(level) & mapping.possible;
+            if sizes != 0 {
+                return (sizes == 1 << self.format.shift(level)).then_some(level);
+            }
+            level = level.checked_sub(1).filter(|&level| level > 0)?;
+        }
     }
 
     /// The long way of [`install`](Self::install).
@@ -528,7 +705,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             // Nothing has to be cut for it: a run ends with a leaf of this operation.
             let _ = self.unmap(run, gather);
         }
-        self.sweep_path(at, gather);
+        self.sweep_path(at, gather, Filling::Store);
         Err(match error {
             InstallError::Map(error) => error,
             InstallError::Contended(at) => MapError::Occupied { at },
@@ -540,16 +717,16 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
         let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
-        if !self.add_live(slot.node, 1) {
+        if !self.pin(slot.node) {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
             return Err(Stop::Stale(slot.first));
         }
         if slot.entry.compare_exchange(slot.value, link).is_err() {
-            self.subtract_live(slot.node, 1);
             // SAFETY: never linked.
             unsafe { self.discard(child) };
         }
+        self.unpin(slot.node);
         Ok(())
     }
 }

@@ -3,18 +3,32 @@
 //! The protocol is described in the [module above](super). Here are its steps, and a visitor that looks for empty
 //! tables where no removal has come by.
 
-use super::{COUNT, DEAD, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, Radix, Slot, Stop, Visitor};
+use super::{
+    DEAD, DEATH, DEATHS, DYING, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, PINS, Radix, Slot, Stop, Visitor,
+};
 use crate::address::IovaRange;
 use crate::atomic::AtomicEntry;
-use crate::format::Format;
+use crate::format::{Entry, Format};
 use crate::gather::{Gather, RetiredTable};
 use crate::memory::TableMemory;
 use core::sync::atomic::Ordering;
+
+/// How those who fill entries of a table make sure that they are seen.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filling {
+    /// By exchanges: the claiming mode.
+    Exchange,
+    /// By stores and light fences: the exclusive mode.
+    Store,
+    /// Nobody can be filling: the caller has all of the table's span to himself, in exclusive mode.
+    Nobody,
+}
 
 /// Retires empty tables and changes no translation.
 pub(super) struct Sweep<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
     pub(super) radix: &'a Radix<F, M, A>,
     pub(super) gather: &'a mut Gather<M, A>,
+    pub(super) filling: Filling,
     /// Give up at the first entry in use.
     pub(super) until_used: bool,
 }
@@ -27,7 +41,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Sweep<'_, F
     }
 
     fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), ()> {
-        self.radix.prune(self.gather, slot, child, whole);
+        self.radix.prune(self.gather, slot, child, whole, self.filling);
         Ok(())
     }
 
@@ -36,26 +50,91 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Sweep<'_, F
     }
 }
 
+/// Whether nothing is in the entries.
+#[inline(always)]
+pub(super) fn all_absent<A: AtomicEntry>(entries: &[A]) -> bool {
+    let (groups, rest) = entries.split_at(entries.len() & !7);
+    // Eight at a time, which is a cache line: one branch for all of them.
+    groups.chunks_exact(8).all(|group| group.iter().fold(0, |any, entry| any | entry.load()) == 0)
+        && rest.iter().all(|entry| entry.load() == 0)
+}
+
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// After entries of `node` were filled, and fenced: whether they will stay. `false`: the table is going away, and
+    /// they have to be taken back.
+    #[inline(always)]
+    pub(super) fn stays(&self, node: Node<A>) -> bool {
+        self.state(node).load_after_exchange() & (DYING | DEAD) == 0 || self.revive(node)
+    }
+
+    #[cold]
+    fn revive(&self, node: Node<A>) -> bool {
+        loop {
+            let word = self.state(node).load();
+            if word & DEAD != 0 {
+                return false;
+            }
+            if word & DYING == 0 || self.state(node).compare_exchange(word, word & !DYING).is_ok() {
+                return true;
+            }
+        }
+    }
+
+    /// Announces that a table is about to be linked in `node`; `false` if that is going away.
+    pub(super) fn pin(&self, node: Node<A>) -> bool {
+        // A mark has to go: without the pin the word would be again what the marker wrote, and he has looked already.
+        // Pinning a dead table does no harm.
+        self.state(node).fetch_add(1) & (DYING | DEAD) == 0 || self.revive(node)
+    }
+
+    pub(super) fn unpin(&self, node: Node<A>) {
+        self.state(node).fetch_sub(1);
+    }
+
+    /// Whether a table from which the entries `index..index + count` have been emptied may have to go. The first look is
+    /// at the neighbours, of which mostly one is in use.
+    #[inline(always)]
+    pub(super) fn is_idle(&self, node: Node<A>, index: usize, count: usize) -> bool {
+        let entries = self.all_entries(node);
+        let in_use = |index: usize| entries.get(index).is_some_and(|entry| entry.load() != 0);
+        if in_use(index + count) || in_use(index.wrapping_sub(1)) {
+            return false;
+        }
+        count == entries.len() || (self.state(node).load() & KEPT == 0 && self.is_empty(node, index))
+    }
+
+    #[inline(never)]
+    fn is_empty(&self, node: Node<A>, index: usize) -> bool {
+        let (before, behind) = self.all_entries(node).split_at(index & !7);
+        all_absent(behind) && all_absent(before)
+    }
+
     /// Retires `child`, to which `slot` leads, if it is empty and need not stay.
-    pub(super) fn prune(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>, whole: bool) {
-        let live = self.live(child);
-        let word = live.load();
-        if word & (COUNT | DEAD) != 0 {
+    pub(super) fn prune(
+        &self,
+        gather: &mut Gather<M, A>,
+        slot: &Slot<'_, A>,
+        child: Node<A>,
+        whole: bool,
+        filling: Filling,
+    ) {
+        if !all_absent(self.all_entries(child)) {
             return;
         }
         if !whole {
-            if word & KEPT != 0 {
+            let state = self.state(child);
+            let word = state.load();
+            if word & (KEPT | DEAD) != 0 {
                 return;
             }
             if self.kept.fetch_add(1, Ordering::Relaxed) < KEPT_LIMIT
-                && live.compare_exchange(word, KEPT).is_ok()
+                && state.compare_exchange(word, word | KEPT).is_ok()
             {
                 return;
             }
             self.kept.fetch_sub(1, Ordering::Relaxed);
         }
-        if self.bury(child, word) {
+        if self.bury(child, filling) {
             self.unlink(gather, slot, child);
         }
     }
@@ -64,51 +143,93 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub(super) fn unlink(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>) {
         // The link cannot have been changed back: the table's page is not used again while we run.
         if slot.entry.compare_exchange(slot.value, 0).is_ok() {
-            self.subtract_live(slot.node, 1);
-            self.retire(gather, child, true);
+            self.retire(gather, child);
         }
     }
 
     /// Retires the empty tables on the way to `at`, or keeps them as `prune` does.
-    pub(super) fn sweep_path(&self, at: u64, gather: &mut Gather<M, A>) {
+    pub(super) fn sweep_path(&self, at: u64, gather: &mut Gather<M, A>, filling: Filling) {
         if let Some(range) = IovaRange::new(at, at) {
-            self.sweep(range, gather);
+            self.sweep(range, gather, filling);
         }
     }
 
     /// Retires the empty tables of a range, or keeps them as `prune` does.
     #[cold]
-    pub(super) fn sweep(&self, range: IovaRange, gather: &mut Gather<M, A>) {
-        let _ = self.run(&mut Sweep { radix: self, gather, until_used: false }, range);
+    pub(super) fn sweep(&self, range: IovaRange, gather: &mut Gather<M, A>, filling: Filling) {
+        let _ = self.run(&mut Sweep { radix: self, gather, filling, until_used: false }, range);
     }
 
-    /// Whether a table whose live count is `word` now may have to go. `whole`: all of it was emptied at once.
-    #[inline(always)]
-    pub(super) fn is_idle(&self, word: u64, whole: bool) -> bool {
-        word & (COUNT | DEAD) == 0 && (whole || word & KEPT == 0)
-    }
-
-    /// Declares an empty table dead, whose live count was read as `word`. It can be unlinked then.
-    pub(super) fn bury(&self, node: Node<A>, word: u64) -> bool {
-        let buried = word & (COUNT | DEAD) == 0 && self.live(node).compare_exchange(word, DEAD).is_ok();
+    /// Declares an empty table dead. It can be unlinked then.
+    pub(super) fn bury(&self, node: Node<A>, filling: Filling) -> bool {
+        let state = self.state(node);
+        let word = state.load();
+        if word & (DEAD | PINS) != 0 {
+            return false;
+        }
+        let dying = (word & KEPT) | DYING | (word.wrapping_add(DEATH) & DEATHS);
+        if state.compare_exchange(word, dying).is_err() {
+            return false;
+        }
+        if filling == Filling::Store {
+            self.memory.heavy_fence();
+        }
+        if self.all_entries(node).iter().any(|entry| entry.load_after_exchange() != 0) {
+            // Whoever marked it anew, or took the mark away, knows better.
+            let _ = state.compare_exchange(dying, dying & !DYING);
+            return false;
+        }
+        let buried = state.compare_exchange(dying, DEAD).is_ok();
         if buried && word & KEPT != 0 {
             self.kept.fetch_sub(1, Ordering::Relaxed);
         }
         buried
     }
 
-    /// Hands over a table that this operation has just unlinked. `empty`: all of its entries are 0.
-    pub(super) fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>, empty: bool) {
-        // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
-        // too, or could remember a way to this table under that number and find it freed.
-        self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
-        self.tables.fetch_sub(1, Ordering::Relaxed);
-        gather.tables_changed = true;
+    /// Hands over a table that this operation has just unlinked, and that is empty.
+    pub(super) fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
+        self.hand_over(gather, node, true);
+        self.retired(gather, 1);
+    }
+
+    /// Hands over a table with all that is in it, which this operation has just unlinked and nobody else can change.
+    pub(super) fn retire_with_contents(&self, gather: &mut Gather<M, A>, node: Node<A>) {
+        let tables = self.hand_over_all(gather, node);
+        self.retired(gather, tables);
+    }
+
+    /// How many tables.
+    fn hand_over_all(&self, gather: &mut Gather<M, A>, node: Node<A>) -> u64 {
+        let mut tables = 1;
+        if node.level > 1 {
+            for entry in self.all_entries(node) {
+                if let Entry::Table(address) = self.format.decode(node.level, entry.load()) {
+                    tables += self.hand_over_all(gather, self.child(node, address));
+                }
+            }
+        }
+        if self.state(node).load() & KEPT != 0 {
+            self.kept.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.hand_over(gather, node, false);
+        tables
+    }
+
+    fn hand_over(&self, gather: &mut Gather<M, A>, node: Node<A>, empty: bool) {
         gather.retired.push(RetiredTable {
             empty,
             table: node.table,
             layout: self.format.table_layout(node.level),
             memory: self.memory.clone(),
         });
+    }
+
+    /// After tables were unlinked: from now on no remembered way leads to them.
+    fn retired(&self, gather: &mut Gather<M, A>, tables: u64) {
+        // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
+        // too, or could remember a way to this table under that number and find it freed.
+        self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
+        self.tables.fetch_sub(tables, Ordering::Relaxed);
+        gather.tables_changed = true;
     }
 }

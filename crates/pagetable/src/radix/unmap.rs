@@ -1,17 +1,20 @@
 //! Unmapping in exclusive mode: emptying entries, and cutting leaves that reach over the ends.
 //!
 //! As with mapping there is a short way for what is most frequent: leaves of one size, neighbours in one table. And
-//! there is one shortcut on the long way: a table of pages that the range covers as a whole is not emptied entry by
-//! entry, it is unlinked as it is. Nobody else has business in it, because nobody else has a page of it.
+//! there is a shortcut on the long way: a table that the range covers as a whole is not emptied entry by entry, it is
+//! unlinked with all that is in it. Nobody else has business there, because nobody else has a page of it.
+//!
+//! For the same reason leaves are removed by plain stores. Somebody else may cut a leaf only if he has a part of it,
+//! and then it does not lie in our range as a whole.
 
 use super::cut::SoftwareBits;
-use super::{COUNT, CutError, KEPT, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::retire::Filling;
+use super::{CutError, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Entry, Format};
 use crate::gather::Gather;
 use crate::memory::TableMemory;
-use core::sync::atomic::Ordering;
 
 /// Why nothing was unmapped: a leaf at an end of the range could not be cut.
 pub type UnmapError = CutError;
@@ -33,38 +36,26 @@ pub(super) fn all_plain_leaves<F: Format, A: AtomicEntry>(format: &F, level: u8,
     format.leaf_pattern(level).matches_all(conjunction, disjunction)
 }
 
-/// Empties entries that hold leaves. How many, up to the first that changed meanwhile.
+/// Empties entries.
 #[inline(always)]
-fn empty_leaves<A: AtomicEntry>(level: u8, entries: &[A]) -> usize {
-    if level == 1 {
-        entries.iter().for_each(|entry| entry.store(0));
-        return entries.len();
-    }
-    // Above the lowest level somebody may cut a leaf right now, and the table that came in its place must not be lost.
-    let changed = entries.iter().position(|entry| {
-        let value = entry.load();
-        value == 0 || entry.compare_exchange(value, 0).is_err()
-    });
-    changed.unwrap_or(entries.len())
+fn empty<A: AtomicEntry>(entries: &[A]) {
+    entries.iter().for_each(|entry| entry.store(0));
 }
 
 /// The addresses of neighbouring leaves, from number `began` to before number `end` of those that begin at `first`.
 #[inline(always)]
 fn leaves_span(first: u64, began: usize, end: usize, size: PageSize) -> Option<IovaRange> {
-    let last = first + ((end as u64 - 1) << size.log2()) + (size.bytes() - 1);
+    let last = first + ((end as u64).checked_sub(1)? << size.log2()) + (size.bytes() - 1);
     IovaRange::new(first + ((began as u64) << size.log2()), last)
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Remove<'_, F, M, A> {
-    /// Shows the runs of leaves among entries of the lowest level, each of its own size, that were just read as
-    /// `is_leaf` says. How many leaves.
-    fn gather_runs(&mut self, first: u64, size: PageSize, leaves: impl Iterator<Item = bool>) -> u64 {
-        let mut count = 0;
+    /// Writes down the runs of leaves among neighbouring entries, of which `leaves` says which hold one.
+    fn gather_runs(&mut self, first: u64, size: PageSize, leaves: impl Iterator<Item = bool>) {
         let mut run = None;
         let mut end = 0;
         for is_leaf in leaves {
             if is_leaf {
-                count += 1;
                 run.get_or_insert(end);
             } else if let Some(began) = run.take() {
                 self.removed(first, began, end, size);
@@ -74,7 +65,34 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Remove<'_, F, M, A> {
         if let Some(began) = run {
             self.removed(first, began, end, size);
         }
-        count
+    }
+
+    /// Writes down all leaves in and below a table that begins at `first` and that nobody else can change any more.
+    fn gather_leaves(&mut self, node: Node<A>, first: u64) {
+        let format = &self.radix.format;
+        let entries = self.radix.all_entries(node);
+        let size = PageSize(format.shift(node.level) as u8);
+        if all_plain_leaves(format, node.level, entries) {
+            return self.removed(first, 0, entries.len(), size);
+        }
+        let mut index = 0;
+        while let Some(entry) = entries.get(index) {
+            let at = first + ((index as u64) << size.log2());
+            index += match format.decode(node.level, entry.load()) {
+                Entry::Leaf { size: found, .. } => {
+                    let (first, last) = leaf_span(at, found);
+                    if let Some(leaf) = IovaRange::new(first, last) {
+                        self.gather.removed(leaf, found, 1);
+                    }
+                    ((found.bytes() >> size.log2()) as usize).max(1)
+                }
+                Entry::Table(address) if node.level > 1 => {
+                    self.gather_leaves(self.radix.child(node, address), at);
+                    1
+                }
+                _ => 1,
+            };
+        }
     }
 
     fn removed(&mut self, first: u64, began: usize, end: usize, size: PageSize) {
@@ -93,12 +111,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
         let format = &self.radix.format;
         let size = PageSize(format.shift(node.level) as u8);
         if all_plain_leaves(format, node.level, entries) {
-            let done = empty_leaves(node.level, entries);
-            if done > 0 {
-                self.removed(first, 0, done, size);
-                self.radix.subtract_live(node, done as u64);
-            }
-            return Ok(done);
+            empty(entries);
+            self.removed(first, 0, entries.len(), size);
+            return Ok(entries.len());
         }
         let mut done = 0;
         let leaves = entries.iter().map_while(|entry| {
@@ -108,16 +123,13 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
                 Entry::Absent => false,
                 _ => return None,
             };
-            if is_leaf && empty_leaves(node.level, core::slice::from_ref(entry)) == 0 {
-                return None;
+            if is_leaf {
+                entry.store(0);
             }
             done += 1;
             Some(is_leaf)
         });
-        let removed = self.gather_runs(first, size, leaves);
-        if removed > 0 {
-            self.radix.subtract_live(node, removed);
-        }
+        self.gather_runs(first, size, leaves);
         Ok(done)
     }
 
@@ -129,16 +141,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
             self.radix.cut_leaf(&slot, SoftwareBits::NONE, self.gather).map_err(Stop::Error)?;
             return Ok(Next::Again);
         }
-        let entries = self.radix.leaf_entries(slot.node, slot.first, size);
-        if entries.len() == 1 {
-            if empty_leaves(slot.node.level, entries) == 0 {
-                return Ok(Next::Again);
-            }
-        } else {
-            // Leaves of several entries are never cut.
-            entries.iter().for_each(|entry| entry.store(0));
-        }
-        self.radix.subtract_live(slot.node, entries.len() as u64);
+        empty(self.radix.leaf_entries(slot.node, slot.first, size));
         if let Some(leaf) = IovaRange::new(first, last) {
             self.gather.removed(leaf, size, 1);
         }
@@ -146,39 +149,15 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
     }
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
-        if child.level != 1 {
-            // Further up somebody may cut a leaf right now.
-            return None;
-        }
-        let radix = self.radix;
-        let size = PageSize(radix.format.shift(1) as u8);
-        let entries = radix.entries(child, 0, 1 << radix.format.index_bits(1));
-        let full = all_plain_leaves(&radix.format, 1, entries);
-        let plain = |entry: &A| match radix.format.decode(1, entry.load()) {
-            Entry::Leaf { size: found, .. } => found == size,
-            Entry::Absent => true,
-            _ => false,
-        };
-        if (!full && !entries.iter().all(plain)) || slot.entry.compare_exchange(slot.value, 0).is_err() {
-            return None;
-        }
-        if full {
-            self.removed(slot.first, 0, entries.len(), size);
-        } else {
-            let is_leaf = |entry: &A| radix.format.decode(1, entry.load()) != Entry::Absent;
-            self.gather_runs(slot.first, size, entries.iter().map(is_leaf));
-        }
-        radix.subtract_live(slot.node, 1);
-        let word = radix.live(child).load();
-        if word & KEPT != 0 {
-            radix.kept.fetch_sub(1, Ordering::Relaxed);
-        }
-        radix.retire(self.gather, child, word & COUNT == 0);
+        slot.entry.compare_exchange(slot.value, 0).ok()?;
+        self.gather_leaves(child, slot.first);
+        self.radix.retire_with_contents(self.gather, child);
         Some(Next::After(slot.last))
     }
 
     fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), CutError> {
-        self.radix.prune(self.gather, slot, child, whole);
+        let filling = if whole { Filling::Nobody } else { Filling::Store };
+        self.radix.prune(self.gather, slot, child, whole, filling);
         Ok(())
     }
 
@@ -208,26 +187,49 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// like that, and nothing was unmapped.
     #[inline(always)]
     fn unmap_in_one_table(&self, range: IovaRange, gather: &mut Gather<M, A>) -> bool {
-        let Some(Stretch { node, entries, .. }) = self.in_one_table(range) else { return false };
-        if !all_plain_leaves(&self.format, node.level, entries) {
-            return false;
+        // One of the smallest pages, most of all.
+        if range.last() - range.first() == (1 << self.format.shift(1)) - 1 {
+            let Some(root) = self.root_over_range(range) else { return false };
+            let Some(node) = self.descend(root, 1, range.first()) else { return false };
+            return self.unmap_leaf(node, range, gather);
         }
-        let done = empty_leaves(node.level, entries);
-        if done < entries.len() && done == 0 {
-            return false;
-        }
+        let Some(node) = self.parting(range) else { return false };
         let size = PageSize(self.format.shift(node.level) as u8);
-        if let Some(removed) = leaves_span(range.first(), 0, done, size) {
-            gather.removed(removed, size, done as u64);
+        let low = size.bytes() - 1;
+        if (range.first() | !range.last()) & low != 0 {
+            return false;
         }
-        let live = self.subtract_live(node, done as u64) - done as u64;
-        if done < entries.len() {
-            // Somebody cut a leaf that was not his to cut. The rest is there still.
-            return IovaRange::new(range.first() + ((done as u64) << size.log2()), range.last())
-                .is_none_or(|rest| self.unmap_piecewise(rest, gather).is_ok());
+        if range.last() - range.first() == low {
+            return self.unmap_leaf(node, range, gather);
         }
-        if self.is_idle(live, entries.len() == 1 << self.format.index_bits(node.level)) {
-            self.sweep(range, gather);
+        let index = self.index(node.level, range.first());
+        let count = self.index(node.level, range.last()) - index + 1;
+        let entries = self.entries(node, index, count);
+        // A table that is emptied as a whole goes: that is for the long way.
+        let whole = count == 1 << self.format.index_bits(node.level);
+        if whole || !all_plain_leaves(&self.format, node.level, entries) {
+            return false;
+        }
+        empty(entries);
+        gather.removed(range, size, count as u64);
+        if self.is_idle(node, index, count) {
+            self.sweep(range, gather, Filling::Store);
+        }
+        true
+    }
+
+    /// Unmaps a range that is one entry of `node`, if it is a leaf.
+    #[inline(always)]
+    fn unmap_leaf(&self, node: Node<A>, range: IovaRange, gather: &mut Gather<M, A>) -> bool {
+        let index = self.index(node.level, range.first());
+        let entry = self.entry(node, index);
+        if !self.format.leaf_pattern(node.level).matches(entry.load()) {
+            return false;
+        }
+        entry.store(0);
+        gather.removed(range, PageSize(self.format.shift(node.level) as u8), 1);
+        if self.is_idle(node, index, 1) {
+            self.sweep(range, gather, Filling::Store);
         }
         true
     }

@@ -1,6 +1,6 @@
 //! Looking: one address, with or without a cache, and all leaves of a range.
 
-use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
+use super::{HIGHEST_LEVEL, Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format};
@@ -160,17 +160,42 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     #[inline(always)]
-    fn walk_below(&self, mut node: Node<A>, iova: u64) -> (Result<Leaf, WalkFault>, Node<A>) {
-        loop {
-            let value = self.entry(node, self.index(node.level, iova)).load();
-            match self.format.decode(node.level, value) {
-                Entry::Table(address) if node.level > 1 => node = self.child(node, address),
+    fn walk_below(&self, root: Node<A>, iova: u64) -> (Result<Leaf, WalkFault>, Node<A>) {
+        let mut node = root;
+        // Unrolled, so that what a level has is a constant.
+        for at in (1..=HIGHEST_LEVEL).rev() {
+            if at > root.level {
+                continue;
+            }
+            node.level = at;
+            let value = self.entry(node, self.index(at, iova)).load();
+            if at > 1 && self.format.table_pattern(at).matches(value) {
+                node = self.child(node, self.format.table_address(value));
+                continue;
+            }
+            match self.format.decode(at, value) {
+                Entry::Table(address) if at > 1 => node = self.child(node, address),
                 Entry::Leaf { oa, size, attributes } => {
                     let iova = leaf_span(iova, size).0;
                     return (Ok(Leaf { iova, oa: Oa::new(oa), size, attributes }), node);
                 }
                 Entry::Absent => return (Err(WalkFault::NotMapped(iova)), node),
-                Entry::Table(_) | Entry::Malformed => return (Err(WalkFault::Malformed(iova)), node),
+                Entry::Table(_) | Entry::Malformed => break,
+            }
+        }
+        (Err(WalkFault::Malformed(iova)), node)
+    }
+
+    /// The entry to which the way to `iova` leads, and the table in which it stands.
+    pub(super) fn walk_entry(&self, iova: u64) -> Result<(Node<A>, u64), WalkFault> {
+        let mut node = self.root_over(iova)?;
+        loop {
+            let value = self.entry(node, self.index(node.level, iova)).load();
+            match self.format.decode(node.level, value) {
+                Entry::Table(address) if node.level > 1 => node = self.child(node, address),
+                Entry::Absent => return Err(WalkFault::NotMapped(iova)),
+                Entry::Leaf { .. } => return Ok((node, value)),
+                Entry::Table(_) | Entry::Malformed => return Err(WalkFault::Malformed(iova)),
             }
         }
     }

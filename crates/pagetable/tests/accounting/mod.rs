@@ -2,7 +2,7 @@
 //!
 //! [`Accounting`] hands out the pages of [`HeapTables`], so that freed ones are really used again, and knows at
 //! any time which tables are out. A page that is freed twice, with another layout, or never, fails the test.
-//! [`inspect`] reads a table word by word from the top, without the walker, and holds every live count against
+//! [`inspect`] reads a table word by word from the top, without the walker, and holds every state against
 //! the entries that it counts.
 
 #![allow(dead_code, reason = "every test program uses another part of this")]
@@ -90,17 +90,18 @@ unsafe impl TableMemory<AtomicU64> for Accounting {
         unsafe { HeapTables.free(table, layout, empty) };
     }
 
-    unsafe fn live<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
         // SAFETY: passed on.
-        unsafe { HeapTables.live(table, layout) }
+        unsafe { HeapTables.state(table, layout) }
     }
 
     fn address(&self, table: NonNull<AtomicU64>) -> u64 {
         HeapTables.address(table) | self.offset
     }
 
-    fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
-        HeapTables.pointer(address & !self.offset)
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        // SAFETY: passed on.
+        unsafe { HeapTables.pointer(address & !self.offset) }
     }
 }
 
@@ -124,43 +125,79 @@ pub(crate) struct Inspection {
     pub(crate) bytes: u64,
     /// How many of them, the top one apart, have no entries.
     pub(crate) empty: u64,
+    /// How many of them, the top one apart, lead to no entries but links.
+    pub(crate) idle: u64,
     /// All entries in use that are not links, ascending.
     pub(crate) entries: Vec<RawEntry>,
 }
 
 /// Reads all linked tables. Nobody may be at work on the table meanwhile.
 pub(crate) fn inspect<F: Format>(radix: &Radix<F, Accounting>) -> Inspection {
-    let mut found = Inspection::default();
-    if let Some((address, level)) = radix.top() {
-        inspect_table(radix.format(), address, level, 0, &mut found);
-        // The top one stays in any case.
-        found.empty -= u64::from(found.tables == 1 && found.entries.is_empty());
-    }
-    found
+    inspect_by(radix, |level, value| match radix.format().decode(level, value) {
+        Entry::Table(address) => Some(address),
+        _ => None,
+    })
 }
 
-fn inspect_table<F: Format>(format: &F, address: u64, level: u8, base: u64, found: &mut Inspection) {
-    let table = HeapTables.pointer(address);
-    let layout = format.table_layout(level);
-    found.tables += 1;
-    found.bytes += layout.entries as u64 * 8;
-    let mut used = 0;
-    for index in 0..1usize << format.index_bits(level) {
-        // SAFETY: the table is linked, has this many entries, and nobody frees it meanwhile.
-        let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
-        if value == 0 {
-            continue;
+/// The same by somebody else's reading: `link` says where an entry of a level leads, if it does.
+pub(crate) fn inspect_by<F: Format>(
+    radix: &Radix<F, Accounting>,
+    link: impl Fn(u8, u64) -> Option<u64>,
+) -> Inspection {
+    let format = radix.format();
+    let mut inspector = Inspector { format, link, found: Inspection::default() };
+    if let Some((address, level)) = radix.top() {
+        inspector.table(address, level, 0);
+        // The top one stays in any case.
+        inspector.found.empty -= u64::from(inspector.found.tables == 1 && inspector.found.entries.is_empty());
+        inspector.found.idle -= u64::from(inspector.found.entries.is_empty());
+    }
+    inspector.found
+}
+
+struct Inspector<'a, F, L> {
+    format: &'a F,
+    link: L,
+    found: Inspection,
+}
+
+impl<F: Format, L: Fn(u8, u64) -> Option<u64>> Inspector<'_, F, L> {
+    fn table(&mut self, address: u64, level: u8, base: u64) {
+        // SAFETY: the address stands in a link, or is the root's.
+        let table = unsafe { HeapTables.pointer(address) };
+        let layout = self.format.table_layout(level);
+        self.found.tables += 1;
+        self.found.bytes += layout.entries as u64 * 8;
+        let before = self.found.entries.len();
+        let mut used = false;
+        for index in 0..1usize << self.format.index_bits(level) {
+            // SAFETY: the table is linked, has this many entries, and nobody frees it meanwhile.
+            let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
+            if value == 0 {
+                continue;
+            }
+            used = true;
+            let first = self.address(base + ((index as u64) << self.format.shift(level)));
+            match (self.link)(level, value) {
+                Some(child) => self.table(child, level - 1, first),
+                None => self.found.entries.push(RawEntry { first, level, value }),
+            }
         }
-        used += 1;
-        let first = base + ((index as u64) << format.shift(level));
-        match format.decode(level, value) {
-            Entry::Table(child) => inspect_table(format, child, level - 1, first, found),
-            _ => found.entries.push(RawEntry { first, level, value }),
+        // SAFETY: as above.
+        let state = unsafe { HeapTables.state(table, layout) }.load(Ordering::Acquire);
+        assert_eq!(state & 0xff_ffff, 0, "the level {level} table for {base:#x} is still pinned");
+        assert_eq!(state >> 62, 0, "a dead or dying table is linked for {base:#x}");
+        self.found.empty += u64::from(!used);
+        self.found.idle += u64::from(before == self.found.entries.len());
+    }
+
+    /// The upper half of a sign-extended table lies at the end of the address space.
+    fn address(&self, offset: u64) -> u64 {
+        let width = self.format.width(*self.format.top_levels().end());
+        if self.format.sign_extended() && offset >> (width - 1) == 1 {
+            offset | u64::MAX << width
+        } else {
+            offset
         }
     }
-    // SAFETY: as above.
-    let live = unsafe { HeapTables.live(table, layout) }.load(Ordering::Acquire);
-    assert_eq!(live & 0xffff_ffff, used, "live count of the level {level} table for {base:#x}");
-    assert_eq!(live >> 63, 0, "a dead table is linked for {base:#x}");
-    found.empty += u64::from(used == 0);
 }

@@ -1,0 +1,169 @@
+//! Single cases, each with a point of its own.
+
+use crate::accounting::{Accounting, inspect};
+use crate::pair::{Gathered, KEPT_LIMIT, READ_WRITE};
+use crate::{native, vtd};
+use ioasid_pagetable::{
+    Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize, Radix,
+    WalkFault,
+};
+
+fn with_length(first: u64, length: u64) -> IovaRange {
+    IovaRange::with_length(first, length).unwrap()
+}
+
+#[test]
+fn what_no_leaf_can_hold_is_refused() {
+    let mut gather = Gather::new();
+    let page = with_length(0x1000, 0x1000);
+    let radix = Radix::new(vtd(3), Accounting::default());
+    let map =
+        |range, oa, attributes, gather: &mut Gathered| radix.map(range, Oa::new(oa), attributes, gather);
+    let beyond = with_length((1 << 39) - 0x1000, 0x2000);
+    assert_eq!(map(beyond, 0, READ_WRITE, &mut gather), Err(MapError::OutOfRange { range: beyond }));
+    let no_access = Err(MapError::NoAccess { range: page });
+    assert_eq!(map(page, 0x5000, Attributes::FORCE_SNOOP, &mut gather), no_access);
+    for (first, length, oa) in [(0x800, 0x1000, 0), (0x1000, 0x800, 0), (0x1000, 0x1000, 0x800)] {
+        let (range, oa) = (with_length(first, length), Oa::new(oa));
+        let granule = PageSize::SIZE_4K;
+        let misaligned = Err(MapError::Misaligned { range, oa, granule });
+        assert_eq!(map(range, oa.get(), READ_WRITE, &mut gather), misaligned);
+        assert_eq!(radix.walk(first), Err(WalkFault::NotMapped(first)));
+    }
+    for oa in [u64::MAX - 0xfff, 1 << 52, (1 << 52) - 0x1000] {
+        let range = with_length(0x1000, 0x2000);
+        let oa = Oa::new(oa);
+        assert_eq!(
+            map(range, oa.get(), READ_WRITE, &mut gather),
+            Err(MapError::OutputOutOfRange { oa }),
+            "two pages do not fit from {oa} on"
+        );
+    }
+    assert_eq!(radix.walk(1 << 39), Err(WalkFault::OutOfRange(1 << 39)));
+    assert_eq!(radix.unmap(with_length(0x800, 0x800), &mut gather), Err(CutError::Misaligned { at: 0x800 }));
+    assert_eq!(radix.cut(0x801, &mut Gather::new()), Err(CutError::Misaligned { at: 0x801 }));
+    radix.unmap(IovaRange::ALL, &mut gather).unwrap();
+    assert_eq!((radix.top(), radix.table_count(), gather.leaves), (None, 0, 0));
+    map(page, (1 << 52) - 0x1000, READ_WRITE, &mut gather).unwrap();
+    assert_eq!(radix.walk(0x1fff).unwrap().output(0x1fff), Oa::new((1 << 52) - 1));
+}
+
+/// A unit whose host addresses are narrower than the addresses of our tables cannot be given one.
+#[test]
+fn a_table_that_no_entry_can_name_is_no_table() {
+    let memory = Accounting::far_away();
+    let radix = Radix::new(vtd(4).with_host_address_width(50).unwrap(), memory.clone());
+    let mut gather = Gather::new();
+    let result = radix.map(with_length(0, 0x1000), Oa::new(0), READ_WRITE, &mut gather);
+    assert_eq!(result, Err(MapError::OutOfTables(OutOfTables)));
+    assert_eq!((radix.table_count(), memory.tables()), (0, 0));
+}
+
+/// A format that lacks an attribute must still know its own leaves again.
+#[test]
+fn filling_twice_is_filling_once() {
+    let radix = Radix::new(vtd(4).with_snoop_control(false), Accounting::default());
+    let mut gather = Gather::new();
+    let range = with_length(0x20_0000, 0x40_3000);
+    for _ in 0..2 {
+        radix.fill(range, Oa::new(0), READ_WRITE | Attributes::FORCE_SNOOP, &mut gather).unwrap();
+    }
+    assert!(gather.runs.is_empty());
+}
+
+/// What a fill finds in place belongs to somebody else, and stays when the fill fails further on.
+#[test]
+fn a_failed_fill_takes_back_only_its_own_leaves() {
+    let radix = Radix::new(vtd(4), Accounting::default());
+    let mut gather = Gather::new();
+    radix.map(with_length(0x1000, 0x1000), Oa::new(0x1000), READ_WRITE, &mut gather).unwrap();
+    radix.map(with_length(0x3000, 0x1000), Oa::new(0x9000), READ_WRITE, &mut gather).unwrap();
+    let result = radix.fill(with_length(0, 0x8000), Oa::new(0), READ_WRITE, &mut gather);
+    assert_eq!(result, Err(MapError::Occupied { at: 0x3000 }));
+    assert_eq!(gather.runs.iter().collect::<Vec<_>>(), [with_length(0, 0x1000), with_length(0x2000, 0x1000)]);
+    let mapped: Vec<_> = (0..8).map(|page| radix.walk(page << 12).is_ok()).collect();
+    assert_eq!(mapped, [false, true, false, true, false, false, false, false]);
+}
+
+/// Small pages come and go; afterwards the largest leaf fits again, over several levels of kept empty tables.
+#[test]
+fn large_leaves_return_after_small_ones() {
+    let memory = Accounting::default();
+    let radix = Radix::new(native(12, None), memory.clone());
+    let mut gather = Gather::new();
+    for page in [0x1000, 0x4000_1000, 0x40_4000_1000] {
+        let range = with_length(page, 0x1000);
+        radix.map(range, Oa::new(page), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(range, &mut gather).unwrap();
+    }
+    let size = 1 << 39;
+    let mut cache = CachedWalk::new();
+    radix.map(with_length(0, size), Oa::new(0), READ_WRITE, &mut gather).unwrap();
+    assert_eq!(radix.walk_cached(0x1000, &mut cache).unwrap().size.bytes(), size);
+    assert_eq!(inspect(&radix).tables, radix.table_count());
+    assert_eq!(memory.tables(), radix.table_count() + gather.retired.len() as u64);
+    memory.free_retired(&mut gather);
+}
+
+/// One page mapped and unmapped over and over must not cost a table each time.
+#[test]
+fn an_empty_table_is_kept_for_the_next_page() {
+    let memory = Accounting::default();
+    let radix = Radix::new(native(12, None), memory.clone());
+    let mut gather = Gather::new();
+    let page = with_length(0xffff_ffff_ffff_f000, 0x1000);
+    radix.map(page, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+    memory.fail_after(Some(0));
+    for _ in 0..100 {
+        radix.unmap(page, &mut gather).unwrap();
+        radix.map(page, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(page, &mut gather).unwrap();
+        radix.claim(page, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+        radix.publish(page);
+        radix.retract(page, &mut gather).unwrap();
+        radix.publish(page);
+    }
+    assert!(gather.retired.is_empty());
+}
+
+/// Many tables that each lost their last page: all but an allowance go, without a removal of their whole span.
+#[test]
+fn empty_tables_are_kept_within_an_allowance() {
+    let memory = Accounting::default();
+    let radix = Radix::new(vtd(4), memory.clone());
+    let mut gather = Gather::new();
+    let page = |number: u64| with_length((number << 21) + 0x5000, 0x1000);
+    for number in 0..1000 {
+        radix.map(page(number), Oa::new(0), READ_WRITE, &mut gather).unwrap();
+    }
+    let all = radix.table_count();
+    for number in 0..1000 {
+        radix.unmap(page(number), &mut gather).unwrap();
+    }
+    let inspection = inspect(&radix);
+    assert!(inspection.entries.is_empty());
+    assert_eq!(inspection.empty, KEPT_LIMIT);
+    assert_eq!(gather.retired.len() as u64, all - radix.table_count());
+    memory.free_retired(&mut gather);
+    assert_eq!(memory.tables(), radix.table_count());
+    radix.unmap(with_length(0, 1 << 48), &mut gather).unwrap();
+    memory.free_retired(&mut gather);
+    assert_eq!(memory.tables(), 1);
+}
+
+/// Requests that fail for want of memory leave no more empty tables behind than requests that succeed.
+#[test]
+fn failing_again_and_again_leaves_nothing() {
+    let memory = Accounting::default();
+    let radix = Radix::new(vtd(5), memory.clone());
+    let mut gather = Gather::new();
+    for number in 0..300 {
+        memory.fail_after(Some(3));
+        let range = with_length(number << 48, 0x1000);
+        let result = radix.map(range, Oa::new(0), READ_WRITE, &mut gather);
+        assert_eq!(result, Err(MapError::OutOfTables(OutOfTables)));
+        memory.free_retired(&mut gather);
+    }
+    assert!(inspect(&radix).empty <= KEPT_LIMIT);
+    assert!(memory.tables() <= 1 + 4 * KEPT_LIMIT, "{} tables", memory.tables());
+}

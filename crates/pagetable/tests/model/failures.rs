@@ -1,0 +1,108 @@
+//! Memory that runs out: every operation fails at each of its allocations in turn before it succeeds.
+
+use crate::operations::Operation;
+use crate::pair::Pair;
+use crate::plain::Plan;
+use crate::specification::Specification;
+use ioasid_pagetable::{Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, OutOfTables};
+use std::ops::ControlFlow;
+
+pub(crate) fn survive<F: Format>(format: F, specification: Specification, operations: &[Operation]) {
+    let mut pair = Pair::new(format, specification);
+    for operation in operations {
+        match *operation {
+            Operation::Map(place, extent, output, attributes) => {
+                let range = pair.range(place, extent);
+                let oa = pair.output(output, range.first());
+                pair.map_at_last(range, oa, attributes, false);
+            }
+            Operation::Fill(place, extent, output, attributes) => {
+                let range = pair.range(place, extent);
+                let oa = pair.output(output, range.first());
+                pair.map_at_last(range, oa, attributes, true);
+            }
+            Operation::Unmap(place, extent) if pair.model.may_cut() => {
+                let range = pair.range(place, extent);
+                pair.unmap_at_last(range);
+            }
+            _ => {}
+        }
+    }
+    pair.finish();
+}
+
+impl<F: Format> Pair<F> {
+    /// What a mapping will consist of, if it is not in anybody's way and not too much.
+    fn plan(&mut self, range: IovaRange, oa: u64, attributes: Attributes, fill: bool) -> Option<Plan> {
+        if self.model.refuses(range, oa, attributes).is_some() {
+            return None;
+        }
+        self.model.grow(range);
+        let plan = if fill {
+            self.model.plan_fill(range, oa, attributes)
+        } else {
+            self.model.plan(range, oa, false)
+        };
+        self.forget_growth();
+        plan?.ok()
+    }
+
+    fn map_at_last(&mut self, range: IovaRange, oa: u64, attributes: Attributes, fill: bool) {
+        let Some(plan) = self.plan(range, oa, attributes, fill) else { return };
+        for allocations in 0.. {
+            let mut gather = Gather::new();
+            self.memory.fail_after(Some(allocations));
+            let result = if fill {
+                self.radix.fill(range, Oa::new(oa), attributes, &mut gather)
+            } else {
+                self.radix.map(range, Oa::new(oa), attributes, &mut gather)
+            };
+            self.memory.fail_after(None);
+            self.settle(&mut gather);
+            // The top table may have grown before memory ran out.
+            self.forget_growth();
+            if result == Ok(()) {
+                self.model.insert(plan, attributes, true, false);
+                return self.check();
+            }
+            assert_eq!(result, Err(MapError::OutOfTables(OutOfTables)));
+            self.check();
+        }
+    }
+
+    fn unmap_at_last(&mut self, range: IovaRange) {
+        for allocations in 0.. {
+            let mut gather = Gather::new();
+            self.memory.fail_after(Some(allocations));
+            let result = self.radix.unmap(range, &mut gather);
+            self.memory.fail_after(None);
+            self.settle(&mut gather);
+            if result != Err(CutError::OutOfTables(OutOfTables)) {
+                assert_eq!(result, self.model.cut_ends_backwards(range));
+                if result.is_ok() {
+                    for first in self.model.firsts(range) {
+                        self.model.leaves.remove(&first);
+                    }
+                }
+                return self.check();
+            }
+            assert!(gather.runs.is_empty(), "a failed unmap reports {:?}", gather.runs);
+            // An end may be cut by now, or cut in part, which changes no translation.
+            self.adopt_cuts();
+            self.check();
+        }
+    }
+
+    /// Cuts the model's leaves as the table's are cut.
+    fn adopt_cuts(&mut self) {
+        let mut begins = Vec::new();
+        self.radix.leaves(IovaRange::ALL, |leaf| {
+            begins.push(leaf.iova);
+            ControlFlow::Continue(())
+        });
+        for at in begins {
+            // Only ever makes the model finer at a place where the table is finer already; `check` sees the rest.
+            self.model.cut(at).unwrap();
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! What happens to a table: operations in no format's own terms, and each run on the table and on the model.
+
+use crate::pair::{Pair, READ_WRITE, report_of};
+use crate::plain::Report;
+use ioasid_pagetable::{Attributes, Format, Gather, IovaRange, MapError, MemoryType, Oa};
+use proptest::prelude::*;
+
+/// Where something happens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// This many granules from the n-th landmark of the format.
+    Near(usize, i64),
+    /// This far into the n-th leaf, modulo what there is.
+    InLeaf(usize, u64),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Extent {
+    Granules(u64),
+    /// So many entries of this level, from a multiple of one on.
+    Aligned(u8, u64),
+    /// So many entries of this level and so many granules.
+    Mixed(u8, u64, u64),
+    /// Two to this power of granules, at a multiple of it.
+    Power(u32),
+    To(Place),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Output {
+    /// Congruent to the address, so that large leaves fit; in one of two windows.
+    Congruent(bool),
+    /// The address itself, as far as the output goes.
+    Same,
+    /// So many granules beside a congruent one.
+    Beside(u64),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Operation {
+    Map(Place, Extent, Output, Attributes),
+    Fill(Place, Extent, Output, Attributes),
+    Unmap(Place, Extent),
+    /// From the n-th leaf on so many.
+    UnmapLeaves(usize, usize),
+    Cut(Place),
+}
+
+pub(crate) fn place() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        3 => (any::<usize>(), -1100..1100i64).prop_map(|(landmark, offset)| Place::Near(landmark, offset)),
+        3 => (any::<usize>(), -2..3i64).prop_map(|(landmark, offset)| Place::Near(landmark, offset)),
+        2 => (any::<usize>(), any::<u64>()).prop_map(|(leaf, offset)| Place::InLeaf(leaf, offset)),
+    ]
+}
+
+pub(crate) fn extent() -> impl Strategy<Value = Extent> {
+    prop_oneof![
+        3 => (1..40u64).prop_map(Extent::Granules),
+        1 => (1..1100u64).prop_map(Extent::Granules),
+        4 => (2..5u8, 1..3u64).prop_map(|(level, count)| Extent::Aligned(level, count)),
+        2 => (2..4u8, 1..3u64, 0..600u64)
+            .prop_map(|(level, count, granules)| Extent::Mixed(level, count, granules)),
+        3 => (0..41u32).prop_map(Extent::Power),
+        2 => place().prop_map(Extent::To),
+    ]
+}
+
+pub(crate) fn output() -> impl Strategy<Value = Output> {
+    prop_oneof![
+        6 => any::<bool>().prop_map(Output::Congruent),
+        3 => Just(Output::Same),
+        1 => (1..600u64).prop_map(Output::Beside),
+    ]
+}
+
+pub(crate) fn attributes() -> impl Strategy<Value = Attributes> {
+    prop_oneof![
+        8 => Just(READ_WRITE),
+        1 => Just(Attributes::READ),
+        1 => Just(Attributes::WRITE),
+        1 => Just(READ_WRITE | Attributes::FORCE_SNOOP),
+        1 => Just(Attributes::READ | Attributes::EXECUTE),
+        1 => Just(READ_WRITE.with_memory_type(MemoryType::Uncached)),
+    ]
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let mapping = || (place(), extent(), output(), attributes());
+    prop_oneof![
+        6 => mapping().prop_map(|(place, extent, output, attributes)| {
+            Operation::Map(place, extent, output, attributes)
+        }),
+        2 => mapping().prop_map(|(place, extent, output, attributes)| {
+            Operation::Fill(place, extent, output, attributes)
+        }),
+        3 => (place(), extent()).prop_map(|(place, extent)| Operation::Unmap(place, extent)),
+        2 => (any::<usize>(), 1..4usize).prop_map(|(leaf, count)| Operation::UnmapLeaves(leaf, count)),
+        1 => place().prop_map(Operation::Cut),
+    ]
+}
+
+pub(crate) fn operations(count: usize) -> impl Strategy<Value = Vec<Operation>> {
+    prop::collection::vec(operation(), 1..count)
+}
+
+impl<F: Format> Pair<F> {
+    /// Logarithm of an entry's bytes, also of levels that the format lacks.
+    fn entry(&self, level: u8) -> u32 {
+        self.model.specification.levels[0].entry + 9 * (u32::from(level) - 1)
+    }
+
+    pub(crate) fn address(&self, place: Place) -> u64 {
+        let specification = &self.model.specification;
+        let granule = self.model.granule();
+        let address = match place {
+            Place::Near(landmark, offset) => {
+                let top = specification.highest();
+                // Around 0 lies the end of the address space too, and around the highest bit the gap.
+                let landmark = match landmark % (usize::from(top) + 4) {
+                    0 | 1 => 0,
+                    2 => 3 << self.entry(3),
+                    3 => 1 << (specification.width(top) - 1),
+                    4 => 5 << self.entry(2),
+                    level => 1 << self.entry(level as u8 - 3),
+                };
+                u64::wrapping_add_signed(landmark, offset * granule as i64)
+            }
+            Place::InLeaf(number, offset) if !self.model.leaves.is_empty() => {
+                let (&first, leaf) = self.model.leaves.iter().nth(number % self.model.leaves.len()).unwrap();
+                first + offset % (leaf.last - first + 1)
+            }
+            Place::InLeaf(..) => 0,
+        };
+        specification.canonical(address) & !(granule - 1)
+    }
+
+    pub(crate) fn range(&self, place: Place, extent: Extent) -> IovaRange {
+        let granule = self.model.granule();
+        let first = self.address(place);
+        let (first, length) = match extent {
+            Extent::Granules(count) => (first, count * granule),
+            Extent::Aligned(level, count) => {
+                (first >> self.entry(level) << self.entry(level), count << self.entry(level))
+            }
+            Extent::Mixed(level, count, granules) => {
+                (first, (count << self.entry(level)) + granules * granule)
+            }
+            Extent::Power(power) => {
+                let size = granule << power;
+                (first & !(size - 1), size)
+            }
+            Extent::To(other) => {
+                let other = self.address(other);
+                return IovaRange::new(first.min(other), first.max(other) + (granule - 1)).unwrap();
+            }
+        };
+        let last = first.saturating_add(length - 1);
+        // Every other range that leaves the table's addresses stays as it is.
+        let end = self.model.specification.end_of_piece(first);
+        let clipped = if first & granule == 0 { last.min(end) } else { last };
+        IovaRange::new(first, clipped.max(first + (granule - 1))).unwrap()
+    }
+
+    pub(crate) fn output(&self, output: Output, iova: u64) -> u64 {
+        let low = iova & ((1 << 41) - 1);
+        match output {
+            Output::Congruent(window) => low + (u64::from(window) << 42),
+            Output::Same => iova & ((1 << self.model.specification.output_bits) - 1),
+            Output::Beside(granules) => low + granules * self.model.granule(),
+        }
+    }
+
+    fn map(&mut self, range: IovaRange, oa: u64, attributes: Attributes, fill: bool) {
+        let refused = self.model.refuses(range, oa, attributes);
+        let plan = if let Some(error) = refused {
+            Err(error)
+        } else {
+            self.model.grow(range);
+            let plan = if fill {
+                self.model.plan_fill(range, oa, attributes)
+            } else {
+                self.model.plan(range, oa, false)
+            };
+            let Some(plan) = plan else {
+                self.forget_growth();
+                return;
+            };
+            plan.map_err(|at| MapError::Occupied { at })
+        };
+        let mut gather = Gather::new();
+        let result = if fill {
+            self.radix.fill(range, Oa::new(oa), attributes, &mut gather)
+        } else {
+            self.radix.map(range, Oa::new(oa), attributes, &mut gather)
+        };
+        self.settle(&mut gather);
+        match plan {
+            Ok(plan) => {
+                assert_eq!(result, Ok(()), "mapping {range} to {oa:#x}");
+                assert!(gather.runs.is_empty());
+                self.model.insert(plan, attributes, true, false);
+            }
+            Err(error) => {
+                assert_eq!(result, Err(error), "mapping {range} to {oa:#x}");
+                for run in gather.runs.iter() {
+                    let before = matches!(error, MapError::Occupied { at } if run.last() < at);
+                    assert!(range.covers(&run) && before, "{run} was taken back");
+                }
+            }
+        }
+    }
+
+    /// What was not mapped after all has not made the table grow.
+    pub(crate) fn forget_growth(&mut self) {
+        self.model.top = self.radix.top().map_or(0, |(_, level)| level);
+    }
+
+    fn unmap(&mut self, range: IovaRange) {
+        let before = self.model.leaves.len();
+        let result = self.model.cut_ends_backwards(range);
+        let cut = self.model.leaves.len() != before;
+        let mut expected = Report::default();
+        if result.is_ok() {
+            for first in self.model.firsts(range) {
+                expected.leaf(first, self.model.leaves.remove(&first).unwrap().last);
+            }
+        }
+        let mut gather = Gather::new();
+        assert_eq!(self.radix.unmap(range, &mut gather), result, "unmapping {range}");
+        assert_eq!(report_of(&gather), expected, "unmapping {range}");
+        assert!(gather.tables_changed || !cut, "a leaf became a table and nobody was told");
+        let bytes = expected.runs.iter().fold(0u64, |sum, run| sum.saturating_add(run.1 - run.0 + 1));
+        assert_eq!(gather.runs.bytes(), bytes);
+        self.settle(&mut gather);
+    }
+
+    fn cut(&mut self, at: u64) {
+        let mut expected = Report::default();
+        let before = self.model.at(at).filter(|&(first, _)| first != at);
+        let result = self.model.cut(at);
+        if let (Some((first, leaf)), Ok(())) = (before, result) {
+            expected.leaf(first, leaf.last);
+        }
+        let mut gather = Gather::new();
+        assert_eq!(self.radix.cut(at, &mut gather), result, "cutting at {at:#x}");
+        assert_eq!(report_of(&gather), expected, "cutting at {at:#x}");
+        assert_eq!(gather.tables_changed, expected.leaves != 0);
+        self.settle(&mut gather);
+    }
+
+    /// Runs an operation on both; the range it was about.
+    pub(crate) fn run(&mut self, operation: &Operation) -> IovaRange {
+        match *operation {
+            Operation::Map(place, extent, output, attributes) => {
+                let range = self.range(place, extent);
+                self.map(range, self.output(output, range.first()), attributes, false);
+                range
+            }
+            Operation::Fill(place, extent, output, attributes) => {
+                let range = self.range(place, extent);
+                self.map(range, self.output(output, range.first()), attributes, true);
+                range
+            }
+            Operation::Unmap(place, extent) => {
+                let range = self.range(place, extent);
+                if self.model.may_cut() {
+                    self.unmap(range);
+                }
+                range
+            }
+            Operation::UnmapLeaves(number, count) => {
+                let Some(number) = number.checked_rem(self.model.leaves.len()) else {
+                    return IovaRange::ALL;
+                };
+                let mut leaves = self.model.leaves.iter().skip(number).take(count);
+                let (&first, leaf) = leaves.next().unwrap();
+                let last = leaves.last().map_or(leaf.last, |(_, leaf)| leaf.last);
+                let range = IovaRange::new(first, last).unwrap();
+                self.unmap(range);
+                range
+            }
+            Operation::Cut(place) => {
+                let at = self.address(place);
+                if self.model.may_cut() {
+                    self.cut(at);
+                }
+                IovaRange::new(at, at).unwrap()
+            }
+        }
+    }
+}
+
+/// Few by default, so that the tests stay short in a debug build; `PROPTEST_CASES` says otherwise.
+pub(crate) fn cases(default: u32) -> ProptestConfig {
+    let mut config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = default;
+    }
+    config
+}
