@@ -19,12 +19,12 @@ mod peer;
 mod tables;
 
 use std::{
-    any::Any,
+    cell::RefCell,
     io::{IsTerminal, Write},
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
@@ -141,6 +141,14 @@ struct Outcome {
     failure: Option<Failure>,
 }
 
+thread_local! {
+    /// What the last panic of the thread said, and where.
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// A sequence takes some milliseconds. One that takes so long will not end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// All that has to be run, shared by the threads that do.
 struct Work {
     seed: u64,
@@ -151,6 +159,8 @@ struct Work {
     numbers: Vec<usize>,
     next: AtomicUsize,
     stopped: AtomicBool,
+    /// For each thread the sequence that it runs, as `next` counts them, and since when.
+    running: Vec<Mutex<Option<(usize, Instant)>>>,
 }
 
 impl Work {
@@ -161,7 +171,9 @@ impl Work {
         };
         let outcomes = tables.iter().map(|_| Mutex::default()).collect();
         let (next, stopped) = (AtomicUsize::new(0), AtomicBool::new(false));
-        Work { seed: arguments.seed, tables, outcomes, numbers, next, stopped }
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let running = (0..threads).map(|_| Mutex::default()).collect();
+        Work { seed: arguments.seed, tables, outcomes, numbers, next, stopped, running }
     }
 
     fn total(&self) -> usize {
@@ -173,30 +185,30 @@ impl Work {
         let began = Instant::now();
         // A panic of ours is a difference like any other, and is reported with what led to it.
         let hook = panic::take_hook();
-        panic::set_hook(Box::new(|_| {}));
+        panic::set_hook(Box::new(|panic| PANIC.set(panic.to_string())));
         let results = thread::scope(|scope| {
-            let count = thread::available_parallelism().map_or(1, usize::from);
-            let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| self.work(driver))).collect();
+            let start = |running| scope.spawn(move || self.work(driver, running));
+            let threads: Vec<_> = self.running.iter().map(start).collect();
             self.show_progress(|| threads.iter().all(thread::ScopedJoinHandle::is_finished));
             threads.into_iter().map(thread::ScopedJoinHandle::join).collect::<Vec<_>>()
         });
         panic::set_hook(hook);
         for result in results {
-            result.unwrap_or_else(|panic| bail!("a thread panicked: {}", message(panic.as_ref())))?;
+            result.unwrap_or_else(|_| bail!("the comparison itself panicked"))?;
         }
         Ok(began.elapsed().as_secs_f64())
     }
 
     /// What each thread does, with a `gpdrive` of its own.
-    fn work(&self, driver: &Path) -> Result<()> {
+    fn work(&self, driver: &Path, running: &Mutex<Option<(usize, Instant)>>) -> Result<()> {
         let mut peer = Peer::start(driver)?;
         while !self.stopped.load(Ordering::Relaxed) {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.total() {
                 break;
             }
-            // Tables take turns, so that none is left for the end.
-            let (table, number) = (index % self.tables.len(), self.numbers[index / self.tables.len()]);
+            let (table, number) = self.place(index);
+            *lock(running) = Some((index, Instant::now()));
             if self.outcome(table).failure.is_some() {
                 continue;
             }
@@ -205,13 +217,19 @@ impl Work {
                 return Err(error);
             }
         }
+        *lock(running) = None;
         Ok(())
+    }
+
+    /// Which sequence of which table is the `index`th. Tables take turns, so that none is left for the end.
+    fn place(&self, index: usize) -> (usize, usize) {
+        (index % self.tables.len(), self.numbers[index / self.tables.len()])
     }
 
     /// Runs one sequence of one table. An error is one of the comparison itself.
     fn sequence(&self, index: usize, number: usize, driver: &Path, peer: &mut Peer) -> Result<()> {
         let table = self.tables[index].as_ref();
-        let mut random = Random::new(self.seed_of(table, number));
+        let mut random = self.random(table, number);
         let operations = operations::sequence(&table.facts(), &mut random);
         let difference = match attempt(table, &operations, &random, peer) {
             Ok(counts) => {
@@ -245,23 +263,36 @@ impl Work {
     }
 
     /// A sequence depends on the seed, the table and the number, and on nothing that ran before.
-    fn seed_of(&self, table: &dyn Table, number: usize) -> u64 {
-        let name =
-            table.name().bytes().fold(self.seed, |seed, byte| Random::new(seed ^ u64::from(byte)).next());
-        Random::new(name ^ number as u64).next()
+    fn random(&self, table: &dyn Table, number: usize) -> Random {
+        let next = |seed, value| Random::new(seed ^ value).next();
+        let of_table = table.name().bytes().fold(self.seed, |seed, byte| next(seed, u64::from(byte)));
+        Random::new(next(of_table, number as u64))
     }
 
-    fn outcome(&self, table: usize) -> std::sync::MutexGuard<'_, Outcome> {
-        self.outcomes[table].lock().unwrap_or_else(PoisonError::into_inner)
+    fn outcome(&self, table: usize) -> MutexGuard<'_, Outcome> {
+        lock(&self.outcomes[table])
     }
 
-    /// A line on the terminal, if there is one, until everything has been run.
+    /// A line on the terminal, if there is one, until everything has been run. Ends the program if something will
+    /// never end.
     fn show_progress(&self, finished: impl Fn() -> bool) {
         const WIDTH: usize = 40;
         let mut stderr = std::io::stderr();
         let shows = stderr.is_terminal();
         while !finished() {
             thread::sleep(Duration::from_millis(100));
+            let endless = self.running.iter().find_map(|running| {
+                lock(running).filter(|(_, since)| since.elapsed() > PATIENCE).map(|(index, _)| index)
+            });
+            if let Some((table, number)) = endless.map(|index| self.place(index)) {
+                // The thread cannot be ended, and nothing would be printed if we waited for it.
+                let table = self.tables[table].as_ref();
+                eprintln!("sequence {number} of {} does not end:", table.name());
+                let operations = operations::sequence(&table.facts(), &mut self.random(table, number));
+                operations.iter().for_each(|operation| eprintln!("  {operation}"));
+                eprintln!("{}", again(self.seed, table.name(), number));
+                std::process::exit(1);
+            }
             if shows {
                 let (done, total) = (self.next.load(Ordering::Relaxed).min(self.total()), self.total());
                 let filled = done * WIDTH / total.max(1);
@@ -277,6 +308,11 @@ impl Work {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is inside is consistent at any time.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// One run of a sequence; a panic of ours is a difference.
 fn attempt(
     table: &dyn Table,
@@ -285,16 +321,10 @@ fn attempt(
     peer: &mut Peer,
 ) -> Result<Counts, Difference> {
     let run = AssertUnwindSafe(|| table.compare(operations, random.clone(), peer));
-    panic::catch_unwind(run).unwrap_or_else(|panic| {
-        let what = format!("our side panicked: {}", message(panic.as_ref()));
+    panic::catch_unwind(run).unwrap_or_else(|_| {
+        let what = format!("our side {}", PANIC.take().replace('\n', " "));
         Err(Difference { after: usize::MAX, what })
     })
-}
-
-/// What a panic said.
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a word")
 }
 
 fn report(arguments: &Arguments, work: &Work, seconds: f64) -> Result<()> {
@@ -357,8 +387,10 @@ fn show_failure(arguments: &Arguments, name: &str, failure: &Failure) {
         usize::MAX => println!("  {}", failure.difference.what),
         after => println!("  after {after}: {}", failure.difference.what),
     }
-    println!(
-        "  again: cargo xtask generic-pt --seed {} --table {name} --only {}",
-        arguments.seed, failure.number
-    );
+    println!("  {}", again(arguments.seed, name, failure.number));
+}
+
+/// How to run a sequence again.
+fn again(seed: u64, table: &str, number: usize) -> String {
+    format!("again: cargo xtask generic-pt --seed {seed} --table {table} --only {number}")
 }

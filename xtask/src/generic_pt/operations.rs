@@ -16,9 +16,9 @@ const CACHE: u8 = 1 << 2;
 pub(crate) const NO_EXECUTE: u8 = 1 << 3;
 const MMIO: u8 = 1 << 4;
 
-/// Mappings of more leaves than this are made shorter; a few sequences have a large one.
-const USUAL_LEAVES: u64 = 1 << 11;
-const MANY_LEAVES: u64 = 1 << 17;
+/// Mappings of more entries than this are made shorter; a few sequences have larger ones.
+const USUAL_ENTRIES: u64 = 1 << 11;
+const MANY_ENTRIES: u64 = 1 << 18;
 
 /// One step of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +94,8 @@ pub(crate) struct Facts {
     pub(crate) output_bits: u32,
     /// Logarithms of the leaf sizes, ascending.
     pub(crate) sizes: Vec<u32>,
+    /// Logarithms of what an entry of each level covers, ascending.
+    pub(crate) shifts: Vec<u32>,
 }
 
 impl Facts {
@@ -106,6 +108,7 @@ impl Facts {
             sign_extended: format.sign_extended(),
             output_bits: format.output_bits(),
             sizes: (0..64).filter(|log2| all >> log2 & 1 != 0).collect(),
+            shifts: levels.map(|level| format.shift(level)).collect(),
         }
     }
 
@@ -146,6 +149,12 @@ impl Facts {
         let aligned = apart.trailing_zeros();
         self.sizes.iter().copied().rfind(|&size| size <= aligned).unwrap_or(self.granule)
     }
+
+    /// What one of the entries of such a leaf covers.
+    fn largest_entry(&self, apart: u64) -> u32 {
+        let leaf = self.largest_leaf(apart);
+        self.shifts.iter().copied().rfind(|&shift| shift <= leaf).unwrap_or(self.granule)
+    }
 }
 
 /// What kind of sequence.
@@ -163,9 +172,9 @@ pub(crate) enum Kind {
 pub(crate) fn sequence(facts: &Facts, random: &mut Random) -> Vec<Operation> {
     let kind = random.choose(&[Kind::FromScratch, Kind::Whole, Kind::Any, Kind::Any]);
     let places = (0..1 + random.below(3)).map(|_| place(facts, random)).collect();
-    let most_leaves = if random.once_in(50) { MANY_LEAVES } else { USUAL_LEAVES };
-    let mut generator = Generator { facts, random, places, most_leaves, mapped: Vec::new() };
-    let longest = generator.random.choose(&[4, 12, 24]);
+    let most_entries = if random.once_in(100) { MANY_ENTRIES } else { USUAL_ENTRIES };
+    let mut generator = Generator { facts, random, places, most_entries, mapped: Vec::new() };
+    let longest = generator.random.choose(&[4, 12, 24, 60]);
     let count = 1 + generator.random.below(longest);
     (0..count).filter_map(|_| generator.operation(kind)).collect()
 }
@@ -193,14 +202,14 @@ struct Generator<'a> {
     facts: &'a Facts,
     random: &'a mut Random,
     places: Vec<u64>,
-    most_leaves: u64,
+    most_entries: u64,
     /// Where the mappings of the sequence so far are, if they succeeded.
     mapped: Vec<IovaRange>,
 }
 
 impl Generator<'_> {
     fn operation(&mut self, kind: Kind) -> Option<Operation> {
-        if kind != Kind::FromScratch && !self.mapped.is_empty() && self.random.below(5) < 2 {
+        if kind != Kind::FromScratch && !self.mapped.is_empty() && self.random.below(9) < 4 {
             return self.unmap(kind);
         }
         if kind == Kind::Any && self.random.once_in(16) {
@@ -282,8 +291,8 @@ impl Generator<'_> {
         let first = self.near();
         let length = self.length();
         let output = self.output(first, length)?;
-        let largest = self.facts.largest_leaf(first ^ output);
-        let most = self.most_leaves.checked_shl(largest).filter(|most| most >> largest == self.most_leaves);
+        let entry = self.facts.largest_entry(first ^ output);
+        let most = Some(self.most_entries << entry).filter(|most| most >> entry == self.most_entries);
         let length = most.map_or(length, |most| length.min(most));
         let range = IovaRange::with_length(first, length)?;
         self.facts.accepts(&range).then_some((range, output))
@@ -328,7 +337,7 @@ impl Generator<'_> {
     fn unmap(&mut self, kind: Kind) -> Option<Operation> {
         let number = self.random.below(self.mapped.len() as u64) as usize;
         let range = self.mapped[number];
-        if kind == Kind::Whole || self.random.once_in(3) {
+        if kind == Kind::Whole || self.random.once_in(5) {
             self.mapped.swap_remove(number);
             return Some(Operation::Unmap { range });
         }
@@ -406,7 +415,14 @@ mod tests {
 
     #[test]
     fn facts_of_a_sign_extended_table() {
-        let facts = Facts { granule: 12, width: 48, sign_extended: true, output_bits: 52, sizes: vec![12] };
+        let facts = Facts {
+            granule: 12,
+            width: 48,
+            sign_extended: true,
+            output_bits: 52,
+            sizes: vec![12],
+            shifts: vec![12],
+        };
         let accepts = |first, last| facts.accepts(&IovaRange::new(first, last).unwrap());
         assert!(accepts(0, 0x7fff_ffff_ffff) && accepts(0xffff_8000_0000_0000, u64::MAX));
         assert!(!accepts(0, 0x8000_0000_0000) && !accepts(0, u64::MAX) && !accepts(1 << 48, 1 << 49));
