@@ -63,6 +63,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                 if self.clear {
                     self.leaf_sizes |= size.bytes();
                     group.iter().for_each(|entry| entry.store(entry.load() & !dirty));
+                    self.radix.clean(group);
                 }
                 done += group.len();
             } else {
@@ -77,6 +78,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                         if self.clear {
                             self.leaf_sizes |= size.bytes();
                             entry.store(value & !dirty);
+                            self.radix.clean(core::slice::from_ref(entry));
                         }
                     } else if let Some(began) = began.take() {
                         self.report(began, first + ((done as u64) << size.log2()) - 1);
@@ -101,6 +103,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
             if self.clear && whole {
                 self.leaf_sizes |= size.bytes();
                 entries.iter().for_each(|entry| entry.store(entry.load() & !dirty));
+                self.radix.clean(entries);
             }
             self.report(first.max(self.range.first()), last.min(self.range.last()));
         }
@@ -132,7 +135,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
         let mut dirty = Dirty { radix: self, range, clear, leaf_sizes: 0, report };
         let Ok(()) = self.run(&mut dirty, range);
-        dirty.leaf_sizes
+        let leaf_sizes = dirty.leaf_sizes;
+        self.clean_ways(range);
+        leaf_sizes
     }
 
     /// Marks the leaf at `iova` as hardware does when it uses it: sets its accessed bit, its dirty bit, or both

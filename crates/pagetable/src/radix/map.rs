@@ -208,6 +208,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
             return slot.entry.compare_exchange(slot.value, leaf).ok();
         }
         entries.iter().for_each(|entry| entry.store(leaf));
+        self.radix.clean(entries);
         Some(())
     }
 
@@ -373,6 +374,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             Some(bits) => claim_leaves(entries, leaf, step, bits, first == self.mapping.range.first()).err(),
         };
         let done = taken.unwrap_or(entries.len());
+        self.radix.clean(entries.split_at(done).0);
         self.radix.fence_filled(self.claim);
         if done > 0 && !radix.stays(node) {
             self.take_back(node, first, entries.split_at(done).0);
@@ -447,6 +449,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             // Somebody took the dead table's link away.
             return Some(Next::Again);
         }
+        radix.clean(core::slice::from_ref(slot.entry));
         radix.retire(self.gather, child);
         Some(self.installed_leaf(slot.first, size))
     }
@@ -496,10 +499,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        if self.install_in_one_table(range, oa, attributes, None, gather) {
-            return Ok(());
-        }
-        self.install_slowly(Mapping::new(range, oa, attributes), accept_equal, gather)
+        let installed = self.install_in_one_table(range, oa, attributes, None, gather);
+        let result = if installed {
+            Ok(())
+        } else {
+            self.install_slowly(Mapping::new(range, oa, attributes), accept_equal, gather)
+        };
+        self.clean_ways(range);
+        result
     }
 
     /// What the short way was not for, or not yet.
@@ -600,7 +607,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         match claim {
             // Nobody else fills entries of ours. If one is taken the long way will find it again.
             None if !all_absent(entries) => return false,
-            None => store_leaves(entries, leaf, step),
+            None => {
+                store_leaves(entries, leaf, step);
+                self.clean(entries);
+            }
             Some(bits) => {
                 if let Err(done) = claim_leaves(entries, leaf, step, bits, true) {
                     // Nobody has translated through them, so nobody has to be told.
@@ -630,7 +640,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         match claim {
             // As above.
             None if entry.load() != 0 => return false,
-            None => entry.store(leaf),
+            None => {
+                entry.store(leaf);
+                self.clean(core::slice::from_ref(entry));
+            }
             Some(bits) => {
                 if entry.compare_exchange(0, (leaf & !bits.present) | bits.busy | bits.first).is_err() {
                     return false;
@@ -680,6 +693,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 }
             }
         }
+        self.clean(entries);
     }
 
     /// The level, from `top` down, at which all leaves of a mapping stand that has leaves of one size and of one entry.
@@ -731,6 +745,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
         let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
+        self.clean(self.all_entries(child));
         if !self.pin(slot.node) {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
@@ -740,6 +755,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
         }
+        // As long as the pin is there, others take the link for one that walkers may not see.
+        self.clean(core::slice::from_ref(slot.entry));
         self.unpin(slot.node);
         Ok(())
     }
