@@ -245,21 +245,30 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         }
     }
 
-    /// Whether nothing is in the entries of a leaf to be, of which the first is absent. Tables that hold nothing go.
+    /// Whether nothing is in the entries of a leaf to be. Tables that hold nothing go, if that makes all of them free.
     fn is_free(&mut self, slot: &Slot<'_, A>, size: PageSize) -> bool {
         let (radix, node) = (self.radix, slot.node);
+        let entries = radix.leaf_entries(node, slot.first, size);
+        // First a look, so that a table which has to be made again is not taken away.
+        let is_unused = |entry: &A| match (entry.load(), radix.format.decode(node.level, entry.load())) {
+            (0, _) => true,
+            (_, Entry::Table(address)) => node.level > 1 && radix.is_unused(radix.child(node, address)),
+            _ => false,
+        };
+        if !entries.iter().all(is_unused) {
+            return false;
+        }
         let entry_size = 1u64 << radix.format.shift(node.level);
         let mut first = slot.first;
-        for entry in radix.leaf_entries(node, slot.first, size) {
-            let value = entry.load();
-            let last = first + (entry_size - 1);
-            if value != 0 {
-                let Entry::Table(address) = radix.format.decode(node.level, value) else { return false };
-                if node.level == 1 || !self.bury_unused(radix.child(node, address), first, last) {
+        for entry in entries {
+            let (value, last) = (entry.load(), first + (entry_size - 1));
+            let decoded = radix.format.decode(node.level, value);
+            if let Entry::Table(address) = decoded {
+                let child = radix.child(node, address);
+                if !self.bury_unused(child, first, last) {
                     return false;
                 }
-                let slot = Slot { node, entry, value, decoded: Entry::Table(address), first, last };
-                radix.unlink(self.gather, &slot, radix.child(node, address));
+                radix.unlink(self.gather, &Slot { node, entry, value, decoded, first, last }, child);
             }
             first = last.wrapping_add(1);
         }
@@ -419,14 +428,19 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
         let radix = self.radix;
         let shift = radix.format.shift(slot.node.level);
-        let size = self.mapping.best_size(radix.format.leaf_sizes(slot.node.level), slot.first)?;
-        if size.log2() < shift || !self.bury_unused(child, slot.first, slot.last) {
+        let mut sizes = radix.format.leaf_sizes(slot.node.level);
+        let size = loop {
+            let size = self.mapping.best_size(sizes, slot.first).filter(|size| size.log2() >= shift)?;
+            if size.log2() == shift {
+                break size;
+            }
+            if self.is_free(slot, size) {
+                return Some(Next::Again);
+            }
+            sizes &= size.bytes() - 1;
+        };
+        if !self.bury_unused(child, slot.first, slot.last) {
             return None;
-        }
-        if size.log2() > shift {
-            // The other entries of the leaf are looked at when this one is absent.
-            radix.unlink(self.gather, slot, child);
-            return Some(Next::Again);
         }
         let leaf = self.leaf(slot.node.level, size, slot.first);
         if slot.entry.compare_exchange(slot.value, leaf).is_err() {

@@ -109,6 +109,17 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         all_absent(behind) && all_absent(before)
     }
 
+    /// Whether nothing is in a table, or in those that it leads to.
+    pub(super) fn is_unused(&self, node: Node<A>) -> bool {
+        self.all_entries(node).iter().map(A::load).all(|value| {
+            value == 0
+                || match self.format.decode(node.level, value) {
+                    Entry::Table(address) => node.level > 1 && self.is_unused(self.child(node, address)),
+                    _ => false,
+                }
+        })
+    }
+
     /// Retires `child`, to which `slot` leads, if it is empty and need not stay.
     pub(super) fn prune(
         &self,

@@ -134,7 +134,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub fn walk_cached(&self, iova: u64, cache: &mut CachedWalk<A>) -> Result<Leaf, WalkFault> {
         let generation = self.generation.load();
         if let Some(node) = cache.node {
-            if cache.generation == generation && cache.tag == self.tag(node.level, iova) {
+            // Below the sign the gap looks like what is mapped.
+            let outside = self.format.sign_extended() && !self.reaches(*self.format.top_levels().end(), iova);
+            if cache.generation == generation && cache.tag == self.tag(node.level, iova) && !outside {
                 let value = self.entry(node, self.index(node.level, iova)).load();
                 if let Entry::Leaf { oa, size, attributes } = self.format.decode(node.level, value) {
                     return Ok(Leaf { iova: leaf_span(iova, size).0, oa: Oa::new(oa), size, attributes });
