@@ -20,7 +20,6 @@ mod tables;
 
 use std::{
     cell::RefCell,
-    io::{IsTerminal, Write},
     panic::{self, AssertUnwindSafe},
     path::{Path, PathBuf},
     sync::{
@@ -32,6 +31,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use self::{
@@ -273,18 +273,22 @@ impl Work {
         lock(&self.outcomes[table])
     }
 
-    /// A line on the terminal, if there is one, until everything has been run. Ends the program if something will
-    /// never end.
+    /// A bar on the terminal, if there is one, until everything has been run. Ends the program if something will never
+    /// end.
     fn show_progress(&self, finished: impl Fn() -> bool) {
-        const WIDTH: usize = 40;
-        let mut stderr = std::io::stderr();
-        let shows = stderr.is_terminal();
+        let bar = ProgressBar::new(self.total() as u64);
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} sequences  (about {eta} left)")
+        {
+            bar.set_style(style);
+        }
         while !finished() {
             thread::sleep(Duration::from_millis(100));
+            bar.set_position(self.next.load(Ordering::Relaxed).min(self.total()) as u64);
             let endless = self.running.iter().find_map(|running| {
                 lock(running).filter(|(_, since)| since.elapsed() > PATIENCE).map(|(index, _)| index)
             });
             if let Some((table, number)) = endless.map(|index| self.place(index)) {
+                bar.finish_and_clear();
                 // The thread cannot be ended, and nothing would be printed if we waited for it.
                 let table = self.tables[table].as_ref();
                 eprintln!("sequence {number} of {} does not end:", table.name());
@@ -293,18 +297,8 @@ impl Work {
                 eprintln!("{}", again(self.seed, table.name(), number));
                 std::process::exit(1);
             }
-            if shows {
-                let (done, total) = (self.next.load(Ordering::Relaxed).min(self.total()), self.total());
-                let filled = done * WIDTH / total.max(1);
-                let bar = "#".repeat(filled) + &".".repeat(WIDTH - filled);
-                // Whoever does not see it misses nothing.
-                let _ = write!(stderr, "\r[{bar}] {done} of {total} sequences");
-                let _ = stderr.flush();
-            }
         }
-        if shows {
-            let _ = write!(stderr, "\r{:WIDTH$}{:40}\r", "", "");
-        }
+        bar.finish_and_clear();
     }
 }
 

@@ -4,7 +4,7 @@ use crate::accounting::{Accounting, inspect};
 use crate::pair::{Gathered, KEPT_LIMIT, READ_WRITE};
 use crate::{native, vtd};
 use ioasid_pagetable::{
-    Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize, Radix,
+    AmdV1, Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize, Radix,
     WalkFault,
 };
 
@@ -166,4 +166,22 @@ fn failing_again_and_again_leaves_nothing() {
     }
     assert!(inspect(&radix).empty <= KEPT_LIMIT);
     assert!(memory.tables() <= 1 + 4 * KEPT_LIMIT, "{} tables", memory.tables());
+}
+
+/// A leaf of two entries, of which the second is used, of a level that has no leaves of one entry: its first half has to
+/// go into a table, and that table must not make room for the leaf again.
+#[test]
+fn a_leaf_that_is_in_the_way_of_one_of_several_entries() {
+    let memory = Accounting::default();
+    let radix = Radix::new(AmdV1::new(), memory.clone());
+    let mut gather = Gather::new();
+    let half = 1 << 39;
+    radix.map(with_length(half, 0x1000), Oa::new(0x1000), READ_WRITE, &mut gather).unwrap();
+    memory.fail_after(Some(100));
+    let result = radix.map(with_length(0, 2 * half), Oa::new(0), READ_WRITE, &mut gather);
+    assert_eq!(result, Err(MapError::Occupied { at: half }));
+    memory.fail_after(None);
+    assert_eq!(radix.walk(half - 1), Err(WalkFault::NotMapped(half - 1)));
+    assert_eq!(radix.walk(half).unwrap().oa, Oa::new(0x1000));
+    memory.free_retired(&mut gather);
 }
