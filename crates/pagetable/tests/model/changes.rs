@@ -122,14 +122,14 @@ impl Model {
 
     /// What a leaf says under other permissions.
     fn protected(&self, leaf: &ModelLeaf, permissions: Attributes) -> Attributes {
-        let wanted = leaf.attributes - Attributes::PERMISSIONS | permissions & Attributes::PERMISSIONS;
+        let wanted = (leaf.attributes - Attributes::PERMISSIONS) | (permissions & Attributes::PERMISSIONS);
         let said = self.said(wanted);
         let becomes_writable =
             permissions.contains(Attributes::WRITE) && !leaf.attributes.contains(Attributes::WRITE);
         if becomes_writable {
             return said;
         }
-        said - Attributes::DIRTY | leaf.attributes & Attributes::DIRTY
+        (said - Attributes::DIRTY) | (leaf.attributes & Attributes::DIRTY)
     }
 
     pub(crate) fn protect(

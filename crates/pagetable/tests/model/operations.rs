@@ -313,7 +313,7 @@ impl<F: Format> Pair<F> {
                 };
                 let mut leaves = self.model.leaves.iter().skip(number).take(count);
                 let (&first, leaf) = leaves.next().unwrap();
-                let last = leaves.last().map_or(leaf.last, |(_, leaf)| leaf.last);
+                let last = leaves.next_back().map_or(leaf.last, |(_, leaf)| leaf.last);
                 let range = IovaRange::new(first, last).unwrap();
                 self.unmap(range);
                 range
