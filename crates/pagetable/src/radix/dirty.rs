@@ -44,6 +44,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
         let format = &self.radix.format;
         let (dirty, pattern) = (format.dirty_bit(), format.leaf_pattern(node.level));
         let size = PageSize(format.shift(node.level) as u8);
+        // Of a leaf of several entries any one may say that it is dirty, and that one may lie outside the range.
+        let only_pages = node.level == 1 && format.leaf_sizes(1).is_power_of_two();
         // Where the dirty leaves began that are not reported yet.
         let mut began = None;
         let mut done = 0;
@@ -53,7 +55,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                 (all & value, any | value)
             });
             let plain = pattern.matches_all(conjunction, disjunction);
-            if disjunction & dirty == 0 && (plain || node.level == 1) {
+            if disjunction & dirty == 0 && (plain || disjunction == 0 || only_pages) {
                 if let Some(began) = began.take() {
                     self.report(began, first + ((done as u64) << size.log2()) - 1);
                 }
