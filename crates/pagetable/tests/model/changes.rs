@@ -216,6 +216,11 @@ impl<F: Format> Pair<F> {
             let entry = self.model.entry_at(iova, first, leaf.last);
             *self.model.marks.entry(entry).or_insert(Attributes::empty()) |= used;
         }
+        // Whichever entry it is, the whole leaf is dirty.
+        for page in [first, leaf.last] {
+            let page = page & !(self.model.granule() - 1);
+            self.check_dirty(IovaRange::with_length(page, self.model.granule()).unwrap());
+        }
     }
 
     /// What dirty leaves report, which has to be ascending.
