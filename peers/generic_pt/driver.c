@@ -3,8 +3,8 @@
  * gpdrive: the kernel's I/O page tables, driven by another program over standard
  * input and output.
  *
- * A command is a line, an answer is a line, or for `formats` and `entries` a line
- * with a count and so many lines after it.  Addresses, lengths and entries are
+ * A command is a line, an answer is a line, or for `formats`, `entries` and
+ * `harvest` a line with a count and so many lines after it.  Addresses, lengths and entries are
  * hexadecimal without a prefix; errnos, levels and counts are decimal.
  *
  *   formats                 formats N, then N names
@@ -16,6 +16,8 @@
  *   entries                 entries N, then N lines:
  *                             leaf LEVEL IOVA ENTRY STEP COUNT
  *                             table LEVEL IOVA ENTRY
+ *   dirty IOVA              ok | error ERRNO     as if a device wrote there
+ *   harvest IOVA LEN        dirty N, then N lines IOVA LEN; they are clean then
  *   close                   ok
  *   quit
  *
@@ -204,6 +206,30 @@ static void answer_entries(struct gp *g, int fmt)
 	}
 }
 
+/* ---- dirty leaves --------------------------------------------------------- */
+
+static void show_dirty(void *context, ul iova, ul length)
+{
+	(void)context;
+	*add_line() = (struct line){ .iova = iova, .count = length };
+}
+
+static void answer_harvest(struct gp *g, ul iova, ul length)
+{
+	int ret;
+	size_t i;
+
+	lines_used = 0;
+	ret = gp_harvest(g, iova, length, show_dirty, NULL);
+	if (ret) {
+		printf("error %d\n", -ret);
+		return;
+	}
+	printf("dirty %zu\n", lines_used);
+	for (i = 0; i < lines_used; i++)
+		printf("%lx %lx\n", lines[i].iova, lines[i].count);
+}
+
 /* ---- commands ------------------------------------------------------------ */
 
 static int find_format(const char *name)
@@ -276,6 +302,16 @@ int main(void)
 		} else if (!strcmp(word, "tables")) {
 			printf("ok %lu\n", gp_cnt.allocs - gp_cnt.frees -
 					   tables_before);
+		} else if (!strcmp(word, "dirty") && gp_has_dirty(fmt)) {
+			numbers(rest, line, 1, v);
+			err = gp_set_dirty(g, v[0]);
+			if (err)
+				printf("error %d\n", -err);
+			else
+				puts("ok");
+		} else if (!strcmp(word, "harvest") && gp_has_dirty(fmt)) {
+			numbers(rest, line, 2, v);
+			answer_harvest(g, v[0], v[1]);
 		} else if (!strcmp(word, "entries")) {
 			answer_entries(g, fmt);
 		} else if (!strcmp(word, "close")) {

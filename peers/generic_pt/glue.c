@@ -114,6 +114,10 @@ int iommu_pages_start_incoherent_list(struct iommu_pages_list *list,
 struct flat_bitmap {
 	unsigned char *bits;
 	unsigned long base;
+#ifdef CONFIG_DEBUG_GENERIC_PT
+	gp_range_fn_t show;
+	void *context;
+#endif
 };
 
 void iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
@@ -123,6 +127,12 @@ void iova_bitmap_set(struct iova_bitmap *bitmap, unsigned long iova,
 	unsigned long i, end;
 
 	gp_cnt.dirty_sets++;
+#ifdef CONFIG_DEBUG_GENERIC_PT
+	if (b->show) {
+		b->show(b->context, iova, length);
+		return;
+	}
+#endif
 	if (!b->bits)
 		return;
 	i = (iova - b->base) >> PAGE_SHIFT;
@@ -231,7 +241,8 @@ int gp_family(int fmt) { return formats[fmt].family; }
 int gp_is_benched(int fmt) { return formats[fmt].flags & F_BENCH; }
 int gp_has_dirty(int fmt)
 {
-	return (gp_family(fmt) == GP_VTDSS || gp_family(fmt) == GP_AMDV1) &&
+	return (gp_family(fmt) == GP_VTDSS || gp_family(fmt) == GP_AMDV1 ||
+		gp_family(fmt) == GP_MOCK) &&
 	       !(formats[fmt].flags & F_INCOHERENT);
 }
 unsigned long gp_struct_page_size(void) { return sizeof(struct page); }
@@ -442,19 +453,36 @@ int gp_set_dirty(struct gp *g, unsigned long iova)
 	return g->iommu.ops->set_dirty(&g->iommu, iova);
 }
 
-int gp_read_clear_dirty(struct gp *g, unsigned long iova, unsigned long len,
-			unsigned char *bitmap, unsigned long bm_base)
+static int read_clear_dirty(struct gp *g, unsigned long iova,
+			    unsigned long len, struct flat_bitmap *b)
 {
-	struct flat_bitmap b = { bitmap, bm_base };
 	struct iommu_iotlb_gather gather;
 	struct iommu_dirty_bitmap dirty;
 	int ret;
 
-	iommu_dirty_bitmap_init(&dirty, (struct iova_bitmap *)&b, &gather);
+	iommu_dirty_bitmap_init(&dirty, (struct iova_bitmap *)b, &gather);
 	ret = g->domain.dirty_ops->read_and_clear_dirty(&g->domain, iova, len,
 							0, &dirty);
 	iommu_iotlb_sync(&g->domain, &gather);
 	return ret;
+}
+
+#ifdef CONFIG_DEBUG_GENERIC_PT
+int gp_harvest(struct gp *g, unsigned long iova, unsigned long len,
+	       gp_range_fn_t show, void *context)
+{
+	struct flat_bitmap b = { .show = show, .context = context };
+
+	return read_clear_dirty(g, iova, len, &b);
+}
+#endif
+
+int gp_read_clear_dirty(struct gp *g, unsigned long iova, unsigned long len,
+			unsigned char *bitmap, unsigned long bm_base)
+{
+	struct flat_bitmap b = { bitmap, bm_base };
+
+	return read_clear_dirty(g, iova, len, &b);
 }
 
 unsigned long gp_map_n(struct gp *g, unsigned long iova, unsigned long pa,

@@ -54,6 +54,12 @@ int gp_read_clear_dirty(struct gp *g, unsigned long iova, unsigned long len,
 			unsigned char *bitmap, unsigned long bm_base);
 
 /* timed loops; return the number of failed calls (0 expected) */
+/* Shows what is dirty, leaf by leaf, and makes it clean.  Flavour check only. */
+typedef void (*gp_range_fn_t)(void *context, unsigned long iova,
+			      unsigned long len);
+int gp_harvest(struct gp *g, unsigned long iova, unsigned long len,
+	       gp_range_fn_t show, void *context);
+
 unsigned long gp_map_n(struct gp *g, unsigned long iova, unsigned long pa,
 		       unsigned long len, unsigned long n);
 unsigned long gp_unmap_n(struct gp *g, unsigned long iova, unsigned long len,

@@ -17,21 +17,25 @@ use ioasid_pagetable::{
 };
 
 use super::{
+    answers::{Expected, complaint},
     entries::{self, Extent, Extents, Runs},
     operations::{Facts, NO_EXECUTE, Operation, READ, Random, WRITE},
     peer::{Peer, Questions},
 };
 
-/// Which attributes a format's leaves have for the kernel's protection bits.
+/// What the kernel does with a format.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dialect {
     /// The kernel gives them to all leaves.
     pub(crate) always: Attributes,
     /// Leaves say whether code may be fetched.
     pub(crate) executes: bool,
+    /// Dirty pages can be harvested.
+    pub(crate) dirty: bool,
 }
 
 impl Dialect {
+    /// The attributes of leaves with these protection bits of the kernel's.
     fn attributes(self, protection: u8) -> Attributes {
         let mut attributes = self.always;
         attributes.set(Attributes::READ, protection & READ != 0);
@@ -71,6 +75,8 @@ pub(crate) struct Counts {
     pub(crate) breaks: u64,
     /// Addresses looked up on both sides.
     pub(crate) walks: u64,
+    /// Stretches of dirty pages that were harvested.
+    pub(crate) harvested: u64,
     /// Leaf entries that were the same.
     pub(crate) entries: u64,
     /// Table pages after those sequences.
@@ -88,6 +94,7 @@ impl Counts {
             (&mut self.overlooked, other.overlooked),
             (&mut self.breaks, other.breaks),
             (&mut self.walks, other.walks),
+            (&mut self.harvested, other.harvested),
             (&mut self.entries, other.entries),
             (&mut self.our_tables, other.our_tables),
             (&mut self.kernel_tables, other.kernel_tables),
@@ -96,20 +103,6 @@ impl Counts {
         }
     }
 }
-
-/// What the kernel's side has to answer.
-#[derive(Debug)]
-enum Expected {
-    Mapped(IovaRange),
-    Refused(IovaRange, MapError),
-    Unmapped(IovaRange),
-    Walked(u64, Option<u64>),
-}
-
-/// The numbers of the errors.
-const ENXIO: u32 = 6;
-const ERANGE: u32 = 34;
-const EADDRINUSE: u32 = 98;
 
 /// A mapping as the kernel's side has it.
 #[derive(Debug, Clone, Copy)]
@@ -133,7 +126,7 @@ pub(crate) fn compare<F: Format>(
         return Err(Difference { after: 0, what: format!("the kernel's side cannot open it: {opened}") });
     }
     let mut comparison = Comparison {
-        facts: Facts::of(format),
+        facts: Facts::of(format, dialect.dirty),
         dialect,
         radix: Radix::new(format.clone(), HeapTables),
         cache: CachedWalk::new(),
@@ -186,6 +179,8 @@ impl<F: Format> Comparison<'_, F> {
                 self.unmap(range)?;
                 range
             }
+            Operation::Write { iova } => return self.write(iova),
+            Operation::Harvest { range } => return self.harvest(range),
         };
         self.walk_around(range)?;
         if self.questions.is_full() { self.ask() } else { Ok(()) }
@@ -327,6 +322,46 @@ impl<F: Format> Comparison<'_, F> {
             }
         }
     }
+
+    // -------------------------------------------------------------------------------------------- dirty pages
+
+    /// Once a mapping was cut, the kernel's side has mapped pieces of it again, and those are clean.
+    fn write(&mut self, iova: u64) -> Result<(), Difference> {
+        let point = IovaRange::new(iova, iova).unwrap_or(IovaRange::ALL);
+        if self.unlike || !self.dialect.dirty || self.facts.kernel_overlooks(&point) {
+            return Ok(());
+        }
+        let marked = self.radix.mark(iova, Attributes::DIRTY);
+        self.questions
+            .push(format_args!("dirty {iova:x}"), (self.done, Expected::Marked(iova, marked.err())));
+        Ok(())
+    }
+
+    fn harvest(&mut self, range: IovaRange) -> Result<(), Difference> {
+        // A sequence of which something was left out may ask for a part of a leaf.
+        let cuts = |leaf: Leaf| !range.covers(&leaf.range());
+        let cut = [range.first(), range.last()].iter().any(|&end| self.radix.walk(end).is_ok_and(cuts));
+        if self.unlike || !self.dialect.dirty || cut || !self.facts.accepts(&range) {
+            return Ok(());
+        }
+        let mut ours = ioasid_pagetable::Runs::default();
+        self.radix.read_and_clear_dirty(range, |dirty| ours.push(dirty));
+        self.ask()?;
+        let (first, length) = (range.first(), range.last().wrapping_sub(range.first()).wrapping_add(1));
+        let mut kernels = ioasid_pagetable::Runs::default();
+        for dirty in self.peer.harvest(first, length)? {
+            kernels.push(dirty);
+        }
+        self.counts.harvested += ours.iter().count() as u64;
+        if ours != kernels {
+            let shown = |runs: &ioasid_pagetable::Runs| runs.iter().collect::<Vec<_>>();
+            let (ours, kernels) = (shown(&ours), shown(&kernels));
+            return self.differ(format!("to us {ours:?} is dirty, to the kernel {kernels:?}"));
+        }
+        Ok(())
+    }
+
+    // ----------------------------------------------------------------------------------------------- unmapping
 
     /// What is mapped in the range, neighbours joined.
     fn mapped_runs(&self, range: IovaRange) -> Vec<IovaRange> {
@@ -522,57 +557,5 @@ impl<F: Format> Comparison<'_, F> {
             ControlFlow::Continue(())
         });
         extents.finish()
-    }
-}
-
-/// What is wrong with an answer, if anything is.
-fn complaint(expected: &Expected, answer: &str) -> Option<String> {
-    let number = |prefix: &str| u64::from_str_radix(answer.strip_prefix(prefix)?, 16).ok();
-    match expected {
-        Expected::Mapped(_) if answer == "ok" => None,
-        Expected::Mapped(range) => Some(format!("we map {range}; the kernel says '{answer}'")),
-        Expected::Refused(range, error) => {
-            let same = match error {
-                MapError::Occupied { .. } => EADDRINUSE,
-                MapError::OutOfRange { .. } | MapError::OutputOutOfRange { .. } => ERANGE,
-                MapError::Misaligned { .. } => ENXIO,
-                // Nothing that anybody asked for.
-                MapError::NoAccess { .. } | MapError::NoMemoryType { .. } | MapError::OutOfTables(_) => 0,
-            };
-            (answer != format!("error {same}"))
-                .then(|| format!("we do not map {range}: {error}; the kernel says '{answer}'"))
-        }
-        Expected::Unmapped(range) => {
-            let bytes = range.last().wrapping_sub(range.first()).wrapping_add(1);
-            (number("ok ") != Some(bytes))
-                .then(|| format!("to unmap {range}, {bytes:#x} bytes, the kernel says '{answer}'"))
-        }
-        Expected::Walked(iova, output) => {
-            // The kernel's word for "nothing is mapped" is the address 0.
-            (number("ok ") != Some(output.unwrap_or(0))).then(|| match output {
-                Some(output) => format!("{iova:#x} is {output:#x} to us; the kernel says '{answer}'"),
-                None => format!("{iova:#x} is not mapped to us; the kernel says '{answer}'"),
-            })
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn answers_are_compared_by_meaning() {
-        let range = IovaRange::new(0x1000, 0x1fff).unwrap();
-        let fine = |expected: Expected, answer| complaint(&expected, answer).is_none();
-        assert!(fine(Expected::Mapped(range), "ok") && !fine(Expected::Mapped(range), "error 98"));
-        let occupied = || Expected::Refused(range, MapError::Occupied { at: 0x1000 });
-        assert!(fine(occupied(), "error 98"));
-        assert!(!fine(occupied(), "error 34") && !fine(occupied(), "ok"));
-        assert!(fine(Expected::Unmapped(range), "ok 1000") && !fine(Expected::Unmapped(range), "ok 2000"));
-        assert!(fine(Expected::Walked(0x1234, Some(0x5234)), "ok 5234"));
-        assert!(fine(Expected::Walked(0x1234, None), "ok 0"));
-        assert!(!fine(Expected::Walked(0x1234, Some(0x5234)), "ok 0"));
-        assert!(!fine(Expected::Walked(0x1234, None), "ok 5234") && !fine(Expected::Walked(1, None), ""));
     }
 }

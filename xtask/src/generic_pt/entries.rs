@@ -92,7 +92,7 @@ pub(crate) fn difference(ours: &[Run], kernels: &[Run]) -> Option<String> {
     Some(format!("we wrote {}; the kernel wrote {}", shown(ours), shown(kernels)))
 }
 
-/// A stretch of addresses with one translation.
+/// A stretch of addresses with one translation. Whether it was used is not part of that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) first: u64,
@@ -107,6 +107,7 @@ pub(crate) struct Extents(Vec<Extent>);
 
 impl Extents {
     pub(crate) fn push(&mut self, extent: Extent) {
+        let extent = Extent { attributes: extent.attributes.difference(Attributes::USED), ..extent };
         match self.0.last_mut() {
             Some(last)
                 if last.last.checked_add(1) == Some(extent.first)
@@ -127,6 +128,8 @@ impl Extents {
 /// What the entries translate, read by our format. An error names an entry that does not stand where it says.
 pub(crate) fn extents<F: Format>(format: &F, runs: &[Run]) -> Result<Vec<Extent>, String> {
     let mut extents = Extents::default();
+    // Hardware marks any of the entries of a leaf.
+    let marks = format.dirty_bit();
     // Of a leaf of several entries: its value, and how many more have to follow, and where.
     let mut rest: Option<(u64, u64, u64)> = None;
     for run in runs {
@@ -140,7 +143,7 @@ pub(crate) fn extents<F: Format>(format: &F, runs: &[Run]) -> Result<Vec<Extent>
                 return Err(complaint("is no leaf"));
             };
             if let Some((value, left, next)) = rest.take() {
-                if value != entry || next != iova {
+                if (value ^ entry) & !marks != 0 || next != iova {
                     return Err(complaint("stands where a larger leaf goes on"));
                 }
                 rest = (left > 1).then(|| (value, left - 1, next.wrapping_add(1 << shift)));
@@ -200,6 +203,8 @@ mod tests {
         // 8 KiB at 0xfff5_2000.
         let both = Run { level: 1, iova: 0x2000, entry: 0x7000_0000_fff5_2e01, step: 0, count: 2 };
         assert_eq!(extents(&format, &[both]).unwrap().len(), 1);
+        let written = Run { step: 0x40, ..both };
+        assert_eq!(extents(&format, &[written]).unwrap().len(), 1, "through the second of its pages");
         for broken in [Run { count: 1, ..both }, Run { iova: 0x1000, ..both }, Run { count: 3, ..both }] {
             assert!(extents(&format, &[broken]).is_err(), "{broken:x?}");
         }

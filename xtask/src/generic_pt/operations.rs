@@ -23,8 +23,22 @@ const MANY_ENTRIES: u64 = 1 << 18;
 /// One step of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Operation {
-    Map { range: IovaRange, output: u64, protection: u8 },
-    Unmap { range: IovaRange },
+    Map {
+        range: IovaRange,
+        output: u64,
+        protection: u8,
+    },
+    Unmap {
+        range: IovaRange,
+    },
+    /// A device writes.
+    Write {
+        iova: u64,
+    },
+    /// What devices have written to is asked for, and clean again.
+    Harvest {
+        range: IovaRange,
+    },
 }
 
 impl fmt::Display for Operation {
@@ -45,6 +59,8 @@ impl fmt::Display for Operation {
                 })
             }
             Operation::Unmap { range } => write!(f, "unmap {range}"),
+            Operation::Write { iova } => write!(f, "write through {iova:#x}"),
+            Operation::Harvest { range } => write!(f, "harvest dirty pages in {range}"),
         }
     }
 }
@@ -96,10 +112,12 @@ pub(crate) struct Facts {
     pub(crate) sizes: Vec<u32>,
     /// Logarithms of what an entry of each level covers, ascending.
     pub(crate) shifts: Vec<u32>,
+    /// The kernel harvests dirty pages of this format.
+    pub(crate) dirty: bool,
 }
 
 impl Facts {
-    pub(crate) fn of<F: Format>(format: &F) -> Facts {
+    pub(crate) fn of<F: Format>(format: &F, dirty: bool) -> Facts {
         let levels = 1..=*format.top_levels().end();
         let all = levels.clone().fold(0, |all, level| all | format.leaf_sizes(level));
         Facts {
@@ -109,6 +127,7 @@ impl Facts {
             output_bits: format.output_bits(),
             sizes: (0..64).filter(|log2| all >> log2 & 1 != 0).collect(),
             shifts: levels.map(|level| format.shift(level)).collect(),
+            dirty,
         }
     }
 
@@ -214,6 +233,9 @@ impl Generator<'_> {
         }
         if kind == Kind::Any && self.random.once_in(16) {
             return self.nonsense();
+        }
+        if kind != Kind::Any && self.facts.dirty && !self.mapped.is_empty() && self.random.once_in(4) {
+            return self.dirty();
         }
         for _ in 0..8 {
             let Some((range, output)) = self.mapping() else { continue };
@@ -334,6 +356,21 @@ impl Generator<'_> {
         Some(Operation::Map { range, output, protection })
     }
 
+    /// A write, or a harvest of whole mappings: the kernel takes a leaf that is harvested in part for one that is
+    /// harvested whole.
+    fn dirty(&mut self) -> Option<Operation> {
+        let one = self.random.choose(&self.mapped);
+        if self.random.below(3) < 2 {
+            let iova = one.first() + self.random.below(one.last() - one.first());
+            return Some(Operation::Write { iova });
+        }
+        let other = self.random.choose(&self.mapped);
+        let both = IovaRange::new(one.first().min(other.first()), one.last().max(other.last()))?;
+        // No length says how long all addresses are.
+        let harvestable = self.facts.accepts(&both) && both.length().is_some();
+        Some(Operation::Harvest { range: if harvestable { both } else { one } })
+    }
+
     fn unmap(&mut self, kind: Kind) -> Option<Operation> {
         let number = self.random.below(self.mapped.len() as u64) as usize;
         let range = self.mapped[number];
@@ -384,7 +421,7 @@ mod tests {
 
     #[test]
     fn a_seed_stands_for_one_sequence() {
-        let facts = Facts::of(&VtdSecondStage::new(4).unwrap());
+        let facts = Facts::of(&VtdSecondStage::new(4).unwrap(), true);
         let of = |seed| sequence(&facts, &mut Random::new(seed));
         assert_eq!(of(1), of(1));
         assert_ne!(of(1), of(2));
@@ -393,7 +430,7 @@ mod tests {
     /// What the generator is for.
     #[test]
     fn sequences_have_all_leaf_sizes_and_all_edges() {
-        let facts = Facts::of(&VtdSecondStage::new(4).unwrap());
+        let facts = Facts::of(&VtdSecondStage::new(4).unwrap(), true);
         let mut sizes = 0;
         let mut lasts = Vec::new();
         let mut refused = 0;
@@ -422,6 +459,7 @@ mod tests {
             output_bits: 52,
             sizes: vec![12],
             shifts: vec![12],
+            dirty: false,
         };
         let accepts = |first, last| facts.accepts(&IovaRange::new(first, last).unwrap());
         assert!(accepts(0, 0x7fff_ffff_ffff) && accepts(0xffff_8000_0000_0000, u64::MAX));

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use ioasid_pagetable::IovaRange;
 
 /// So many bytes of questions are sent before the answers are read. The program reads 64 KiB at a time, and a pipe holds
 /// as much, so it never waits for us while we wait for it.
@@ -70,6 +71,26 @@ impl Peer {
             lines.push(parsed.with_context(|| format!("the kernel's side shows an entry as '{line}'"))?);
         }
         Ok(lines)
+    }
+
+    /// What is dirty, as the kernel reports it; it is clean then.
+    pub(crate) fn harvest(&mut self, first: u64, length: u64) -> Result<Vec<IovaRange>> {
+        let answer = self.ask(&format!("harvest {first:x} {length:x}"))?;
+        let count: usize =
+            answer.strip_prefix("dirty ").and_then(|count| count.parse().ok()).with_context(|| {
+                format!("the kernel's side answers '{answer}' instead of so many dirty leaves")
+            })?;
+        let mut line = String::new();
+        (0..count)
+            .map(|_| {
+                self.read_line(&mut line)?;
+                let numbers = line.split_once(' ').and_then(|(first, length)| {
+                    let number = |text| u64::from_str_radix(text, 16).ok();
+                    IovaRange::with_length(number(first)?, number(length)?)
+                });
+                numbers.with_context(|| format!("the kernel's side shows what is dirty as '{line}'"))
+            })
+            .collect()
     }
 
     fn send(&mut self, text: &str) -> Result<()> {

@@ -37,7 +37,7 @@ impl<F: Format> Table for Of<F> {
     }
 
     fn facts(&self) -> Facts {
-        Facts::of(&self.format)
+        Facts::of(&self.format, self.dialect.dirty)
     }
 
     fn compare(
@@ -50,35 +50,32 @@ impl<F: Format> Table for Of<F> {
     }
 }
 
-fn table<F: Format>(
-    name: &'static str,
-    format: Option<F>,
-    always: Attributes,
-    executes: bool,
-) -> Result<Box<dyn Table>> {
+fn table<F: Format>(name: &'static str, format: Option<F>, dialect: Dialect) -> Result<Box<dyn Table>> {
     let format = format.with_context(|| format!("{name} is no format of ours"))?;
-    Ok(Box::new(Of { name, format, dialect: Dialect { always, executes } }))
+    Ok(Box::new(Of { name, format, dialect }))
 }
 
 /// All of them.
 pub(crate) fn all() -> Result<Vec<Box<dyn Table>>> {
-    let plain = Attributes::empty();
-    let snoop = Attributes::FORCE_SNOOP;
+    let dirty = Dialect { always: Attributes::empty(), executes: false, dirty: true };
+    let dirty_snooped = Dialect { always: Attributes::FORCE_SNOOP, ..dirty };
+    let plain = Dialect { dirty: false, ..dirty };
+    let executable = Dialect { executes: true, ..plain };
     // The kernel offers no leaf of half of all addresses or more, except where that is more than a leaf can be.
     let amd = |levels, largest: u32| AmdV1::new().with_leaf_sizes((2 << largest) - 1).with_top_levels(levels);
     let mock = || AmdV1::new().with_granule_2k().with_leaf_sizes((2 << 36) - 1).with_top_levels(3..=3);
     Ok(vec![
-        table("vtdss_3", VtdSecondStage::new(3), plain, false)?,
-        table("vtdss_4", VtdSecondStage::new(4), plain, false)?,
-        table("vtdss_4_snoop", VtdSecondStage::new(4), snoop, false)?,
-        table("vtdss_5", VtdSecondStage::new(5), plain, false)?,
-        table("x86_64_4", X86_64::new(4), plain, false)?,
-        table("x86_64_5", X86_64::new(5), plain, false)?,
-        table("amdv1_4", amd(4..=4, 46), snoop, false)?,
-        table("amdv1_dynamic", amd(3..=6, 51), snoop, false)?,
-        table("amdv1_mock", mock(), plain, false)?,
-        table("riscv64_sv39", RiscV::new(3), plain, true)?,
-        table("riscv64_sv48", RiscV::new(4), plain, true)?,
-        table("riscv64_sv57", RiscV::new(5), plain, true)?,
+        table("vtdss_3", VtdSecondStage::new(3), dirty)?,
+        table("vtdss_4", VtdSecondStage::new(4), dirty)?,
+        table("vtdss_4_snoop", VtdSecondStage::new(4), dirty_snooped)?,
+        table("vtdss_5", VtdSecondStage::new(5), dirty)?,
+        table("x86_64_4", X86_64::new(4), plain)?,
+        table("x86_64_5", X86_64::new(5), plain)?,
+        table("amdv1_4", amd(4..=4, 46), dirty_snooped)?,
+        table("amdv1_dynamic", amd(3..=6, 51), dirty_snooped)?,
+        table("amdv1_mock", mock(), dirty)?,
+        table("riscv64_sv39", RiscV::new(3), executable)?,
+        table("riscv64_sv48", RiscV::new(4), executable)?,
+        table("riscv64_sv57", RiscV::new(5), executable)?,
     ])
 }
