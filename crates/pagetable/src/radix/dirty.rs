@@ -100,7 +100,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
         let (first, last) = leaf_span(slot.first, size);
         let dirty = self.radix.format.dirty_bit();
         let entries = self.radix.leaf_entries(slot.node, slot.first, size);
-        if entries.iter().any(|entry| entry.load() & dirty != 0) {
+        // As it was read: by now a neighbour may have cut a leaf of which the range has a part, and a link is never dirty.
+        if slot.value & dirty != 0 || entries.iter().any(|entry| entry.load() & dirty != 0) {
             let whole = self.range.first() <= first && last <= self.range.last();
             if self.clear && whole {
                 self.leaf_sizes |= size.bytes();
