@@ -5,7 +5,7 @@ use crate::pair::{Gathered, KEPT_LIMIT, READ_WRITE};
 use crate::{native, vtd};
 use ioasid_pagetable::{
     AmdV1, Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize, Radix,
-    WalkFault,
+    RiscV, WalkFault,
 };
 
 fn with_length(first: u64, length: u64) -> IovaRange {
@@ -184,4 +184,47 @@ fn a_leaf_that_is_in_the_way_of_one_of_several_entries() {
     assert_eq!(radix.walk(half - 1), Err(WalkFault::NotMapped(half - 1)));
     assert_eq!(radix.walk(half).unwrap().oa, Oa::new(0x1000));
     memory.free_retired(&mut gather);
+}
+
+/// Tables that were kept and are gone do not use up what may be kept.
+#[test]
+fn the_allowance_of_empty_tables_is_given_back() {
+    let memory = Accounting::default();
+    let radix = Radix::new(vtd(4), memory.clone());
+    let mut gather = Gather::new();
+    let (page, large) = (with_length(0x5000, 0x1000), with_length(0, 0x20_0000));
+    for _ in 0..2 * KEPT_LIMIT {
+        radix.map(page, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(page, &mut gather).unwrap();
+        assert_eq!(radix.table_count(), 4, "the table of the page is kept");
+        // Two ways on which it goes.
+        radix.map(large, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(large, &mut gather).unwrap();
+        assert_eq!(radix.table_count(), 3);
+        radix.map(page, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(page, &mut gather).unwrap();
+        assert_eq!(radix.table_count(), 4, "the table of the page is kept");
+        radix.unmap(large, &mut gather).unwrap();
+        assert_eq!(radix.table_count(), 3);
+    }
+    memory.free_retired(&mut gather);
+}
+
+/// The table of the highest level serves both halves of a sign-extended table. In the gap between them every bit that
+/// indexes it has a meaning, and none of the addresses has.
+#[test]
+fn a_remembered_way_does_not_lead_into_the_gap() {
+    let radix = Radix::new(RiscV::new(3).unwrap(), Accounting::default());
+    let mut gather = Gather::new();
+    let upper = 0xffff_ffc0_0000_0000;
+    for first in [0, upper] {
+        radix.map(with_length(first, 1 << 30), Oa::new(0), READ_WRITE, &mut gather).unwrap();
+    }
+    let mut cache = CachedWalk::new();
+    for (first, gap) in
+        [(0, upper & 0x7f_ffff_ffff), (upper, upper ^ 1 << 63), (upper, 0xffff_ff80_0000_0000)]
+    {
+        assert!(radix.walk_cached(first, &mut cache).is_ok());
+        assert_eq!(radix.walk_cached(gap, &mut cache), Err(WalkFault::OutOfRange(gap)));
+    }
 }

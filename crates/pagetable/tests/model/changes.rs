@@ -50,7 +50,7 @@ impl Model {
         for (&at, leaf) in self.leaves.range(first..=last) {
             let size = log2(at, leaf.last);
             let like = (leaf.attributes ^ head.attributes).difference(Attributes::USED).is_empty();
-            let follows = expected == Some(at) && leaf.oa - head.oa == at - first;
+            let follows = expected == Some(at) && leaf.oa.checked_sub(head.oa) == Some(at - first);
             if self.specification.level_of(size) != level - 1
                 || !(like && follows && leaf.present && !leaf.busy)
                 || leaf.first && at != first

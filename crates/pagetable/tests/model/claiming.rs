@@ -24,6 +24,9 @@ pub(crate) enum ClaimOperation {
     LetGo(usize),
     Merge(Place, Extent),
     MergeAll,
+    /// Maps an entry of a level in one piece or in two that continue each other, cuts it, and merges, with a leaf held
+    /// meanwhile or not.
+    Regroup(Place, u8, Option<u64>, u64, bool),
 }
 
 pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
@@ -38,6 +41,8 @@ pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
         2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::CutClaimed(place, extent)),
         3 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Merge(place, extent)),
         1 => Just(ClaimOperation::MergeAll),
+        4 => (place(), 2..4u8, any::<Option<u64>>(), any::<u64>(), any::<bool>())
+            .prop_map(|(place, level, split, cut, held)| ClaimOperation::Regroup(place, level, split, cut, held)),
         2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Hold(place, extent)),
         2 => any::<usize>().prop_map(ClaimOperation::LetGo),
     ]
@@ -158,6 +163,40 @@ impl Pair<Native> {
         self.settle(&mut gather);
     }
 
+    fn regroup_claimed(&mut self, range: IovaRange, split: Option<u64>, cut: u64, held: bool) {
+        let at = split.and_then(|split| self.boundary(range, split));
+        let parts = match at {
+            Some(at) => [IovaRange::new(range.first(), at - 1), IovaRange::new(at, range.last())],
+            None => [Some(range), None],
+        };
+        let mut owned = Owned::default();
+        for part in parts.into_iter().flatten() {
+            let output = self.output(Output::Congruent(true), part.first());
+            self.claim(part, output, Attributes::READ, &mut owned);
+        }
+        for part in owned.ranges.split_off(0) {
+            self.end(part, true);
+        }
+        let Some(part) = self.boundary(range, cut).and_then(|at| IovaRange::new(at, range.last())) else {
+            return;
+        };
+        assert_eq!(self.radix.cut_claimed(part), self.model.cut_ends(part));
+        if held {
+            self.hold(part, &mut owned);
+        }
+        self.merge_claimed(range);
+        self.check_claims();
+        for held in owned.held {
+            self.let_go(&held);
+        }
+        self.merge_claimed(range);
+    }
+
+    fn let_go(&mut self, held: &Leaf) {
+        self.radix.let_go(held);
+        self.model.leaves.get_mut(&held.iova).unwrap().busy = false;
+    }
+
     fn hold(&mut self, range: IovaRange, owned: &mut Owned) {
         let firsts = self.model.firsts(range).into_iter();
         let found = firsts.map(|first| (first, self.model.leaves[&first])).find(|(_, leaf)| leaf.present);
@@ -208,6 +247,13 @@ impl Pair<Native> {
                 self.merge_claimed(range);
                 range
             }
+            ClaimOperation::Regroup(place, level, split, cut, held) => {
+                let range = self.range(place, Extent::Aligned(level, 1));
+                if self.model.may_cut() {
+                    self.regroup_claimed(range, split, cut, held);
+                }
+                range
+            }
             ClaimOperation::MergeAll => {
                 self.merge_claimed(IovaRange::ALL);
                 IovaRange::ALL
@@ -227,8 +273,7 @@ impl Pair<Native> {
             }
             ClaimOperation::LetGo(number) => {
                 let Some(held) = take(&mut owned.held, number) else { return IovaRange::ALL };
-                self.radix.let_go(&held);
-                self.model.leaves.get_mut(&held.iova).unwrap().busy = false;
+                self.let_go(&held);
                 held.range()
             }
         }
@@ -254,8 +299,7 @@ pub(crate) fn agree(format: Native, specification: Specification, operations: &[
         pair.check_claims();
     }
     for held in owned.held {
-        pair.radix.let_go(&held);
-        pair.model.leaves.get_mut(&held.iova).unwrap().busy = false;
+        pair.let_go(&held);
     }
     for range in owned.ranges {
         pair.end(range, true);

@@ -47,9 +47,24 @@ pub(crate) enum Operation {
     Protect(Place, Extent, Attributes),
     Merge(Place, Extent),
     MergeAll,
+    /// Cuts the n-th leaf at a place in it, does something to a part, and merges.
+    Regroup(usize, u64, Tampering),
+    /// Maps an entry of a level in two pieces that continue each other, and merges.
+    Assemble(Place, u8, u64, Attributes),
     Mark(Place, Attributes),
     Dirty(Place, Extent),
     ReadAndClearDirty(Place, Extent),
+}
+
+/// What happens to one of the pieces that are to be merged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Tampering {
+    Nothing,
+    Mark(Attributes),
+    Protect(Attributes),
+    Unmap,
+    Move,
+    Clean,
 }
 
 fn in_leaf() -> impl Strategy<Value = Place> {
@@ -115,6 +130,17 @@ fn used() -> impl Strategy<Value = Attributes> {
     ]
 }
 
+fn tampering() -> impl Strategy<Value = Tampering> {
+    prop_oneof![
+        2 => Just(Tampering::Nothing),
+        2 => used().prop_map(Tampering::Mark),
+        2 => permissions().prop_map(Tampering::Protect),
+        1 => Just(Tampering::Unmap),
+        1 => Just(Tampering::Move),
+        1 => Just(Tampering::Clean),
+    ]
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let mapping = || (place(), extent(), output(), attributes());
     prop_oneof![
@@ -131,6 +157,10 @@ fn operation() -> impl Strategy<Value = Operation> {
             .prop_map(|(place, extent, permissions)| Operation::Protect(place, extent, permissions)),
         3 => (place(), extent()).prop_map(|(place, extent)| Operation::Merge(place, extent)),
         1 => Just(Operation::MergeAll),
+        4 => (any::<usize>(), any::<u64>(), tampering())
+            .prop_map(|(leaf, offset, tampering)| Operation::Regroup(leaf, offset, tampering)),
+        2 => (place(), 2..5u8, any::<u64>(), attributes())
+            .prop_map(|(place, level, offset, attributes)| Operation::Assemble(place, level, offset, attributes)),
         3 => (in_leaf(), used()).prop_map(|(place, used)| Operation::Mark(place, used)),
         1 => (place(), used()).prop_map(|(place, used)| Operation::Mark(place, used)),
         1 => (place(), extent()).prop_map(|(place, extent)| Operation::Dirty(place, extent)),
@@ -287,6 +317,44 @@ impl<F: Format> Pair<F> {
         self.settle(&mut gather);
     }
 
+    /// The boundary between pages that lies this far into a range, but not before its second page.
+    pub(crate) fn boundary(&self, range: IovaRange, offset: u64) -> Option<u64> {
+        let pages = (range.last() - range.first()) >> self.model.granule().trailing_zeros();
+        Some(range.first() + (offset.checked_rem(pages)? + 1) * self.model.granule())
+    }
+
+    fn regroup(&mut self, range: IovaRange, offset: u64, tampering: Tampering) {
+        let Some(at) = self.boundary(range, offset) else { return };
+        self.cut(at);
+        let (first, leaf) = self.model.at(at).unwrap();
+        let piece = IovaRange::new(first, leaf.last).unwrap();
+        match tampering {
+            Tampering::Nothing => {}
+            Tampering::Mark(used) => self.mark(at, used),
+            Tampering::Protect(permissions) => self.protect(piece, permissions),
+            Tampering::Unmap => self.unmap(piece),
+            Tampering::Move => {
+                self.unmap(piece);
+                self.map(piece, leaf.oa ^ self.model.granule(), READ_WRITE, false);
+            }
+            Tampering::Clean => self.read_and_clear_dirty(piece),
+        }
+        // What has an end in the middle of a table leaves that table alone.
+        if let Some(part) = IovaRange::new(at, range.last()) {
+            self.merge(part);
+        }
+        self.merge(range);
+    }
+
+    fn assemble(&mut self, range: IovaRange, offset: u64, attributes: Attributes) {
+        let Some(at) = self.boundary(range, offset) else { return };
+        let parts = [IovaRange::new(range.first(), at - 1), IovaRange::new(at, range.last())];
+        for part in parts.into_iter().flatten() {
+            self.map(part, self.output(Output::Congruent(true), part.first()), attributes, false);
+        }
+        self.merge(range);
+    }
+
     /// Runs an operation on both; the range it was about.
     pub(crate) fn run(&mut self, operation: &Operation) -> IovaRange {
         match *operation {
@@ -340,6 +408,22 @@ impl<F: Format> Pair<F> {
             Operation::MergeAll => {
                 self.merge(IovaRange::ALL);
                 IovaRange::ALL
+            }
+            Operation::Regroup(number, offset, tampering) => {
+                let Some(number) = number.checked_rem(self.model.leaves.len()) else {
+                    return IovaRange::ALL;
+                };
+                let (&first, leaf) = self.model.leaves.iter().nth(number).unwrap();
+                let range = IovaRange::new(first, leaf.last).unwrap();
+                if self.model.may_cut() {
+                    self.regroup(range, offset, tampering);
+                }
+                range
+            }
+            Operation::Assemble(place, level, offset, attributes) => {
+                let range = self.range(place, Extent::Aligned(level, 1));
+                self.assemble(range, offset, attributes);
+                range
             }
             Operation::Mark(place, used) => {
                 let at = self.address(place);

@@ -169,6 +169,16 @@ impl<F: Format> Pair<F> {
             for iova in [end.wrapping_sub(1), end, end.wrapping_add(1)] {
                 self.check_address(iova);
             }
+            // What differs in the bits that no table is indexed by is something else.
+            let width = self.model.specification.width(self.model.specification.highest());
+            if width < 64 {
+                let lowest = self.model.leaves.keys().next().copied().unwrap_or(0);
+                for other in [end ^ 1 << width, end ^ 1 << 63, end & ((1 << width) - 1)] {
+                    // A cached walk may remember the way to this.
+                    self.check_address(lowest);
+                    self.check_address(other);
+                }
+            }
         }
         let firsts = self.model.firsts(range);
         let mut found = Vec::new();
