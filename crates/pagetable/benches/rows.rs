@@ -457,12 +457,16 @@ struct Candidate<F, D> {
     name: &'static str,
     format: F,
     mode: PhantomData<D>,
+    /// Whether hardware that walks the tables would snoop.
+    coherent: bool,
 }
 
 /// A format as a subject of measurements.
 fn subject<F: Format, D: Mode<F>>(name: &'static str, _mode: D, format: Option<F>) -> Box<dyn Subject> {
     match format {
-        Some(format) => Box::new(Candidate::<F, D> { name, format, mode: PhantomData }),
+        Some(format) => {
+            Box::new(Candidate::<F, D> { name, format, mode: PhantomData, coherent: !name.ends_with("_nc") })
+        }
         None => fail(format_args!("there is no format {name} of these dimensions")),
     }
 }
@@ -476,6 +480,10 @@ fn subjects() -> Vec<Box<dyn Subject>> {
         subject("x86_64", Exclusive, X86_64::new(4)),
         subject("riscv64", Exclusive, RiscV::new(4)),
         subject("amdv1_3l", Exclusive, AmdV1::new().with_top_levels(3..=4)),
+        #[cfg(target_arch = "x86_64")]
+        subject("vtdss_nc", Exclusive, VtdSecondStage::new(4)),
+        #[cfg(target_arch = "x86_64")]
+        subject("x86_64_nc", Exclusive, X86_64::new(4)),
         subject("native", Exclusive, Some(Native::new())),
         subject("native_claimed", Claiming, Some(Native::new())),
     ]
@@ -488,12 +496,17 @@ impl<F: Format, D: Mode<F>> Subject for Candidate<F, D> {
 
     fn measure(&self, bench: &mut Bench) {
         match bench.arguments.memory {
+            #[cfg(target_arch = "x86_64")]
+            _ if !self.coherent => self.measure_with::<IncoherentArena>(bench),
             Memory::Arena => self.measure_with::<Arena>(bench),
             Memory::Heap => self.measure_with::<HeapTables>(bench),
         }
     }
 
     fn two_threads(&self, bench: &Bench) {
+        if !self.coherent {
+            return;
+        }
         for (op, length, calls, repetitions) in
             [("mapunmap_1x4K", SIZE_4K, 512, 32), ("mapunmap_256x4K", 256 * SIZE_4K, 8, 32)]
         {
@@ -613,7 +626,10 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
     /// Dirty pages of 1 GiB read and cleared: none are, all are and are counted, all are and go into a bitmap.
     fn dirty_pages<M: TableMemory<AtomicU64> + Default>(&self, bench: &mut Bench) {
         const PAGES: u64 = SIZE_1G / SIZE_4K;
-        if self.format.dirty_bit() == 0 || !DIRTY_ROWS.iter().any(|(op, ..)| bench.wants(op)) {
+        if self.format.dirty_bit() == 0
+            || !self.coherent
+            || !DIRTY_ROWS.iter().any(|(op, ..)| bench.wants(op))
+        {
             return;
         }
         let radix = self.filled::<M>(SIZE_1G, SIZE_4K);
@@ -637,7 +653,7 @@ impl<F: Format, D: Mode<F>> Candidate<F, D> {
                         radix.read_and_clear_dirty(all, |dirty| bitmap.set(dirty));
                     } else {
                         radix.read_and_clear_dirty(all, |dirty| {
-                            count += dirty.length().unwrap_or(0) / SIZE_4K
+                            count += dirty.length().unwrap_or(0) / SIZE_4K;
                         });
                     }
                     0
@@ -885,6 +901,78 @@ unsafe impl TableMemory<AtomicU64> for Arena {
     }
 }
 
+/// The same for hardware that does not snoop when it walks the tables: what is written is flushed to memory.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug, Default)]
+struct IncoherentArena;
+
+// SAFETY: all but the flushing is done by the arena.
+#[cfg(target_arch = "x86_64")]
+unsafe impl TableMemory<AtomicU64> for IncoherentArena {
+    const COHERENT: bool = false;
+
+    fn clean(&self, entries: &[AtomicU64]) {
+        let lines = entries.as_ptr_range();
+        let mut line = lines.start as usize & !63;
+        // SAFETY: flushing a line changes no contents; the instructions are there (`main` has looked), and the
+        // lines are the table's.
+        unsafe {
+            core::arch::asm!("mfence", options(nostack, preserves_flags));
+            while line < lines.end as usize {
+                core::arch::asm!("clflushopt [{}]", in(reg) line, options(nostack, preserves_flags));
+                line += 64;
+            }
+            core::arch::asm!("mfence", options(nostack, preserves_flags));
+        }
+    }
+
+    fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
+        Arena.allocate(layout)
+    }
+
+    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
+        // SAFETY: passed on.
+        unsafe { Arena.free(table, layout, empty) };
+    }
+
+    #[inline(always)]
+    unsafe fn state<'a>(&self, table: NonNull<AtomicU64>, layout: TableLayout) -> &'a AtomicU64 {
+        // SAFETY: passed on.
+        unsafe { Arena.state(table, layout) }
+    }
+
+    #[inline(always)]
+    fn light_fence(&self) {
+        ioasid_pagetable::fence::light();
+    }
+
+    fn heavy_fence(&self) {
+        ioasid_pagetable::fence::heavy();
+    }
+
+    #[inline(always)]
+    fn address(&self, table: NonNull<AtomicU64>) -> u64 {
+        Arena.address(table)
+    }
+
+    #[inline(always)]
+    unsafe fn pointer(&self, address: u64) -> NonNull<AtomicU64> {
+        // SAFETY: passed on.
+        unsafe { Arena.pointer(address) }
+    }
+}
+
+/// Whether the processor has `clflushopt`.
+#[cfg(target_arch = "x86_64")]
+fn can_flush() -> bool {
+    std::arch::x86_64::__cpuid_count(7, 0).ebx & 1 << 23 != 0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn can_flush() -> bool {
+    false
+}
+
 /// What the machine does without any page-table code: a table page taken, zeroed and given back.
 fn table_pages<M: TableMemory<AtomicU64> + Default>(bench: &mut Bench) {
     const CALLS: u64 = 1024;
@@ -961,6 +1049,7 @@ fn arguments() -> Arguments {
 fn main() {
     let arguments = arguments();
     let mut subjects = subjects();
+    subjects.retain(|subject| can_flush() || !subject.name().ends_with("_nc"));
     if let Some(unknown) = arguments.formats.iter().find(|name| subjects.iter().all(|s| s.name() != **name)) {
         let known: Vec<_> = subjects.iter().map(|subject| subject.name()).collect();
         fail(format_args!("there is no format {unknown}; there are {}", known.join(", ")));

@@ -46,6 +46,14 @@ pub unsafe trait TableMemory<A: AtomicEntry>: Clone + Send + Sync + 'static {
     /// `table` came from `allocate` with this `layout` and is not freed before the last use of the reference.
     unsafe fn state<'a>(&self, table: NonNull<A>, layout: TableLayout) -> &'a A;
 
+    /// Whether whoever walks the tables sees at once what processors write. Where it does not (VT-d: ECAP.C, or SMPWC for
+    /// scalable mode, is 0), [`clean`](Self::clean) is called for everything that was written in exclusive mode, before
+    /// anybody relies on it.
+    const COHERENT: bool = true;
+
+    /// Writes the cache lines of these entries back to memory, and returns when that is done.
+    fn clean(&self, _entries: &[A]) {}
+
     /// The frequent half of an asymmetric fence: called in exclusive mode after entries were filled.
     #[inline(always)]
     fn light_fence(&self) {

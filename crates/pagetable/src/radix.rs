@@ -318,6 +318,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             if let Some(old) = old {
                 self.entry(new, 0).store(self.format.table_entry(level, self.memory.address(old.table)));
             }
+            self.clean(self.all_entries(new));
             if self.root.compare_exchange(word, self.memory.address(new.table) | u64::from(level)).is_err() {
                 // SAFETY: never published.
                 unsafe { self.discard(new) };
@@ -381,6 +382,36 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     fn state<'a>(&self, node: Node<A>) -> &'a A {
         // SAFETY: as for `entry`; the state lives as long as its table.
         unsafe { self.memory.state(node.table, self.format.table_layout(node.level)) }
+    }
+
+    /// After entries were written: makes walkers see it that do not snoop.
+    #[inline(always)]
+    fn clean(&self, entries: &[A]) {
+        if !M::COHERENT {
+            self.memory.clean(entries);
+        }
+    }
+
+    /// At the end of an operation: makes sure that walkers which do not snoop see the links on the ways to both ends of its
+    /// range. Only those can be others' work, and whoever links a table holds a pin until his link can be seen.
+    #[inline(always)]
+    fn clean_ways(&self, range: IovaRange) {
+        if !M::COHERENT {
+            self.clean_way(range.first());
+            self.clean_way(range.last());
+        }
+    }
+
+    fn clean_way(&self, iova: u64) {
+        let Some(mut node) = self.root().filter(|root| self.reaches(root.level, iova)) else { return };
+        while node.level > 1 {
+            let entry = self.entry(node, self.index(node.level, iova));
+            let Entry::Table(address) = self.format.decode(node.level, entry.load()) else { return };
+            if self.state(node).load() & PINS != 0 {
+                self.clean(core::slice::from_ref(entry));
+            }
+            node = self.child(node, address);
+        }
     }
 
     /// All entries of a table.

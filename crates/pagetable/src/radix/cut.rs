@@ -100,6 +100,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub fn cut(&self, at: u64, gather: &mut Gather<M, A>) -> Result<(), CutError> {
         let before = self.walk(at);
         self.cut_at(at, SoftwareBits::NONE, gather)?;
+        if let Some(ends) = IovaRange::new(at.saturating_sub(1), at) {
+            self.clean_ways(ends);
+        }
         if let Ok(leaf) = before {
             if leaf.iova != at {
                 gather.removed(leaf.range(), leaf.size, 1);
@@ -172,11 +175,19 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             entry.store(first | (slot.value & software.first));
         }
         let link = self.format.table_entry(level, self.memory.address(child.table));
+        self.clean(entries);
+        // A table with a leaf in it does not go away. The pin is for those who would take the link for one that walkers
+        // see.
+        let pinned = !M::COHERENT && self.pin(slot.node);
         if slot.entry.compare_exchange(slot.value, link).is_err() {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
         } else {
+            self.clean(core::slice::from_ref(slot.entry));
             gather.tables_changed = true;
+        }
+        if pinned {
+            self.unpin(slot.node);
         }
         Ok(())
     }

@@ -44,6 +44,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
         let format = &self.radix.format;
         let (dirty, pattern) = (format.dirty_bit(), format.leaf_pattern(node.level));
         let size = PageSize(format.shift(node.level) as u8);
+        // Of a leaf of several entries any one may say that it is dirty, and that one may lie outside the range.
+        let only_pages = node.level == 1 && format.leaf_sizes(1).is_power_of_two();
         // Where the dirty leaves began that are not reported yet.
         let mut began = None;
         let mut done = 0;
@@ -53,7 +55,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                 (all & value, any | value)
             });
             let plain = pattern.matches_all(conjunction, disjunction);
-            if disjunction & dirty == 0 && (plain || node.level == 1) {
+            if disjunction & dirty == 0 && (plain || disjunction == 0 || only_pages) {
                 if let Some(began) = began.take() {
                     self.report(began, first + ((done as u64) << size.log2()) - 1);
                 }
@@ -63,6 +65,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                 if self.clear {
                     self.leaf_sizes |= size.bytes();
                     group.iter().for_each(|entry| entry.store(entry.load() & !dirty));
+                    self.radix.clean(group);
                 }
                 done += group.len();
             } else {
@@ -77,6 +80,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
                         if self.clear {
                             self.leaf_sizes |= size.bytes();
                             entry.store(value & !dirty);
+                            self.radix.clean(core::slice::from_ref(entry));
                         }
                     } else if let Some(began) = began.take() {
                         self.report(began, first + ((done as u64) << size.log2()) - 1);
@@ -96,11 +100,13 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry, R: FnMut(IovaRange)> Visitor<
         let (first, last) = leaf_span(slot.first, size);
         let dirty = self.radix.format.dirty_bit();
         let entries = self.radix.leaf_entries(slot.node, slot.first, size);
-        if entries.iter().any(|entry| entry.load() & dirty != 0) {
+        // As it was read: by now a neighbour may have cut a leaf of which the range has a part, and a link is never dirty.
+        if slot.value & dirty != 0 || entries.iter().any(|entry| entry.load() & dirty != 0) {
             let whole = self.range.first() <= first && last <= self.range.last();
             if self.clear && whole {
                 self.leaf_sizes |= size.bytes();
                 entries.iter().for_each(|entry| entry.store(entry.load() & !dirty));
+                self.radix.clean(entries);
             }
             self.report(first.max(self.range.first()), last.min(self.range.last()));
         }
@@ -132,7 +138,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
         let mut dirty = Dirty { radix: self, range, clear, leaf_sizes: 0, report };
         let Ok(()) = self.run(&mut dirty, range);
-        dirty.leaf_sizes
+        let leaf_sizes = dirty.leaf_sizes;
+        self.clean_ways(range);
+        leaf_sizes
     }
 
     /// Marks the leaf at `iova` as hardware does when it uses it: sets its accessed bit, its dirty bit, or both

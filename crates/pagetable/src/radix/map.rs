@@ -1,22 +1,21 @@
 //! Mapping: filling absent entries with the largest leaves that fit.
 //!
 //! Most mappings are a run of leaves of one size within one table: a page, a few pages, a large page. For them there
-//! is a short way ([`Radix::install_in_one_table`]): down to that table, look whether all entries are absent, count,
-//! store. It does everything or nothing; whatever is not that simple goes the long way of a visitor, which also
-//! finds out what is in the way and takes back what it had done.
-//!
-//! One visitor serves both modes. A claiming operation takes each entry with a compare-exchange from 0 and leaves
-//! the leaf busy and not yet present; an exclusive one stores the finished leaf. Where a smaller table stands in
-//! the place of a large leaf but is empty, it is retired and the leaf put in its place, so that a range which was
-//! once in small pages can be mapped with large ones again.
+//! is a short way ([`Radix::install_in_one_table`]): down to that table, look whether all entries are absent,
+//! store, and look whether the table stays. It does everything or nothing; whatever is not that simple goes the
+//! [long way](Install), which also finds out what is in the way and takes back what it had done.
 
-use super::retire::{Filling, Sweep, all_absent};
-use super::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::retire::{Filling, all_absent};
+use super::{Node, Radix, Slot, Stop};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format, MemoryType};
 use crate::gather::{Gather, Runs};
 use crate::memory::{OutOfTables, TableMemory};
+
+mod install;
+
+pub(super) use install::{Install, InstallError};
 
 /// Why nothing was mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -151,152 +150,12 @@ impl Mapping {
     }
 }
 
-/// What a claiming mapper may meet besides.
-pub(super) enum InstallError {
-    Map(MapError),
-    /// Another operation owns the entry.
-    Contended(u64),
-}
-
-impl From<MapError> for InstallError {
-    fn from(error: MapError) -> InstallError {
-        InstallError::Map(error)
-    }
-}
-
-/// Fills the entries of a mapping.
-pub(super) struct Install<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
-    pub(super) radix: &'a Radix<F, M, A>,
-    pub(super) mapping: Mapping,
-    /// Claiming mode: added to the first leaf, to the others, and removed from both until they are published.
-    pub(super) claim: Option<ClaimBits>,
-    /// A leaf with the same translation is what we came for, not something in the way.
-    pub(super) accept_equal: bool,
-    /// The leaves installed so far. An operation that fails takes back these and no others.
-    pub(super) installed: Runs,
-    /// Where the operation is.
-    pub(super) at: u64,
-    /// Takes the empty tables that made room for large leaves.
-    pub(super) gather: &'a mut Gather<M, A>,
-}
-
 /// The software bits of a claimed, not yet published leaf.
 #[derive(Clone, Copy)]
 pub(super) struct ClaimBits {
     pub(super) present: u64,
     pub(super) busy: u64,
     pub(super) first: u64,
-}
-
-impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
-    fn leaf(&self, level: u8, size: PageSize, iova: u64) -> u64 {
-        let leaf =
-            self.radix.format.leaf_entry(level, size, self.mapping.output(iova), self.mapping.attributes);
-        match self.claim {
-            Some(bits) if iova == self.mapping.range.first() => {
-                (leaf & !bits.present) | bits.busy | bits.first
-            }
-            Some(bits) => (leaf & !bits.present) | bits.busy,
-            None => leaf,
-        }
-    }
-
-    /// Writes the leaf into its entries. `None`: lost a race.
-    fn install(&self, slot: &Slot<'_, A>, size: PageSize, entries: &[A]) -> Option<()> {
-        let leaf = self.leaf(slot.node.level, size, slot.first);
-        if self.claim.is_some() {
-            return slot.entry.compare_exchange(slot.value, leaf).ok();
-        }
-        entries.iter().for_each(|entry| entry.store(leaf));
-        Some(())
-    }
-
-    /// Empties entries of a dead table again that were filled a moment ago.
-    fn take_back(&mut self, node: Node<A>, first: u64, entries: &[A]) {
-        let size = PageSize(self.radix.format.shift(node.level) as u8);
-        self.radix.take_back(node, entries, self.gather);
-        // They will be mapped again; if not, this is how the caller gets to know that they have been visible.
-        let last = first + ((entries.len() as u64 - 1) << size.log2()) + (size.bytes() - 1);
-        if let (Some(range), None) = (IovaRange::new(first, last), self.claim) {
-            self.gather.removed(range, size, entries.len() as u64);
-        }
-    }
-
-    /// Whether a leaf that was found allows what one of this operation would: what the format cannot express does
-    /// not count, and neither does what hardware adds.
-    fn is_as_asked(&self, level: u8, size: PageSize, found: Attributes) -> bool {
-        let format = &self.radix.format;
-        let used = Attributes::ACCESSED | Attributes::DIRTY;
-        match format.decode(level, format.leaf_entry(level, size, 0, self.mapping.attributes)) {
-            Entry::Leaf { attributes, .. } => (attributes ^ found).difference(used).is_empty(),
-            _ => false,
-        }
-    }
-
-    /// The largest leaf that can begin in an absent entry: one of several entries only where all of them are free.
-    fn size_that_fits(&mut self, slot: &Slot<'_, A>) -> Option<PageSize> {
-        let mut sizes = self.radix.format.leaf_sizes(slot.node.level);
-        loop {
-            let size = self.mapping.best_size(sizes, slot.first)?;
-            if size.log2() <= self.radix.format.shift(slot.node.level) || self.is_free(slot, size) {
-                return Some(size);
-            }
-            sizes &= size.bytes() - 1;
-        }
-    }
-
-    /// Whether nothing is in the entries of a leaf to be. Tables that hold nothing go, if that makes all of them free.
-    fn is_free(&mut self, slot: &Slot<'_, A>, size: PageSize) -> bool {
-        let (radix, node) = (self.radix, slot.node);
-        let entries = radix.leaf_entries(node, slot.first, size);
-        // First a look, so that a table which has to be made again is not taken away.
-        let is_unused = |entry: &A| match (entry.load(), radix.format.decode(node.level, entry.load())) {
-            (0, _) => true,
-            (_, Entry::Table(address)) => node.level > 1 && radix.is_unused(radix.child(node, address)),
-            _ => false,
-        };
-        if !entries.iter().all(is_unused) {
-            return false;
-        }
-        let entry_size = 1u64 << radix.format.shift(node.level);
-        let mut first = slot.first;
-        for entry in entries {
-            let (value, last) = (entry.load(), first + (entry_size - 1));
-            let decoded = radix.format.decode(node.level, value);
-            if let Entry::Table(address) = decoded {
-                let child = radix.child(node, address);
-                if !self.bury_unused(child, first, last) {
-                    return false;
-                }
-                radix.unlink(self.gather, &Slot { node, entry, value, decoded, first, last }, child);
-            }
-            first = last.wrapping_add(1);
-        }
-        true
-    }
-
-    /// Declares a table dead that the mapping covers as a whole, together with all that it leads to. `false`: it is in
-    /// use.
-    fn bury_unused(&mut self, child: Node<A>, first: u64, last: u64) -> bool {
-        let radix = self.radix;
-        // Nobody else has business below an entry that an exclusive mapping covers as a whole.
-        let filling = if self.claim.is_some() { Filling::Exchange } else { Filling::Nobody };
-        if !all_absent(radix.all_entries(child)) {
-            // All that it leads to may be empty too.
-            let mut sweep = Sweep { radix, gather: &mut *self.gather, filling, until_used: true };
-            let _ = radix.visit(&mut sweep, child, first, last);
-        }
-        radix.bury(child, filling)
-    }
-
-    /// Writes down what was installed.
-    fn installed_leaf(&mut self, first: u64, size: PageSize) -> Next {
-        let (first, last) = leaf_span(first, size);
-        if let Some(leaf) = IovaRange::new(first, last) {
-            self.installed.push(leaf);
-        }
-        Next::After(last)
-    }
 }
 
 /// Fills entries with leaves that follow each other.
@@ -336,124 +195,6 @@ fn claim_leaves<A: AtomicEntry>(
         taken
     });
     taken.map_or(Ok(()), Err)
-}
-
-impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_, F, M, A> {
-    type Error = InstallError;
-
-    /// Fills entries with leaves of their own size as long as they are absent.
-    #[inline]
-    fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<InstallError>> {
-        let Stretch { node, entries, first } = stretch;
-        let radix = self.radix;
-        let size = PageSize(radix.format.shift(node.level) as u8);
-        let output = self.mapping.output(first);
-        // Where larger leaves could be meant, entries are looked at one by one.
-        if radix.format.leaf_sizes(node.level) & self.mapping.possible != size.bytes()
-            || output & (size.bytes() - 1) != 0
-        {
-            return Ok(0);
-        }
-        self.at = first;
-        let mut leaf = radix.format.leaf_entry(node.level, size, output, self.mapping.attributes);
-        let step = radix.format.leaf_step(node.level);
-        let taken = match self.claim {
-            None if all_absent(entries) => {
-                store_leaves(entries, leaf, step);
-                None
-            }
-            None => entries.iter().position(|entry| {
-                let taken = entry.load() != 0;
-                if !taken {
-                    entry.store(leaf);
-                    leaf = leaf.wrapping_add(step);
-                }
-                taken
-            }),
-            Some(bits) => claim_leaves(entries, leaf, step, bits, first == self.mapping.range.first()).err(),
-        };
-        let done = taken.unwrap_or(entries.len());
-        self.radix.fence_filled(self.claim);
-        if done > 0 && !radix.stays(node) {
-            self.take_back(node, first, entries.split_at(done).0);
-            return Err(Stop::Stale(first));
-        }
-        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
-            self.installed.extend(IovaRange::new(first, leaf_span(last, size).1));
-        }
-        Ok(done)
-    }
-
-    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<InstallError>> {
-        self.at = slot.first;
-        match slot.decoded {
-            Entry::Absent if self.claim.is_none() || slot.value == 0 => {}
-            Entry::Absent => return Err(Stop::Error(InstallError::Contended(slot.first))),
-            Entry::Leaf { oa, size, attributes } if self.accept_equal => {
-                let (leaf_first, leaf_last) = leaf_span(slot.first, size);
-                let equal = oa.checked_add(slot.first - leaf_first) == Some(self.mapping.output(slot.first))
-                    && self.is_as_asked(slot.node.level, size, attributes);
-                if !equal {
-                    return Err(Stop::Error(MapError::Occupied { at: slot.first }.into()));
-                }
-                return Ok(Next::After(leaf_last.min(self.mapping.range.last())));
-            }
-            _ => return Err(Stop::Error(MapError::Occupied { at: slot.first }.into())),
-        }
-        let radix = self.radix;
-        let Some(size) = self.size_that_fits(&slot) else {
-            if slot.node.level == 1 {
-                // Alignment was checked, so this is a format whose facts contradict each other.
-                let range = self.mapping.range;
-                return Err(Stop::Error(MapError::OutOfRange { range }.into()));
-            }
-            return match radix.link_table(&slot) {
-                Ok(()) => Ok(Next::Again),
-                Err(Stop::Stale(at)) => Err(Stop::Stale(at)),
-                Err(Stop::Error(error)) => Err(Stop::Error(MapError::from(error).into())),
-            };
-        };
-        let entries = radix.leaf_entries(slot.node, slot.first, size);
-        if self.install(&slot, size, entries).is_none() {
-            return Ok(Next::Again);
-        }
-        radix.fence_filled(self.claim);
-        if !radix.stays(slot.node) {
-            self.take_back(slot.node, slot.first, entries);
-            return Err(Stop::Stale(slot.first));
-        }
-        Ok(self.installed_leaf(slot.first, size))
-    }
-
-    fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
-        let radix = self.radix;
-        let shift = radix.format.shift(slot.node.level);
-        let mut sizes = radix.format.leaf_sizes(slot.node.level);
-        let size = loop {
-            let size = self.mapping.best_size(sizes, slot.first).filter(|size| size.log2() >= shift)?;
-            if size.log2() == shift {
-                break size;
-            }
-            if self.is_free(slot, size) {
-                return Some(Next::Again);
-            }
-            sizes &= size.bytes() - 1;
-        };
-        if !self.bury_unused(child, slot.first, slot.last) {
-            return None;
-        }
-        let leaf = self.leaf(slot.node.level, size, slot.first);
-        if slot.entry.compare_exchange(slot.value, leaf).is_err() {
-            // Somebody took the dead table's link away.
-            return Some(Next::Again);
-        }
-        radix.retire(self.gather, child);
-        Some(self.installed_leaf(slot.first, size))
-    }
-
-    fn gather(&mut self) -> Option<&mut Gather<M, A>> {
-        Some(self.gather)
-    }
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
@@ -496,10 +237,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        if self.install_in_one_table(range, oa, attributes, None, gather) {
-            return Ok(());
-        }
-        self.install_slowly(Mapping::new(range, oa, attributes), accept_equal, gather)
+        let installed = self.install_in_one_table(range, oa, attributes, None, gather);
+        let result = if installed {
+            Ok(())
+        } else {
+            self.install_slowly(Mapping::new(range, oa, attributes), accept_equal, gather)
+        };
+        self.clean_ways(range);
+        result
     }
 
     /// What the short way was not for, or not yet.
@@ -600,7 +345,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         match claim {
             // Nobody else fills entries of ours. If one is taken the long way will find it again.
             None if !all_absent(entries) => return false,
-            None => store_leaves(entries, leaf, step),
+            None => {
+                store_leaves(entries, leaf, step);
+                self.clean(entries);
+            }
             Some(bits) => {
                 if let Err(done) = claim_leaves(entries, leaf, step, bits, true) {
                     // Nobody has translated through them, so nobody has to be told.
@@ -630,7 +378,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         match claim {
             // As above.
             None if entry.load() != 0 => return false,
-            None => entry.store(leaf),
+            None => {
+                entry.store(leaf);
+                self.clean(core::slice::from_ref(entry));
+            }
             Some(bits) => {
                 if entry.compare_exchange(0, (leaf & !bits.present) | bits.busy | bits.first).is_err() {
                     return false;
@@ -680,6 +431,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 }
             }
         }
+        self.clean(entries);
     }
 
     /// The level, from `top` down, at which all leaves of a mapping stand that has leaves of one size and of one entry.
@@ -731,6 +483,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
         let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
+        self.clean(self.all_entries(child));
         if !self.pin(slot.node) {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
@@ -740,6 +493,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
         }
+        // As long as the pin is there, others take the link for one that walkers may not see.
+        self.clean(core::slice::from_ref(slot.entry));
         self.unpin(slot.node);
         Ok(())
     }

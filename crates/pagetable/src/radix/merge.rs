@@ -87,6 +87,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Merge<'_, F
             }
             return Ok(());
         };
+        radix.clean(core::slice::from_ref(slot.entry));
         self.merged += 1;
         if let Some(range) = IovaRange::new(slot.first, slot.last) {
             self.gather.removed(range, piece, radix.all_entries(child).len() as u64);
@@ -115,7 +116,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub fn merge(&self, range: IovaRange, gather: &mut Gather<M, A>) -> Result<u64, CutError> {
         let mut merge = Merge { radix: self, claim: None, merged: 0, gather };
         self.run(&mut merge, range)?;
-        Ok(merge.merged)
+        let merged = merge.merged;
+        self.clean_ways(range);
+        Ok(merged)
     }
 
     /// The entry of the leaf that could stand in `slot` in place of the table `child`.

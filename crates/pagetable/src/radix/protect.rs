@@ -79,6 +79,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Protect<'_,
                 }
             }
         }
+        self.radix.clean(self.radix.leaf_entries(slot.node, slot.first, size));
         if let Some(leaf) = IovaRange::new(first, last) {
             self.gather.removed(leaf, size, 1);
         }
@@ -110,6 +111,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
         self.cut_ends(range, SoftwareBits::NONE, gather)?;
         let permissions = permissions & Attributes::PERMISSIONS;
-        self.run(&mut Protect { radix: self, permissions, gather }, range)
+        let result = self.run(&mut Protect { radix: self, permissions, gather }, range);
+        self.clean_ways(range);
+        result
     }
 }

@@ -154,6 +154,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub(super) fn unlink(&self, gather: &mut Gather<M, A>, slot: &Slot<'_, A>, child: Node<A>) {
         // The link cannot have been changed back: the table's page is not used again while we run.
         if slot.entry.compare_exchange(slot.value, 0).is_ok() {
+            self.clean(core::slice::from_ref(slot.entry));
             self.retire(gather, child);
         }
     }

@@ -112,6 +112,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
         let size = PageSize(format.shift(node.level) as u8);
         if all_plain_leaves(format, node.level, entries) {
             empty(entries);
+            self.radix.clean(entries);
             self.removed(first, 0, entries.len(), size);
             return Ok(entries.len());
         }
@@ -130,6 +131,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
             Some(is_leaf)
         });
         self.gather_runs(first, size, leaves);
+        self.radix.clean(entries.split_at(done).0);
         Ok(done)
     }
 
@@ -141,7 +143,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
             self.radix.cut_leaf(&slot, SoftwareBits::NONE, self.gather).map_err(Stop::Error)?;
             return Ok(Next::Again);
         }
-        empty(self.radix.leaf_entries(slot.node, slot.first, size));
+        let entries = self.radix.leaf_entries(slot.node, slot.first, size);
+        empty(entries);
+        self.radix.clean(entries);
         if let Some(leaf) = IovaRange::new(first, last) {
             self.gather.removed(leaf, size, 1);
         }
@@ -150,6 +154,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
         slot.entry.compare_exchange(slot.value, 0).ok()?;
+        self.radix.clean(core::slice::from_ref(slot.entry));
         self.gather_leaves(child, slot.first);
         self.radix.retire_with_contents(self.gather, child);
         Some(Next::After(slot.last))
@@ -180,7 +185,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             let at = if range.first() & low != 0 { range.first() } else { range.last() };
             return Err(CutError::Misaligned { at });
         }
-        if self.unmap_in_one_table(range, gather) { Ok(()) } else { self.unmap_piecewise(range, gather) }
+        let unmapped = self.unmap_in_one_table(range, gather);
+        let result = if unmapped { Ok(()) } else { self.unmap_piecewise(range, gather) };
+        self.clean_ways(range);
+        result
     }
 
     /// The short way: unmaps leaves that are neighbours in one table and end where the range does. `false`: it is not
@@ -211,6 +219,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return false;
         }
         empty(entries);
+        self.clean(entries);
         gather.removed(range, size, count as u64);
         if self.is_idle(node, index, count) {
             self.sweep(range, gather, Filling::Store);
@@ -227,6 +236,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             return false;
         }
         entry.store(0);
+        self.clean(core::slice::from_ref(entry));
         gather.removed(range, PageSize(self.format.shift(node.level) as u8), 1);
         if self.is_idle(node, index, 1) {
             self.sweep(range, gather, Filling::Store);

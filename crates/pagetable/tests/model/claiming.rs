@@ -1,6 +1,7 @@
 //! The claiming mode, which only the native format has: operations that own leaves between their steps.
 
 use crate::accounting::inspect;
+use crate::changes::joined;
 use crate::operations::{Extent, Output, Place, attributes, extent, output, place};
 use crate::pair::{Pair, report_of};
 use crate::plain::Report;
@@ -16,9 +17,13 @@ pub(crate) enum ClaimOperation {
     Publish(usize),
     Release(usize),
     Retract(Place, Extent),
+    /// Of the leaves only those whose output lies in one of the two windows.
+    RetractIf(Place, Extent),
     CutClaimed(Place, Extent),
     Hold(Place, Extent),
     LetGo(usize),
+    Merge(Place, Extent),
+    MergeAll,
 }
 
 pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
@@ -29,7 +34,10 @@ pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
         4 => any::<usize>().prop_map(ClaimOperation::Publish),
         2 => any::<usize>().prop_map(ClaimOperation::Release),
         4 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Retract(place, extent)),
-        1 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::CutClaimed(place, extent)),
+        1 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::RetractIf(place, extent)),
+        2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::CutClaimed(place, extent)),
+        3 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Merge(place, extent)),
+        1 => Just(ClaimOperation::MergeAll),
         2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Hold(place, extent)),
         2 => any::<usize>().prop_map(ClaimOperation::LetGo),
     ]
@@ -95,12 +103,12 @@ impl Pair<Native> {
             if publish {
                 (leaf.present, leaf.busy) = (true, false);
             } else {
-                self.model.leaves.remove(&first);
+                self.model.remove(first);
             }
         }
     }
 
-    fn retract(&mut self, range: IovaRange, owned: &mut Owned) {
+    fn retract(&mut self, range: IovaRange, wanted: Option<&dyn Fn(&Leaf) -> bool>, owned: &mut Owned) {
         let mut expected = Report::default();
         let mut contended = None;
         let mut at = range.first();
@@ -112,28 +120,42 @@ impl Pair<Native> {
                 contended = Some(first.max(range.first()));
                 break;
             }
-            if first < range.first() {
-                self.model.cut(range.first()).unwrap();
-                continue;
+            if wanted.is_none_or(|wanted| wanted(&self.expected(first, &leaf, None))) {
+                if first < range.first() {
+                    self.model.cut(range.first()).unwrap();
+                    continue;
+                }
+                if leaf.last > range.last() {
+                    self.model.cut(range.last() + 1).unwrap();
+                    continue;
+                }
+                let leaf = self.model.leaves.get_mut(&first).unwrap();
+                (leaf.present, leaf.busy) = (false, true);
+                expected.leaf(first, leaf.last);
             }
-            if leaf.last > range.last() {
-                self.model.cut(range.last() + 1).unwrap();
-                continue;
-            }
-            let leaf = self.model.leaves.get_mut(&first).unwrap();
-            (leaf.present, leaf.busy) = (false, true);
-            expected.leaf(first, leaf.last);
             match leaf.last.checked_add(1) {
                 Some(next) => at = next,
                 None => break,
             }
         }
         let mut gather = Gather::new();
-        let result = self.radix.retract(range, &mut gather);
+        let result = match wanted {
+            Some(wanted) => self.radix.retract_if(range, wanted, &mut gather),
+            None => self.radix.retract(range, &mut gather),
+        };
         assert_eq!(result, contended.map_or(Ok(()), |at| Err(RetractError::Contended { at })));
         assert_eq!(report_of(&gather), expected, "retracting {range}");
         assert!(gather.retired.is_empty());
         owned.ranges.extend(gather.runs.iter());
+    }
+
+    fn merge_claimed(&mut self, range: IovaRange) {
+        let expected = self.model.merge(range).unwrap();
+        let mut gather = Gather::new();
+        assert_eq!(self.radix.merge_claimed(range, &mut gather), expected.tables, "merging {range}");
+        assert_eq!(joined(report_of(&gather).runs), expected.runs, "merging {range}");
+        assert_eq!(gather.retired.len() as u64, expected.tables);
+        self.settle(&mut gather);
     }
 
     fn hold(&mut self, range: IovaRange, owned: &mut Owned) {
@@ -170,9 +192,25 @@ impl Pair<Native> {
             ClaimOperation::Retract(place, extent) => {
                 let range = self.range(place, extent);
                 if self.model.may_cut() {
-                    self.retract(range, owned);
+                    self.retract(range, None, owned);
                 }
                 range
+            }
+            ClaimOperation::RetractIf(place, extent) => {
+                let range = self.range(place, extent);
+                if self.model.may_cut() {
+                    self.retract(range, Some(&|leaf| leaf.oa.get() >> 42 & 1 != 0), owned);
+                }
+                range
+            }
+            ClaimOperation::Merge(place, extent) => {
+                let range = self.range(place, extent);
+                self.merge_claimed(range);
+                range
+            }
+            ClaimOperation::MergeAll => {
+                self.merge_claimed(IovaRange::ALL);
+                IovaRange::ALL
             }
             ClaimOperation::CutClaimed(place, extent) => {
                 let range = self.range(place, extent);
@@ -224,7 +262,7 @@ pub(crate) fn agree(format: Native, specification: Specification, operations: &[
     }
     pair.check();
     let mut all = Owned::default();
-    pair.retract(IovaRange::ALL, &mut all);
+    pair.retract(IovaRange::ALL, None, &mut all);
     pair.check();
     for range in all.ranges {
         pair.end(range, false);

@@ -1,10 +1,12 @@
 //! Memory that runs out: every operation fails at each of its allocations in turn before it succeeds.
 
 use crate::operations::Operation;
-use crate::pair::Pair;
-use crate::plain::Plan;
+use crate::pair::{Pair, report_of};
+use crate::plain::{Plan, Report};
 use crate::specification::Specification;
-use ioasid_pagetable::{Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, OutOfTables};
+use ioasid_pagetable::{
+    Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, OutOfTables, ProtectError,
+};
 use std::ops::ControlFlow;
 
 pub(crate) fn survive<F: Format>(format: F, specification: Specification, operations: &[Operation]) {
@@ -24,6 +26,20 @@ pub(crate) fn survive<F: Format>(format: F, specification: Specification, operat
             Operation::Unmap(place, extent) if pair.model.may_cut() => {
                 let range = pair.range(place, extent);
                 pair.unmap_at_last(range);
+            }
+            Operation::Protect(place, extent, permissions) if pair.model.may_cut() => {
+                let range = pair.range(place, extent);
+                pair.protect_at_last(range, permissions);
+            }
+            Operation::Cut(place) if pair.model.may_cut() => {
+                let at = pair.address(place);
+                pair.cut_at_last(at);
+            }
+            // The others need no memory.
+            Operation::Merge(..) | Operation::MergeAll | Operation::UnmapLeaves(..) | Operation::Mark(..) => {
+                pair.memory.fail_after(Some(0));
+                pair.run(operation);
+                pair.memory.fail_after(None);
             }
             _ => {}
         }
@@ -81,13 +97,51 @@ impl<F: Format> Pair<F> {
                 assert_eq!(result, self.model.cut_ends_backwards(range));
                 if result.is_ok() {
                     for first in self.model.firsts(range) {
-                        self.model.leaves.remove(&first);
+                        self.model.remove(first);
                     }
                 }
                 return self.check();
             }
             assert!(gather.runs.is_empty(), "a failed unmap reports {:?}", gather.runs);
             // An end may be cut by now, or cut in part, which changes no translation.
+            self.adopt_cuts();
+            self.check();
+        }
+    }
+
+    fn protect_at_last(&mut self, range: IovaRange, permissions: Attributes) {
+        for allocations in 0.. {
+            let mut gather = Gather::new();
+            let mut model = self.model.clone();
+            let expected = model.protect(range, permissions);
+            self.memory.fail_after(Some(allocations));
+            let result = self.radix.protect(range, permissions, &mut gather);
+            self.memory.fail_after(None);
+            let report = report_of(&gather);
+            self.settle(&mut gather);
+            if result != Err(ProtectError::Cut(CutError::OutOfTables(OutOfTables))) {
+                assert_eq!(result, expected.clone().map(|_| ()));
+                assert_eq!(report, expected.unwrap_or_default());
+                self.model = model;
+                return self.check();
+            }
+            assert_eq!(report, Report::default());
+            self.adopt_cuts();
+            self.check();
+        }
+    }
+
+    fn cut_at_last(&mut self, at: u64) {
+        for allocations in 0.. {
+            let mut gather = Gather::new();
+            self.memory.fail_after(Some(allocations));
+            let result = self.radix.cut(at, &mut gather);
+            self.memory.fail_after(None);
+            self.settle(&mut gather);
+            if result != Err(CutError::OutOfTables(OutOfTables)) {
+                assert_eq!(result, self.model.cut(at));
+                return self.check();
+            }
             self.adopt_cuts();
             self.check();
         }

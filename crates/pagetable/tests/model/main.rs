@@ -13,6 +13,7 @@
 #[path = "../accounting/mod.rs"]
 mod accounting;
 mod cases;
+mod changes;
 mod claiming;
 mod failures;
 mod operations;
@@ -80,7 +81,8 @@ every_format! {
     native_4k_up_to_2m: native(12, Some(21)), specification::native(12, 21);
     native_64k: native(16, None), specification::native(16, 55);
     vtd_3_levels: vtd(3), specification::vtd_second_stage(3, LARGE);
-    vtd_4_levels: vtd(4), specification::vtd_second_stage(4, LARGE);
+    vtd_4_levels:
+        vtd(4).with_accessed_dirty(true), specification::vtd_second_stage(4, LARGE).marked_by_hardware();
     vtd_5_levels: vtd(5), specification::vtd_second_stage(5, LARGE);
     vtd_without_gigabyte_pages: vtd(4).with_large_pages(1 << 21), specification::vtd_second_stage(4, 1 << 21);
     vtd_with_gigabyte_pages_alone: vtd(4).with_large_pages(1 << 30), specification::vtd_second_stage(4, 1 << 30);
@@ -94,11 +96,15 @@ every_format! {
     amd_v1_dynamic_top: AmdV1::new(), specification::amd_v1(12, 3..=6, u64::MAX);
     amd_v1_4_levels: AmdV1::new().with_top_levels(4..=4).unwrap(), specification::amd_v1(12, 4..=4, u64::MAX);
     amd_v1_some_sizes: AmdV1::new().with_leaf_sizes(SOME_SIZES), specification::amd_v1(12, 3..=6, SOME_SIZES);
-    amd_v1_2k: AmdV1::new().with_granule_2k(), specification::amd_v1(11, 3..=5, u64::MAX);
+    amd_v1_2k:
+        AmdV1::new().with_granule_2k().with_accessed_dirty(true),
+        specification::amd_v1(11, 3..=5, u64::MAX).marked_by_hardware();
     amd_v1_2k_self_test:
         AmdV1::new().with_granule_2k().with_leaf_sizes(SELF_TEST_SIZES).with_top_levels(3..=3).unwrap(),
         specification::amd_v1(11, 3..=3, SELF_TEST_SIZES);
-    risc_v_sv39: RiscV::new(3).unwrap().with_memory_types(true), specification::risc_v(3, true);
+    risc_v_sv39:
+        RiscV::new(3).unwrap().with_memory_types(true).with_accessed_dirty(true),
+        specification::risc_v(3, true).marked_by_hardware();
     risc_v_sv48: RiscV::new(4).unwrap().with_memory_types(true), specification::risc_v(4, true);
     risc_v_sv57: RiscV::new(5).unwrap().with_memory_types(true), specification::risc_v(5, true);
     risc_v_sv39_without_napot:

@@ -44,13 +44,23 @@ pub(crate) enum Operation {
     /// From the n-th leaf on so many.
     UnmapLeaves(usize, usize),
     Cut(Place),
+    Protect(Place, Extent, Attributes),
+    Merge(Place, Extent),
+    MergeAll,
+    Mark(Place, Attributes),
+    Dirty(Place, Extent),
+    ReadAndClearDirty(Place, Extent),
+}
+
+fn in_leaf() -> impl Strategy<Value = Place> {
+    (any::<usize>(), any::<u64>()).prop_map(|(leaf, offset)| Place::InLeaf(leaf, offset))
 }
 
 pub(crate) fn place() -> impl Strategy<Value = Place> {
     prop_oneof![
         3 => (any::<usize>(), -1100..1100i64).prop_map(|(landmark, offset)| Place::Near(landmark, offset)),
         3 => (any::<usize>(), -2..3i64).prop_map(|(landmark, offset)| Place::Near(landmark, offset)),
-        2 => (any::<usize>(), any::<u64>()).prop_map(|(leaf, offset)| Place::InLeaf(leaf, offset)),
+        2 => in_leaf(),
     ]
 }
 
@@ -85,6 +95,26 @@ pub(crate) fn attributes() -> impl Strategy<Value = Attributes> {
     ]
 }
 
+fn permissions() -> impl Strategy<Value = Attributes> {
+    prop_oneof![
+        3 => Just(READ_WRITE),
+        2 => Just(Attributes::READ),
+        1 => Just(Attributes::WRITE),
+        1 => Just(Attributes::READ | Attributes::EXECUTE),
+        // What is no permission plays no part.
+        1 => Just(READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
+    ]
+}
+
+fn used() -> impl Strategy<Value = Attributes> {
+    prop_oneof![
+        3 => Just(Attributes::USED),
+        1 => Just(Attributes::ACCESSED),
+        1 => Just(Attributes::DIRTY),
+        1 => Just(Attributes::DIRTY | Attributes::WRITE),
+    ]
+}
+
 fn operation() -> impl Strategy<Value = Operation> {
     let mapping = || (place(), extent(), output(), attributes());
     prop_oneof![
@@ -96,7 +126,15 @@ fn operation() -> impl Strategy<Value = Operation> {
         }),
         3 => (place(), extent()).prop_map(|(place, extent)| Operation::Unmap(place, extent)),
         2 => (any::<usize>(), 1..4usize).prop_map(|(leaf, count)| Operation::UnmapLeaves(leaf, count)),
-        1 => place().prop_map(Operation::Cut),
+        2 => place().prop_map(Operation::Cut),
+        3 => (place(), extent(), permissions())
+            .prop_map(|(place, extent, permissions)| Operation::Protect(place, extent, permissions)),
+        3 => (place(), extent()).prop_map(|(place, extent)| Operation::Merge(place, extent)),
+        1 => Just(Operation::MergeAll),
+        3 => (in_leaf(), used()).prop_map(|(place, used)| Operation::Mark(place, used)),
+        1 => (place(), used()).prop_map(|(place, used)| Operation::Mark(place, used)),
+        1 => (place(), extent()).prop_map(|(place, extent)| Operation::Dirty(place, extent)),
+        2 => (place(), extent()).prop_map(|(place, extent)| Operation::ReadAndClearDirty(place, extent)),
     ]
 }
 
@@ -223,7 +261,7 @@ impl<F: Format> Pair<F> {
         let mut expected = Report::default();
         if result.is_ok() {
             for first in self.model.firsts(range) {
-                expected.leaf(first, self.model.leaves.remove(&first).unwrap().last);
+                expected.leaf(first, self.model.remove(first).last);
             }
         }
         let mut gather = Gather::new();
@@ -275,7 +313,7 @@ impl<F: Format> Pair<F> {
                 };
                 let mut leaves = self.model.leaves.iter().skip(number).take(count);
                 let (&first, leaf) = leaves.next().unwrap();
-                let last = leaves.last().map_or(leaf.last, |(_, leaf)| leaf.last);
+                let last = leaves.next_back().map_or(leaf.last, |(_, leaf)| leaf.last);
                 let range = IovaRange::new(first, last).unwrap();
                 self.unmap(range);
                 range
@@ -286,6 +324,37 @@ impl<F: Format> Pair<F> {
                     self.cut(at);
                 }
                 IovaRange::new(at, at).unwrap()
+            }
+            Operation::Protect(place, extent, permissions) => {
+                let range = self.range(place, extent);
+                if self.model.may_cut() {
+                    self.protect(range, permissions);
+                }
+                range
+            }
+            Operation::Merge(place, extent) => {
+                let range = self.range(place, extent);
+                self.merge(range);
+                range
+            }
+            Operation::MergeAll => {
+                self.merge(IovaRange::ALL);
+                IovaRange::ALL
+            }
+            Operation::Mark(place, used) => {
+                let at = self.address(place);
+                self.mark(at, used);
+                IovaRange::new(at, at).unwrap()
+            }
+            Operation::Dirty(place, extent) => {
+                let range = self.range(place, extent);
+                self.check_dirty(range);
+                range
+            }
+            Operation::ReadAndClearDirty(place, extent) => {
+                let range = self.range(place, extent);
+                self.read_and_clear_dirty(range);
+                range
             }
         }
     }

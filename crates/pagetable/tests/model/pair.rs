@@ -1,9 +1,9 @@
 //! A table beside its model, and everything that can be compared between them.
 
 use crate::accounting::{Accounting, inspect_by};
-use crate::plain::{Model, Report, log2, page_size};
+use crate::plain::{Model, ModelLeaf, Report, log2, page_size};
 use crate::specification::{Reading, Specification};
-use ioasid_pagetable::{Attributes, CachedWalk, Format, Gather, IovaRange, Leaf, Oa, Radix, WalkFault};
+use ioasid_pagetable::{Attributes, CachedWalk, Format, Gather, IovaRange, Leaf, Oa, Radix, Span, WalkFault};
 use std::ops::ControlFlow;
 use std::sync::atomic::AtomicU64;
 
@@ -39,25 +39,64 @@ impl<F: Format> Pair<F> {
         self.memory.free_retired(gather);
     }
 
+    /// The leaf that should be found at an address in it.
+    ///
+    /// Hardware may mark any one of a leaf's entries, and whoever looks at one of them need not see it, so of such marks
+    /// those of `found` will do.
+    pub(crate) fn expected(&self, first: u64, leaf: &ModelLeaf, found: Option<Attributes>) -> Leaf {
+        let least = leaf.attributes;
+        let most = self.model.all_attributes(first, leaf);
+        let attributes = found.filter(|&found| most.contains(found) && found.contains(least)).unwrap_or(most);
+        let size = page_size(first, leaf.last);
+        Leaf { iova: first, oa: Oa::new(leaf.oa), size, attributes }
+    }
+
     fn check_address(&mut self, iova: u64) {
+        let walked = self.radix.walk(iova);
+        let cached = self.radix.walk_cached(iova, &mut self.cache);
         let specification = &self.model.specification;
-        let expected = match self.model.at(iova) {
-            Some((first, leaf)) if leaf.present => Ok(Leaf {
-                iova: first,
-                oa: Oa::new(leaf.oa),
-                size: page_size(first, leaf.last),
-                attributes: leaf.attributes,
-            }),
-            _ if specification.canonical(iova) != iova => Err(WalkFault::OutOfRange(iova)),
-            _ => Err(WalkFault::NotMapped(iova)),
-        };
-        assert_eq!(self.radix.walk(iova), expected);
-        assert_eq!(self.radix.walk_cached(iova, &mut self.cache), expected, "cached");
-        if let Some(top) = self.radix.top() {
-            let found = specification.walk(top, iova);
-            let expected = expected.ok().map(|leaf| (leaf.output(iova).get(), leaf.attributes));
-            assert_eq!(found, expected, "by the specification, at {iova:#x}");
+        let by_specification = self.radix.top().and_then(|top| specification.walk(top, iova));
+        if let Some((first, leaf)) = self.model.at(iova).filter(|(_, leaf)| leaf.present) {
+            for found in [walked, cached] {
+                let attributes = found.ok().map(|leaf| leaf.attributes);
+                assert_eq!(found, Ok(self.expected(first, &leaf, attributes)), "at {iova:#x}");
+            }
+            let expected = (leaf.oa + (iova - first), self.model.entry_attributes(iova, first, &leaf));
+            assert_eq!(by_specification, Some(expected), "by the specification, at {iova:#x}");
+            assert_eq!(walked.unwrap().output(iova), Oa::new(expected.0));
+        } else {
+            let reachable = specification.canonical(iova) == iova;
+            let fault = if reachable { WalkFault::NotMapped(iova) } else { WalkFault::OutOfRange(iova) };
+            assert_eq!((walked, cached), (Err(fault), Err(fault)));
+            assert_eq!(by_specification, None, "by the specification, at {iova:#x}");
         }
+    }
+
+    /// Compares a cursor's spans with leaves and what is between them.
+    fn check_cursor(&self, range: IovaRange) {
+        let mut spans = self.radix.cursor(range);
+        let mut at = Some(range.first());
+        for first in self.model.firsts(range) {
+            let leaf = self.model.leaves[&first];
+            if !leaf.present {
+                continue;
+            }
+            if let Some(hole) = at.filter(|&at| at < first) {
+                let hole = IovaRange::new(hole, first - 1).unwrap();
+                assert_eq!(spans.next(), Some(Span::Hole(hole)), "in {range}");
+            }
+            let found = spans.next();
+            let attributes = match found {
+                Some(Span::Leaf(leaf)) => Some(leaf.attributes),
+                _ => None,
+            };
+            assert_eq!(found, Some(Span::Leaf(self.expected(first, &leaf, attributes))), "in {range}");
+            at = leaf.last.checked_add(1);
+        }
+        if let Some(hole) = at.and_then(|at| IovaRange::new(at, range.last())) {
+            assert_eq!(spans.next(), Some(Span::Hole(hole)), "at the end of {range}");
+        }
+        assert_eq!(spans.next(), None);
     }
 
     /// Compares everything that can be seen of the whole table.
@@ -72,11 +111,12 @@ impl<F: Format> Pair<F> {
         let mut leaves = self.model.leaves.iter().filter(|(_, leaf)| leaf.present);
         self.radix.leaves(IovaRange::ALL, |found| {
             let (&first, leaf) = leaves.next().expect("more leaves than the model has");
-            let expected = (first, leaf.last, Oa::new(leaf.oa), leaf.attributes);
-            assert_eq!((found.iova, found.range().last(), found.oa, found.attributes), expected);
+            assert_eq!(found, self.expected(first, leaf, Some(found.attributes)));
+            assert_eq!(found.range().last(), leaf.last);
             ControlFlow::Continue(())
         });
         assert_eq!(leaves.next(), None, "fewer leaves than the model has");
+        self.check_cursor(IovaRange::ALL);
         assert_eq!(self.radix.top().map_or(0, |(_, level)| level), self.model.top, "the top table");
         self.check_memory();
     }
@@ -93,6 +133,16 @@ impl<F: Format> Pair<F> {
         assert_eq!(inspection.bytes, self.radix.table_bytes());
         assert!(inspection.empty <= KEPT_LIMIT, "{} empty tables are linked", inspection.empty);
         assert_eq!(inspection.tables - inspection.idle, self.model.tables(), "tables that are in use");
+        let mut entries = inspection
+            .entries
+            .iter()
+            .filter(|entry| specification.read(entry.level, entry.value) != Reading::Absent);
+        self.radix.raw_leaves(IovaRange::ALL, |level, first, value| {
+            let entry = entries.next().expect("more raw leaves than the table has");
+            assert_eq!((level, first, value), (entry.level, entry.first, entry.value));
+            ControlFlow::Continue(())
+        });
+        assert_eq!(entries.next(), None, "fewer raw leaves than the table has");
         let mut entries = inspection.entries.iter();
         for (&first, leaf) in &self.model.leaves {
             let log2 = log2(first, leaf.last);
@@ -102,7 +152,8 @@ impl<F: Format> Pair<F> {
                 let entry = entries.next().expect("more entries than the table has");
                 assert_eq!((entry.first, entry.level), (first + number * size, level), "{entry:x?}");
                 let expected = if leaf.present {
-                    Reading::Leaf { oa: leaf.oa, log2, attributes: leaf.attributes }
+                    let attributes = self.model.entry_attributes(entry.first, first, leaf);
+                    Reading::Leaf { oa: leaf.oa, log2, attributes }
                 } else {
                     Reading::Absent
                 };
@@ -133,6 +184,7 @@ impl<F: Format> Pair<F> {
             ControlFlow::Break(())
         });
         assert_eq!(found, first_present, "the first leaf in {range}");
+        self.check_cursor(range);
     }
 
     /// Takes everything away, and the table too: no page may stay behind.
@@ -146,6 +198,7 @@ impl<F: Format> Pair<F> {
         assert_eq!(report_of(&gather), expected);
         self.settle(&mut gather);
         self.model.leaves.clear();
+        self.model.marks.clear();
         self.check();
         assert!(self.memory.tables() <= 1, "only the top table may stay after the whole was unmapped");
         let mut nothing = Gather::new();

@@ -25,6 +25,8 @@ pub(crate) type Plan = Vec<(u64, u64, u64)>;
 #[derive(Clone, Debug)]
 pub(crate) struct Model {
     pub(crate) leaves: BTreeMap<u64, ModelLeaf>,
+    /// What hardware has added to one entry, by the first address of the entry, where a leaf has several.
+    pub(crate) marks: BTreeMap<u64, Attributes>,
     pub(crate) specification: Specification,
     /// The level of the top table, which is only as high as the addresses have asked for; 0 as long as there is none.
     pub(crate) top: u8,
@@ -41,7 +43,7 @@ pub(crate) fn page_size(first: u64, last: u64) -> PageSize {
 
 impl Model {
     pub(crate) fn new(specification: Specification) -> Model {
-        Model { leaves: BTreeMap::new(), specification, top: 0 }
+        Model { leaves: BTreeMap::new(), marks: BTreeMap::new(), specification, top: 0 }
     }
 
     pub(crate) fn granule(&self) -> u64 {
@@ -152,6 +154,30 @@ impl Model {
             let leaf = ModelLeaf { last, oa, attributes, present, busy, first: busy && number == 0 };
             self.leaves.insert(at, leaf);
         }
+    }
+
+    /// Takes a leaf away.
+    pub(crate) fn remove(&mut self, first: u64) -> ModelLeaf {
+        let leaf = self.leaves.remove(&first).unwrap();
+        self.marks.retain(|&entry, _| entry < first || entry > leaf.last);
+        leaf
+    }
+
+    /// The first address of the entry, of those of a leaf, that an address in the leaf leads to.
+    pub(crate) fn entry_at(&self, iova: u64, first: u64, last: u64) -> u64 {
+        let entry = self.specification.level(self.specification.level_of(log2(first, last))).entry;
+        iova >> entry << entry
+    }
+
+    /// What the entry says that an address in a leaf leads to.
+    pub(crate) fn entry_attributes(&self, iova: u64, first: u64, leaf: &ModelLeaf) -> Attributes {
+        let marks = self.marks.get(&self.entry_at(iova, first, leaf.last));
+        leaf.attributes | marks.copied().unwrap_or(Attributes::empty())
+    }
+
+    /// What all entries of a leaf together say.
+    pub(crate) fn all_attributes(&self, first: u64, leaf: &ModelLeaf) -> Attributes {
+        self.marks.range(first..=leaf.last).fold(leaf.attributes, |all, (_, &marks)| all | marks)
     }
 
     /// How many neighbouring entries a leaf has.

@@ -33,6 +33,10 @@ pub(crate) struct Specification {
     pub(crate) output_bits: u32,
     /// A leaf of one entry can be replaced by a table and back while walkers run.
     pub(crate) live_sizes: bool,
+    /// A leaf can get other permissions while walkers run.
+    pub(crate) live_permissions: bool,
+    /// Hardware sets accessed and dirty bits in this table.
+    pub(crate) hardware_marks: bool,
     /// What a leaf that is written with these attributes says, but for the memory type.
     pub(crate) says: fn(Attributes) -> Attributes,
     /// Besides [`MemoryType::Inherit`].
@@ -48,6 +52,16 @@ fn word(table: u64, index: u64) -> u64 {
 }
 
 impl Specification {
+    /// The same where hardware was told to set accessed and dirty bits.
+    pub(crate) fn marked_by_hardware(self) -> Specification {
+        Specification { hardware_marks: true, ..self }
+    }
+
+    /// The accessed and dirty bits that a leaf can have.
+    pub(crate) fn marks(&self) -> Attributes {
+        (self.says)(READ_WRITE | Attributes::USED) & Attributes::USED
+    }
+
     pub(crate) fn level(&self, level: u8) -> Level {
         self.levels[usize::from(level) - 1]
     }
@@ -174,6 +188,8 @@ pub(crate) fn native(granule: u32, largest: u32) -> Specification {
         sign_extended: false,
         output_bits: 56,
         live_sizes: true,
+        live_permissions: true,
+        hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP),
         memory_types: &[],
         read,
@@ -210,6 +226,8 @@ pub(crate) fn vtd_second_stage(levels: u8, large: u64) -> Specification {
         sign_extended: false,
         output_bits: 52,
         live_sizes: true,
+        live_permissions: true,
+        hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
         memory_types: &[],
         read,
@@ -272,6 +290,8 @@ pub(crate) fn x86_64(levels: u8, sign_extended: bool, execute: bool) -> Specific
         sign_extended,
         output_bits: 52,
         live_sizes: true,
+        live_permissions: true,
+        hardware_marks: true,
         // What is present can be read.
         says: if execute {
             |attributes| preset(attributes) | Attributes::READ
@@ -328,6 +348,8 @@ pub(crate) fn amd_v1(granule: u32, tops: RangeInclusive<u8>, sizes: u64) -> Spec
         sign_extended: false,
         output_bits: 40 + granule,
         live_sizes: false,
+        live_permissions: true,
+        hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
         memory_types: &[],
         read,
@@ -378,6 +400,8 @@ pub(crate) fn risc_v(levels: u8, napot: bool) -> Specification {
         sign_extended: true,
         output_bits: 56,
         live_sizes: true,
+        live_permissions: false,
+        hardware_marks: false,
         says: preset,
         memory_types: &[MemoryType::Uncached, MemoryType::WriteCombining],
         read,
