@@ -62,8 +62,7 @@ const UNPACKING: &[&str] = &["tar", "xz-utils"];
 pub(crate) const COMPILING: &[&str] = &["gcc", "libc6-dev"];
 /// Debian packages of this machine that compile the kernel's self-tests.
 pub(crate) const BUILDING_TESTS: &[&str] = &["gcc", "libc6-dev", "libcap-dev"];
-/// Debian packages of this machine that configure and prepare the kernel by its own build system, and the compiler for
-/// its files: of those that Debian 12 and 13 both have, the one whose code is like that of a distribution's kernel.
+/// Debian packages of this machine that configure and prepare the kernel by its own build system, and compile its files.
 pub(crate) const PREPARING: &[&str] =
     &["bc", "bison", "clang-19", "flex", "gcc", "libc6-dev", "libelf-dev", "libssl-dev", "make"];
 

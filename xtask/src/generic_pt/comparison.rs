@@ -79,7 +79,7 @@ pub(crate) struct Counts {
     pub(crate) harvested: u64,
     /// Leaf entries that were the same.
     pub(crate) entries: u64,
-    /// Table pages after those sequences.
+    /// Table pages at the ends of all sequences. Ours are never more, cut or not.
     pub(crate) our_tables: u64,
     pub(crate) kernel_tables: u64,
 }
@@ -496,15 +496,12 @@ impl<F: Format> Comparison<'_, F> {
         let Some(tables) = tables.strip_prefix("ok ").and_then(|count| count.parse::<u64>().ok()) else {
             return self.differ(format!("the kernel's side counts its tables as '{tables}'"));
         };
-        if !self.unlike {
-            self.counts.alike = 1;
-            self.counts.our_tables = self.radix.table_count();
-            self.counts.kernel_tables = tables;
-            if self.radix.table_count() > tables {
-                let ours = self.radix.table_count();
-                return self.differ(format!("we have {ours} table pages, the kernel {tables}"));
-            }
+        let ours = self.radix.table_count();
+        if ours > tables {
+            return self.differ(format!("we have {ours} table pages, the kernel {tables}"));
         }
+        self.counts.our_tables = ours;
+        self.counts.kernel_tables = tables;
         let closed = self.peer.ask("close")?;
         if closed != "ok" {
             return self.differ(format!("the kernel's table cannot be closed: {closed}"));
@@ -544,6 +541,7 @@ impl<F: Format> Comparison<'_, F> {
             if let Some(what) = entries::difference(&ours, &kernels) {
                 return self.differ(what);
             }
+            self.counts.alike = 1;
             self.counts.entries += ours.iter().map(|run| run.count).sum::<u64>();
         }
         Ok(())
