@@ -1,7 +1,7 @@
 //! The atomic word that a table is made of.
 //!
 //! Hardware reads and writes entries as 64-bit words, and so do we. The walker is generic over the word so that
-//! the very same code runs under the `loom` model checker, whose atomics record every access: a protocol
+//! the very same code runs under the `loom` and `shuttle` model checkers, whose atomics record every access: a protocol
 //! that is checked in a copy of the code is a protocol that is not checked.
 //!
 //! Only the orders that the protocol needs are offered. A load acquires and a store releases, because an entry is
@@ -125,3 +125,6 @@ macro_rules! atomic_entry {
 atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, as_called);
 #[cfg(loom)]
 atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence, as_in_loom);
+// shuttle takes every access for a sequentially consistent one, so that fences do nothing there.
+#[cfg(shuttle)]
+atomic_entry!(shuttle::sync::atomic::AtomicU64, shuttle::sync::atomic::fence, as_called);
