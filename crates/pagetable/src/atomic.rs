@@ -1,8 +1,8 @@
 //! The atomic word that a table is made of.
 //!
 //! Hardware reads and writes entries as 64-bit words, and so do we. The walker is generic over the word so that
-//! the very same code runs under the `loom` model checker, whose atomics record every access: a protocol that is
-//! checked in a copy of the code is a protocol that is not checked.
+//! the very same code runs under the `loom` and `shuttle` model checkers, whose atomics record every access: a protocol
+//! that is checked in a copy of the code is a protocol that is not checked.
 //!
 //! Only the orders that the protocol needs are offered. A load acquires and a store releases, because an entry is
 //! how a table page and its contents are published; everything that must not lose a race is a compare-exchange.
@@ -37,8 +37,43 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
 
 use core::sync::atomic::Ordering;
 
+/// For atomics whose sequentially consistent accesses are what they are called.
+mod as_called {
+    #[inline(always)]
+    pub(super) fn stored() {}
+    #[inline(always)]
+    pub(super) fn exchanged() {}
+    #[inline(always)]
+    pub(super) fn before_load() {}
+}
+
+/// loom takes sequentially consistent accesses for weaker ones, but knows the fence. It stands before a load that follows
+/// an exchange, and not before one that follows a store, where the walker has to have put its own.
+#[cfg(loom)]
+mod as_in_loom {
+    use core::cell::Cell;
+
+    loom::thread_local! {
+        static EXCHANGED: Cell<bool> = Cell::new(false);
+    }
+
+    pub(super) fn stored() {
+        EXCHANGED.with(|exchanged| exchanged.set(false));
+    }
+
+    pub(super) fn exchanged() {
+        EXCHANGED.with(|exchanged| exchanged.set(true));
+    }
+
+    pub(super) fn before_load() {
+        if EXCHANGED.with(Cell::get) {
+            loom::sync::atomic::fence(super::Ordering::SeqCst);
+        }
+    }
+}
+
 macro_rules! atomic_entry {
-    ($atomic:ty, $fence:path, { $($after:tt)* }) => {
+    ($atomic:ty, $fence:path, $order:ident) => {
         impl AtomicEntry for $atomic {
             #[inline(always)]
             fn new(value: u64) -> Self {
@@ -50,7 +85,7 @@ macro_rules! atomic_entry {
             }
             #[inline(always)]
             fn load_after_exchange(&self) -> u64 {
-                $($after)*
+                $order::before_load();
                 <$atomic>::load(self, Ordering::SeqCst)
             }
             #[inline(always)]
@@ -59,32 +94,37 @@ macro_rules! atomic_entry {
             }
             #[inline(always)]
             fn store(&self, value: u64) {
+                $order::stored();
                 <$atomic>::store(self, value, Ordering::Release);
             }
             #[inline(always)]
             fn compare_exchange(&self, current: u64, new: u64) -> Result<(), u64> {
+                $order::exchanged();
                 <$atomic>::compare_exchange(self, current, new, Ordering::SeqCst, Ordering::Acquire)
                     .map(|_| ())
             }
             #[inline(always)]
             fn swap(&self, value: u64) -> u64 {
+                $order::exchanged();
                 <$atomic>::swap(self, value, Ordering::AcqRel)
             }
             #[inline(always)]
             fn fetch_add(&self, value: u64) -> u64 {
+                $order::exchanged();
                 <$atomic>::fetch_add(self, value, Ordering::SeqCst)
             }
             #[inline(always)]
             fn fetch_sub(&self, value: u64) -> u64 {
+                $order::exchanged();
                 <$atomic>::fetch_sub(self, value, Ordering::SeqCst)
             }
         }
     };
 }
 
-atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, {});
-// loom takes sequentially consistent accesses for weaker ones, but knows the fence.
+atomic_entry!(core::sync::atomic::AtomicU64, core::sync::atomic::fence, as_called);
 #[cfg(loom)]
-atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence, {
-    loom::sync::atomic::fence(Ordering::SeqCst);
-});
+atomic_entry!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence, as_in_loom);
+// shuttle takes every access for a sequentially consistent one, so that fences do nothing there.
+#[cfg(shuttle)]
+atomic_entry!(shuttle::sync::atomic::AtomicU64, shuttle::sync::atomic::fence, as_called);
