@@ -17,7 +17,8 @@ pub struct Leaf {
     pub oa: Oa,
     /// How much it maps.
     pub size: PageSize,
-    /// What it allows.
+    /// What it allows, as the entry says that was read. Where a leaf has several entries hardware may have marked any
+    /// of them as used: [`Radix::dirty`] asks all.
     pub attributes: Attributes,
 }
 
