@@ -1,11 +1,12 @@
 //! Single cases, each with a point of its own.
 
 use crate::accounting::{Accounting, inspect};
-use crate::pair::{Gathered, KEPT_LIMIT, READ_WRITE};
+use crate::pair::{Gathered, KEPT_LIMIT};
+use crate::specification::READ_WRITE;
 use crate::{native, vtd};
 use ioasid_pagetable::{
-    AmdV1, Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize, Radix,
-    RiscV, WalkFault,
+    AmdV1, Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize,
+    ProtectError, Radix, RiscV, WalkFault,
 };
 
 fn with_length(first: u64, length: u64) -> IovaRange {
@@ -227,4 +228,23 @@ fn a_remembered_way_does_not_lead_into_the_gap() {
         assert!(radix.walk_cached(first, &mut cache).is_ok());
         assert_eq!(radix.walk_cached(gap, &mut cache), Err(WalkFault::OutOfRange(gap)));
     }
+}
+
+#[test]
+fn permissions_that_no_leaf_can_have_are_refused() {
+    let radix = Radix::new(vtd(4), Accounting::default());
+    let mut gather = Gather::new();
+    let pages = with_length(0x1000, 0x2000);
+    radix.map(pages, Oa::new(0), READ_WRITE, &mut gather).unwrap();
+    let no_access = Err(ProtectError::NoAccess { range: pages });
+    assert_eq!(radix.protect(pages, Attributes::EXECUTE, &mut gather), no_access);
+    for (first, last, at) in [(0x1800, 0x2fff, 0x1800), (0x1000, 0x27ff, 0x27ff)] {
+        let range = IovaRange::new(first, last).unwrap();
+        let misaligned = Err(ProtectError::Cut(CutError::Misaligned { at }));
+        assert_eq!(radix.protect(range, Attributes::READ, &mut gather), misaligned);
+    }
+    assert_eq!(radix.walk(0x1000).unwrap().attributes, READ_WRITE);
+    // Where nothing is mapped, nothing is wrong.
+    radix.protect(IovaRange::new(1 << 48, u64::MAX).unwrap(), Attributes::READ, &mut gather).unwrap();
+    assert!(gather.runs.is_empty());
 }

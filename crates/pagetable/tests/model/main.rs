@@ -80,12 +80,12 @@ every_format! {
     native_4k: native(12, None), specification::native(12, 55);
     native_4k_up_to_2m: native(12, Some(21)), specification::native(12, 21);
     native_64k: native(16, None), specification::native(16, 55);
-    vtd_3_levels: vtd(3), specification::vtd_second_stage(3, LARGE);
+    vtd_3_levels: vtd(3), specification::vtd_second_stage(3, LARGE, false);
     vtd_4_levels:
-        vtd(4).with_accessed_dirty(true), specification::vtd_second_stage(4, LARGE).marked_by_hardware();
-    vtd_5_levels: vtd(5), specification::vtd_second_stage(5, LARGE);
-    vtd_without_gigabyte_pages: vtd(4).with_large_pages(1 << 21), specification::vtd_second_stage(4, 1 << 21);
-    vtd_with_gigabyte_pages_alone: vtd(4).with_large_pages(1 << 30), specification::vtd_second_stage(4, 1 << 30);
+        vtd(4).with_accessed_dirty(true), specification::vtd_second_stage(4, LARGE, false).marked_by_hardware();
+    vtd_5_levels: vtd(5).with_memory_types(true), specification::vtd_second_stage(5, LARGE, true);
+    vtd_without_gigabyte_pages: vtd(4).with_large_pages(1 << 21), specification::vtd_second_stage(4, 1 << 21, false);
+    vtd_with_gigabyte_pages_alone: vtd(4).with_large_pages(1 << 30), specification::vtd_second_stage(4, 1 << 30, false);
     x86_64_4_levels: X86_64::new(4).unwrap(), specification::x86_64(4, true, false);
     x86_64_5_levels: X86_64::new(5).unwrap(), specification::x86_64(5, true, false);
     x86_64_4_levels_not_sign_extended:
@@ -133,7 +133,7 @@ proptest! {
 
     #[test]
     fn vtd_without_memory(operations in operations(16)) {
-        failures::survive(vtd(5), specification::vtd_second_stage(5, LARGE), &operations);
+        failures::survive(vtd(5), specification::vtd_second_stage(5, LARGE, false), &operations);
     }
 
     #[test]

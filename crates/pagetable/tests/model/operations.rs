@@ -1,7 +1,8 @@
 //! What happens to a table: operations in no format's own terms, and each run on the table and on the model.
 
-use crate::pair::{Pair, READ_WRITE, report_of};
+use crate::pair::{Pair, report_of};
 use crate::plain::Report;
+use crate::specification::READ_WRITE;
 use ioasid_pagetable::{Attributes, Format, Gather, IovaRange, MapError, MemoryType, Oa};
 use proptest::prelude::*;
 
@@ -107,6 +108,8 @@ pub(crate) fn attributes() -> impl Strategy<Value = Attributes> {
         1 => Just(READ_WRITE | Attributes::FORCE_SNOOP),
         1 => Just(Attributes::READ | Attributes::EXECUTE),
         1 => Just(READ_WRITE.with_memory_type(MemoryType::Uncached)),
+        1 => Just(Attributes::READ.with_memory_type(MemoryType::WriteCombining)),
+        1 => Just(READ_WRITE.with_memory_type(MemoryType::WriteBack)),
     ]
 }
 

@@ -218,6 +218,3 @@ impl<F: Format> Pair<F> {
         assert_eq!(self.memory.tables(), 0);
     }
 }
-
-/// What nobody has asked for is not there: the attributes that the tests map with.
-pub(crate) const READ_WRITE: Attributes = Attributes::READ.union(Attributes::WRITE);

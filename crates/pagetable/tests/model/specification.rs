@@ -148,7 +148,7 @@ impl Specification {
     }
 }
 
-const READ_WRITE: Attributes = Attributes::READ.union(Attributes::WRITE);
+pub(crate) const READ_WRITE: Attributes = Attributes::READ.union(Attributes::WRITE);
 
 /// Levels of nine bits each above a granule, with these leaves besides those of the lowest.
 fn nine_bits_each(granule: u32, levels: u8, large: u64) -> Vec<Level> {
@@ -196,8 +196,8 @@ pub(crate) fn native(granule: u32, largest: u32) -> Specification {
     }
 }
 
-/// VT-d 3.7 and 9.8, without memory types.
-pub(crate) fn vtd_second_stage(levels: u8, large: u64) -> Specification {
+/// VT-d 3.7 and 9.8; `types`: leaves say the memory type.
+pub(crate) fn vtd_second_stage(levels: u8, large: u64, types: bool) -> Specification {
     fn read(level: u8, entry: u32, value: u64) -> Reading {
         if value & 3 == 0 {
             assert_eq!(value, 0, "an absent entry");
@@ -220,6 +220,24 @@ pub(crate) fn vtd_second_stage(levels: u8, large: u64) -> Specification {
         assert_eq!(value & 0xfff, 3, "a link: {value:#x}");
         Reading::Table(address)
     }
+    /// Without the bit that ignores the guest's type ours is only what that is combined with.
+    fn read_typed(level: u8, entry: u32, value: u64) -> Reading {
+        let memory_type = match (value >> 6 & 1, value >> 3 & 7) {
+            (0, 6) => MemoryType::Inherit,
+            (1, 0) => MemoryType::Uncached,
+            (1, 1) => MemoryType::WriteCombining,
+            (1, 4) => MemoryType::WriteThrough,
+            (1, 5) => MemoryType::WriteProtected,
+            (1, 6) => MemoryType::WriteBack,
+            _ => return read(level, entry, value),
+        };
+        match read(level, entry, value & !0x78) {
+            Reading::Leaf { oa, log2, attributes } => {
+                Reading::Leaf { oa, log2, attributes: attributes.with_memory_type(memory_type) }
+            }
+            reading => panic!("a memory type in {reading:?}: {value:#x}"),
+        }
+    }
     Specification {
         levels: nine_bits_each(12, levels, large),
         tops: levels..=levels,
@@ -229,8 +247,12 @@ pub(crate) fn vtd_second_stage(levels: u8, large: u64) -> Specification {
         live_permissions: true,
         hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
-        memory_types: &[],
-        read,
+        memory_types: if types {
+            &[MemoryType::Uncached, MemoryType::WriteCombining, MemoryType::WriteBack]
+        } else {
+            &[]
+        },
+        read: if types { read_typed } else { read },
     }
 }
 
