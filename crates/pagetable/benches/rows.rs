@@ -852,12 +852,9 @@ unsafe impl TableMemory<AtomicU64> for Arena {
             return Err(OutOfTables);
         }
         let (table, clear) = FREE.with_borrow_mut(Vec::pop).ok_or(OutOfTables)?;
-        // SAFETY: the page is ours alone until it is returned, and so is its count.
-        unsafe {
-            if !clear {
-                table.cast::<u8>().write_bytes(0, PAGE);
-            }
-            self.state(table, layout).store(0, Relaxed);
+        if !clear {
+            // SAFETY: the page is ours alone until it is returned.
+            unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
         }
         if COUNTING.load(Relaxed) {
             ALLOCATED.fetch_add(1, Relaxed);
@@ -866,10 +863,12 @@ unsafe impl TableMemory<AtomicU64> for Arena {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
         if COUNTING.load(Relaxed) {
             IN_USE.fetch_sub(1, Relaxed);
         }
+        // SAFETY: the page's state is nobody else's any more.
+        unsafe { self.state(table, layout).store(0, Relaxed) };
         FREE.with_borrow_mut(|free| free.push((table, empty)));
     }
 

@@ -36,6 +36,14 @@ impl Runs {
         }
     }
 
+    /// Adds a range that is behind all others or covers the last of them, which it takes the place of.
+    pub(crate) fn push_covering(&mut self, range: IovaRange) {
+        while self.last.is_some_and(|last| range.covers(&last)) {
+            self.last = self.earlier.pop();
+        }
+        self.push(range);
+    }
+
     /// Adds a range behind all others, if there is one.
     pub(crate) fn extend(&mut self, range: Option<IovaRange>) {
         if let Some(range) = range {
@@ -138,6 +146,17 @@ impl<M: TableMemory<A>, A: AtomicEntry> RetiredTable<M, A> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_takes_the_place_of_those_that_it_covers() {
+        let mut runs = Runs::default();
+        let range = |first, last| IovaRange::new(first, last).unwrap();
+        for run in [range(0, 0xfff), range(0x4000, 0x4fff), range(0x6000, 0x6fff)] {
+            runs.push(run);
+        }
+        runs.push_covering(range(0x4000, 0x7fff));
+        assert_eq!(runs.iter().collect::<Vec<_>>(), [range(0, 0xfff), range(0x4000, 0x7fff)]);
+    }
 
     #[test]
     fn neighbours_join_up_to_the_last_page() {

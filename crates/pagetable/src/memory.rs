@@ -89,7 +89,7 @@ mod heap {
     //! 4 KiB and 1/63. A slab whose pages are all free goes back to the heap, unless there is little to spare: memory
     //! that comes back from the system has to be cleared and faulted in, which costs several times a table's use.
     //!
-    //! Free pages are clear. Most tables come back empty, since being empty is why they were retired, so whoever
+    //! Free pages are clear, and so are their states. Most tables come back empty, since being empty is why they were retired, so whoever
     //! needs a table seldom waits for 4 KiB to be cleared, and never between a map call and its return.
 
     use super::{OutOfTables, TableMemory};
@@ -262,27 +262,26 @@ mod heap {
     // the supported 64-bit machines are below 2^56.
     unsafe impl TableMemory<AtomicU64> for HeapTables {
         fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
-            let table = if is_page(layout) {
-                pool().take()?
-            } else {
-                let single = single(layout)?;
-                // SAFETY: the size is not zero.
-                let memory = NonNull::new(unsafe { alloc_zeroed(single) }).ok_or(OutOfTables)?;
-                // SAFETY: the allocation is `alignment` bytes larger than the table.
-                return Ok(unsafe { memory.add(layout.alignment).cast() });
-            };
-            // SAFETY: the page is ours alone until it is returned; its state belongs to it.
-            unsafe { self.state(table, layout).store(0, core::sync::atomic::Ordering::Relaxed) };
-            Ok(table)
+            if is_page(layout) {
+                return pool().take();
+            }
+            let single = single(layout)?;
+            // SAFETY: the size is not zero.
+            let memory = NonNull::new(unsafe { alloc_zeroed(single) }).ok_or(OutOfTables)?;
+            // SAFETY: the allocation is `alignment` bytes larger than the table.
+            Ok(unsafe { memory.add(layout.alignment).cast() })
         }
 
         unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
             if is_page(layout) {
                 // SAFETY: a whole page of entries; the caller gave it back.
                 debug_assert!(!empty || unsafe { is_clear(table) }, "an empty table has something in it");
-                if !empty {
-                    // SAFETY: the page is nobody else's any more.
-                    unsafe { table.cast::<u8>().write_bytes(0, PAGE) };
+                // SAFETY: the page and its state are nobody else's any more.
+                unsafe {
+                    if !empty {
+                        table.cast::<u8>().write_bytes(0, PAGE);
+                    }
+                    self.state(table, layout).store(0, core::sync::atomic::Ordering::Relaxed);
                 }
                 pool().put(table);
             } else if let Ok(single) = single(layout) {

@@ -252,8 +252,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         claim: Option<ClaimBits>,
         gather: &mut Gather<M, A>,
     ) -> Result<(), ClaimError> {
-        let table = self.prepare(&mapping)?;
-        if table.is_some_and(|table| self.install_in(table, &mapping, claim, gather)) {
+        if self.make_way(&mapping, claim, gather)? {
             return Ok(());
         }
         let range = mapping.range;

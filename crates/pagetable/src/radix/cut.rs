@@ -15,7 +15,7 @@ use crate::format::{Attributes, Entry, Format, LiveChanges};
 use crate::gather::Gather;
 use crate::memory::{OutOfTables, TableMemory};
 
-/// Why a leaf was not cut. Nothing was changed.
+/// Why a leaf was not cut. No translation was changed; a leaf may have been cut less far than it was to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CutError {
     /// The format does not allow it while walkers run: the leaf has to be unmapped whole, invalidated, and mapped

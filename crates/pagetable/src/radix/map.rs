@@ -255,37 +255,54 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         accept_equal: bool,
         gather: &mut Gather<M, A>,
     ) -> Result<(), MapError> {
-        let table = self.prepare(&mapping)?;
-        if table.is_some_and(|table| self.install_in(table, &mapping, None, gather)) {
+        if self.make_way(&mapping, None, gather)? {
             return Ok(());
         }
         self.install_piecewise(mapping, accept_equal, gather)
     }
 
-    /// Checks a mapping, and makes the tables on the way to one that goes into one table, which is returned.
-    pub(super) fn prepare(&self, mapping: &Mapping) -> Result<Option<Node<A>>, MapError> {
+    /// Checks a mapping and, if it goes into one table, makes what is missing on the way there. The last of the tables is
+    /// filled before anybody can see it; if it was there already, the mapping is installed in it. `false`: that is not
+    /// how it can be installed.
+    pub(super) fn make_way(
+        &self,
+        mapping: &Mapping,
+        claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
+    ) -> Result<bool, MapError> {
         let range = mapping.range;
         check_mapping(&self.format, range, Oa::new(mapping.oa), mapping.attributes)?;
         let mut node = self.root_covering(range.last())?;
-        let Some(level) = self.leaf_level(node.level, mapping) else { return Ok(None) };
+        let Some(level) = self.leaf_level(node.level, mapping) else { return Ok(false) };
         if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
-            return Ok(None);
+            return Ok(false);
         }
         while node.level > level {
             let entry = self.entry(node, self.index(node.level, range.first()));
             let value = entry.load();
-            match self.format.decode(node.level, value) {
-                Entry::Table(address) => node = self.child(node, address),
-                decoded => {
-                    let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
-                    // Whatever is in the way, the long way will say it.
-                    if value != 0 || self.link_table(&slot).is_err() {
-                        return Ok(None);
-                    }
-                }
+            let decoded = self.format.decode(node.level, value);
+            if let Entry::Table(address) = decoded {
+                node = self.child(node, address);
+                continue;
+            }
+            let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
+            // Whatever is in the way, the long way will say it.
+            if value != 0 {
+                return Ok(false);
+            }
+            let made = if node.level - 1 == level {
+                self.link_filled_table(&slot, mapping, claim)
+            } else {
+                self.link_table(&slot).map(|()| false)
+            };
+            match made {
+                Ok(true) => return Ok(true),
+                // Empty, or somebody else's.
+                Ok(false) => {}
+                Err(_) => return Ok(false),
             }
         }
-        Ok(Some(node))
+        Ok(self.install_in(node, mapping, claim, gather))
     }
 
     /// The short way: installs a mapping whose leaves are all of one size and stand in one table. `false`: nothing was
@@ -482,6 +499,39 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     #[cold]
     fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
+        self.link(slot, child).map(drop)
+    }
+
+    /// Puts a table with a mapping in it into an absent entry. `false`: somebody else has put one there.
+    #[cold]
+    fn link_filled_table(
+        &self,
+        slot: &Slot<'_, A>,
+        mapping: &Mapping,
+        claim: Option<ClaimBits>,
+    ) -> Result<bool, Stop<OutOfTables>> {
+        let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
+        if let Some(entries) = self.covered_entries(child, mapping.range) {
+            let size = PageSize(self.format.shift(child.level) as u8);
+            let leaf = self.format.leaf_entry(child.level, size, mapping.oa, mapping.attributes);
+            let step = if entries.len() > 1 { self.format.leaf_step(child.level) } else { 0 };
+            match claim {
+                None => store_leaves(entries, leaf, step),
+                Some(bits) => {
+                    store_leaves(entries, (leaf & !bits.present) | bits.busy, step);
+                    if let Some(entry) = entries.first() {
+                        entry.store((leaf & !bits.present) | bits.busy | bits.first);
+                    }
+                }
+            }
+            return self.link(slot, child);
+        }
+        // It does not begin or end with an entry. The long way takes the table as it is.
+        self.link(slot, child).map(|_| false)
+    }
+
+    /// Puts a table that nobody has seen into an absent entry, or gives it back if somebody else has put one there.
+    fn link(&self, slot: &Slot<'_, A>, child: Node<A>) -> Result<bool, Stop<OutOfTables>> {
         let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
         self.clean(self.all_entries(child));
         if !self.pin(slot.node) {
@@ -489,13 +539,14 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             unsafe { self.discard(child) };
             return Err(Stop::Stale(slot.first));
         }
-        if slot.entry.compare_exchange(slot.value, link).is_err() {
+        let linked = slot.entry.compare_exchange(slot.value, link).is_ok();
+        if !linked {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
         }
         // As long as the pin is there, others take the link for one that walkers may not see.
         self.clean(core::slice::from_ref(slot.entry));
         self.unpin(slot.node);
-        Ok(())
+        Ok(linked)
     }
 }

@@ -90,7 +90,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Merge<'_, F
         radix.clean(core::slice::from_ref(slot.entry));
         self.merged += 1;
         if let Some(range) = IovaRange::new(slot.first, slot.last) {
-            self.gather.removed(range, piece, radix.all_entries(child).len() as u64);
+            // Tables may have been merged in this range a moment ago, which was then one of those merged now.
+            self.gather.runs.push_covering(range);
+            self.gather.leaves += radix.all_entries(child).len() as u64;
+            self.gather.leaf_sizes |= piece.bytes();
         }
         radix.retire_with_contents(self.gather, child);
         if self.claim.is_some() {
@@ -111,8 +114,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Exclusive mode: nobody else changes the range meanwhile. `gather` takes the ranges of the new leaves and the
     /// tables, which hold what they held and may be in use by walkers until the invalidation.
     ///
-    /// [`CutError::NeedsBreak`]: leaves could be merged there, but the format does not allow it while walkers run;
-    /// unmap them, invalidate, and map them again.
+    /// [`CutError::NeedsBreak`]: a table of entries of that size could be merged there, but the format does not allow it
+    /// while walkers run; unmap, invalidate, and map again.
     pub fn merge(&self, range: IovaRange, gather: &mut Gather<M, A>) -> Result<u64, CutError> {
         let mut merge = Merge { radix: self, claim: None, merged: 0, gather };
         self.run(&mut merge, range)?;
