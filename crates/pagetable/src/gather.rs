@@ -41,7 +41,13 @@ impl Runs {
         while self.last.is_some_and(|last| range.covers(&last)) {
             self.last = self.earlier.pop();
         }
-        self.push(range);
+        match self.last {
+            // Neighbours were joined before.
+            Some(last) if last.overlaps(&range) => {
+                self.last = IovaRange::new(last.first(), last.last().max(range.last()));
+            }
+            _ => self.push(range),
+        }
     }
 
     /// Adds a range behind all others, if there is one.
@@ -155,7 +161,8 @@ mod tests {
             runs.push(run);
         }
         runs.push_covering(range(0x4000, 0x7fff));
-        assert_eq!(runs.iter().collect::<Vec<_>>(), [range(0, 0xfff), range(0x4000, 0x7fff)]);
+        runs.push_covering(range(0x6000, 0x8fff));
+        assert_eq!(runs.iter().collect::<Vec<_>>(), [range(0, 0xfff), range(0x4000, 0x8fff)]);
     }
 
     #[test]
