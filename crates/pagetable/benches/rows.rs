@@ -834,18 +834,21 @@ impl Arena {
         let _ = unsafe {
             rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)
         };
-        // SAFETY: all of it was allocated just now. Not zeroes, lest the compiler leaves them out.
-        unsafe { memory.write_bytes(0xff, ARENA.size()) };
+        // SAFETY: all of it was allocated just now. Something else before the zeroes, lest the compiler leaves them out.
+        unsafe {
+            memory.write_bytes(0xff, ARENA.size());
+            black_box(memory).write_bytes(0, ARENA.size());
+        }
         let pages = (0..ARENA.size() / PAGE).rev().filter(|page| page % 64 != 0);
         // SAFETY: below the arena's size.
-        let pages = pages.map(|page| unsafe { (memory.add(page * PAGE).cast(), false) });
+        let pages = pages.map(|page| unsafe { (memory.add(page * PAGE).cast(), true) });
         FREE.with_borrow_mut(|free| free.extend(pages));
     }
 }
 
-// SAFETY: a page is on one thread's stack or in use; unless it is known to be clear it is zeroed when it is handed out,
-// and so is its count. The count of page n of a slab is in cache line n of the slab, whose first page is never handed
-// out. Addresses are exposed pointers, which are below 2^56 in programs on 64-bit machines.
+// SAFETY: a page is on one thread's stack or in use; unless it is known to be clear it is zeroed when it is handed out.
+// Its state is zeroed when it comes back, and is in the cache line of its number in its slab, whose first page is
+// never handed out. Addresses are exposed pointers, which are below 2^56 in programs on 64-bit machines.
 unsafe impl TableMemory<AtomicU64> for Arena {
     fn allocate(&self, layout: TableLayout) -> Result<NonNull<AtomicU64>, OutOfTables> {
         if layout.entries * 8 > PAGE || layout.alignment > PAGE {
