@@ -14,8 +14,8 @@ mod accounting;
 
 use accounting::{Accounting, inspect};
 use ioasid_pagetable::{
-    Attributes, CachedWalk, ClaimError, Format, Gather, IovaRange, Leaf, MapError, Native, Oa, Radix,
-    RetractError, VtdSecondStage,
+    AmdV1, Attributes, CachedWalk, ClaimError, Format, Gather, IovaRange, Leaf, LiveChanges, MapError,
+    Native, Oa, Radix, RetractError, RiscV, VtdSecondStage,
 };
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use std::ops::ControlFlow;
@@ -85,6 +85,8 @@ fn finish<F: Format>(radix: Radix<F, Accounting>, memory: &Accounting) {
 
 /// Threads work on stripes of the same leaves and tables, in exclusive mode; between the stripes lie pages that
 /// nobody unmaps. Those never vanish or change, whoever cuts the leaves or retires the tables around them.
+///
+/// Where not every leaf can be cut, the stripes are mapped one by one, so that leaves end where they do.
 fn neighbours_stay<F: Format>(format: F) {
     const WORKERS: u64 = 3;
     const ROUNDS: u64 = rounds(60);
@@ -93,11 +95,22 @@ fn neighbours_stay<F: Format>(format: F) {
     const STRIPES: u64 = 24;
     let base = GIB;
     let output = |iova: u64| Oa::new(iova + 4 * GIB);
+    let cuts = format.live_changes().contains(LiveChanges::SIZE) && format.leaf_sizes(1).is_power_of_two();
     let memory = Accounting::default();
     let grace = Grace::default();
     let done = AtomicBool::new(false);
     let radix = Radix::new(format, memory.clone());
-    radix.map(range(base, GIB), output(base), READ_WRITE, &mut Gather::new()).unwrap();
+    let map = |part: IovaRange| {
+        radix.map(part, output(part.first()), READ_WRITE, &mut Gather::new()).unwrap();
+    };
+    if cuts {
+        map(range(base, GIB));
+    } else {
+        for stripe in 0..GIB / STRIPE {
+            map(range(base + stripe * STRIPE, MIB));
+            map(range(base + stripe * STRIPE + MIB, STRIPE - MIB));
+        }
+    }
     thread::scope(|scope| {
         for walker in 0..2 {
             let (radix, grace, done) = (&radix, &grace, &done);
@@ -137,8 +150,11 @@ fn neighbours_stay<F: Format>(format: F) {
                         let part = range(first, (1 + random(part)) * PAGE);
                         {
                             let _inside = grace.enter();
-                            radix.unmap(part, &mut gather).unwrap();
-                            assert!(radix.walk(part.first()).is_err() && radix.walk(part.last()).is_err());
+                            if cuts {
+                                radix.unmap(part, &mut gather).unwrap();
+                                assert!(radix.walk(part.first()).is_err());
+                                assert!(radix.walk(part.last()).is_err());
+                            }
                             radix.unmap(own, &mut gather).unwrap();
                             radix.occupied(own, |found| panic!("{found} after unmapping {own}"));
                             // Once in pages, for which no larger leaf fits, and once as it was.
@@ -169,6 +185,119 @@ fn neighbours_stay_native() {
 #[test]
 fn neighbours_stay_vtd() {
     neighbours_stay(VtdSecondStage::new(4).unwrap());
+}
+
+#[test]
+fn neighbours_stay_amd_v1() {
+    neighbours_stay(AmdV1::new());
+}
+
+#[test]
+fn neighbours_stay_risc_v() {
+    neighbours_stay(RiscV::new(4).unwrap());
+    neighbours_stay(RiscV::new(4).unwrap().with_napot(false));
+}
+
+/// Threads map and unmap pages of their own in tables that they share, in exclusive mode. No more tables may stay than
+/// stay already, so that whoever empties one retires it, while his neighbours are about to fill it. Nobody loses a page.
+fn shared_tables<F: Format>(format: F) {
+    const THREADS: u64 = 3;
+    const ROUNDS: u64 = rounds(3000);
+    /// So many empty tables stay.
+    const KEPT: u64 = 64;
+    const TABLE: u64 = 2 * MIB;
+    const SHARED: u64 = 3;
+    let memory = Accounting::default();
+    let grace = Grace::default();
+    let (retired, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    let radix = Radix::new(format, memory.clone());
+    let mut gather = Gather::new();
+    for table in 0..=KEPT {
+        let page = range(GIB + table * TABLE, PAGE);
+        radix.map(page, Oa::new(PAGE), READ_WRITE, &mut gather).unwrap();
+        radix.unmap(page, &mut gather).unwrap();
+    }
+    assert_eq!(gather.retired.len(), 1, "the allowance is used up");
+    memory.free_retired(&mut gather);
+    // A thread's page in a shared table; for no two of them a larger leaf would do.
+    let page = |table: u64, thread: u64| range(table * TABLE + (17 * thread + 1) * PAGE, PAGE);
+    let output = |page: IovaRange| Oa::new(4 * GIB + page.first() + PAGE);
+    thread::scope(|scope| {
+        let (radix, memory, grace, retired, done) = (&radix, &memory, &grace, &retired, &done);
+        scope.spawn(move || {
+            let mut random = random(0);
+            let mut cache = CachedWalk::new();
+            while !done.load(Ordering::Acquire) {
+                let _inside = grace.enter();
+                for _ in 0..64 {
+                    let page = page(random(SHARED), random(THREADS));
+                    if let Ok(leaf) = radix.walk_cached(page.first(), &mut cache) {
+                        assert_eq!((leaf.range(), leaf.oa), (page, output(page)));
+                    }
+                }
+            }
+        });
+        let _done = Done(done);
+        let workers: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                scope.spawn(move || {
+                    let mut random = random(1 + thread as u8);
+                    let mut gather = Gather::new();
+                    let mut mapped = [false; SHARED as usize];
+                    for _ in 0..ROUNDS {
+                        let inside = grace.enter();
+                        for _ in 0..8 {
+                            let table = random(SHARED);
+                            let page = page(table, thread);
+                            let mapped = &mut mapped[table as usize];
+                            let found = radix.walk(page.first()).ok().map(|leaf| leaf.oa);
+                            assert_eq!(found, mapped.then(|| output(page)), "{page} is lost");
+                            if *mapped {
+                                radix.unmap(page, &mut gather).unwrap();
+                            } else {
+                                radix.map(page, output(page), READ_WRITE, &mut gather).unwrap();
+                            }
+                            *mapped = !*mapped;
+                            gather.runs = Default::default();
+                        }
+                        drop(inside);
+                        retired.fetch_add(gather.retired.len() as u64, Ordering::Relaxed);
+                        grace.free(memory, &mut gather);
+                    }
+                    mapped
+                })
+            })
+            .collect();
+        for (thread, worker) in (0..).zip(workers) {
+            for (table, mapped) in (0..).zip(worker.join().unwrap()) {
+                let page = page(table, thread);
+                let found = radix.walk(page.first()).ok().map(|leaf| leaf.oa);
+                assert_eq!(found, mapped.then(|| output(page)), "{page} is lost");
+            }
+        }
+    });
+    assert!(retired.into_inner() > 0, "no table was ever retired");
+    finish(radix, &memory);
+}
+
+#[test]
+fn shared_tables_native() {
+    shared_tables(Native::new());
+}
+
+#[test]
+fn shared_tables_vtd() {
+    shared_tables(VtdSecondStage::new(4).unwrap());
+}
+
+#[test]
+fn shared_tables_amd_v1() {
+    shared_tables(AmdV1::new());
+}
+
+#[test]
+fn shared_tables_risc_v() {
+    shared_tables(RiscV::new(4).unwrap());
 }
 
 /// All threads claim overlapping ranges. Each page has an owner word beside it: whoever holds a claim must find
