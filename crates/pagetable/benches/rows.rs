@@ -26,7 +26,7 @@ use ioasid_pagetable::{
     AmdV1, Attributes, ClaimFormat, DirtyBitmap, Format, Gather, HeapTables, IovaRange, Native, Oa,
     OutOfTables, PageSize, Radix, RiscV, TableLayout, TableMemory, VtdSecondStage, X86_64,
 };
-use std::alloc::{Layout, alloc_zeroed};
+use std::alloc::{Layout, alloc};
 use std::cell::RefCell;
 use std::fmt::Display;
 use std::hint::{black_box, spin_loop};
@@ -826,10 +826,9 @@ impl Arena {
     /// Takes the memory, for this thread to use, until the program ends.
     fn fill() {
         // SAFETY: the size is not zero.
-        let Some(memory) = NonNull::new(unsafe { alloc_zeroed(ARENA) }) else {
-            fail("no memory for the arena")
-        };
+        let Some(memory) = NonNull::new(unsafe { alloc(ARENA) }) else { fail("no memory for the arena") };
         #[cfg(target_os = "linux")]
+        // Before anything is touched, or it would lie in small pages already.
         // SAFETY: advice changes no contents. Whether the system follows it does not matter.
         let _ = unsafe {
             rustix::mm::madvise(memory.as_ptr().cast(), ARENA.size(), rustix::mm::Advice::LinuxHugepage)

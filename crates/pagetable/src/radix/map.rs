@@ -6,7 +6,7 @@
 //! [long way](Install), which also finds out what is in the way and takes back what it had done.
 
 use super::retire::{Filling, all_absent};
-use super::{Node, Radix, Slot, Stop};
+use super::{HIGHEST_LEVEL, Node, Radix, Slot, Stop};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format, MemoryType};
@@ -277,29 +277,33 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         if (range.first() ^ range.last()) >> self.format.width(level).min(63) != 0 {
             return Ok(false);
         }
-        while node.level > level {
-            let entry = self.entry(node, self.index(node.level, range.first()));
-            let value = entry.load();
-            let decoded = self.format.decode(node.level, value);
-            if let Entry::Table(address) = decoded {
-                node = self.child(node, address);
-                continue;
-            }
-            let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
-            // Whatever is in the way, the long way will say it.
-            if value != 0 {
-                return Ok(false);
-            }
-            let made = if node.level - 1 == level {
-                self.link_filled_table(&slot, mapping, claim)
-            } else {
-                self.link_table(&slot).map(|()| false)
-            };
-            match made {
-                Ok(true) => return Ok(true),
-                // Empty, or somebody else's.
-                Ok(false) => {}
-                Err(_) => return Ok(false),
+        let root = node;
+        // Unrolled as in `descend`.
+        for at in (2..=HIGHEST_LEVEL).rev() {
+            while at <= root.level && at > level && node.level == at {
+                let entry = self.entry(node, self.index(at, range.first()));
+                let value = entry.load();
+                if self.format.table_pattern(at).matches(value) {
+                    node = self.child(node, self.format.table_address(value));
+                    continue;
+                }
+                // Whatever is in the way, the long way will say it.
+                if value != 0 {
+                    return Ok(false);
+                }
+                let decoded = Entry::Absent;
+                let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
+                let made = if at - 1 == level {
+                    self.link_filled_table(&slot, mapping, claim)
+                } else {
+                    self.link_table(&slot).map(|()| false)
+                };
+                match made {
+                    Ok(true) => return Ok(true),
+                    // Empty, or somebody else's.
+                    Ok(false) => {}
+                    Err(_) => return Ok(false),
+                }
             }
         }
         Ok(self.install_in(node, mapping, claim, gather))
