@@ -1265,6 +1265,33 @@ fn claiming_merge_against_partial_retract() {
     });
 }
 
+/// A page is mapped to something else after the merge has looked, and before it owns the page.
+#[test]
+fn claiming_merge_against_remapping() {
+    check(|| {
+        let (radix, memory) = four_pages(2);
+        let other = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            let retracted = radix.retract(pages(2, 1), &mut gather).is_ok();
+            if retracted {
+                radix.release(pages(2, 1), &mut gather);
+                assert!(claim_and_publish(radix, pages(2, 1), HIGH, &mut gather));
+            }
+            (retracted, gather)
+        });
+        let merger = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (radix.merge_claimed(pages(0, 4), &mut gather), gather)
+        });
+        let (remapped, other) = other.join().unwrap();
+        let (merged, gather) = merger.join().unwrap();
+        assert!(merged == 1 || remapped);
+        let expected = [LOW, LOW + 0x1000, if remapped { HIGH } else { LOW + 0x2000 }, LOW + 0x3000];
+        assert!((0..4).all(|page| output(&radix, page) == Some(expected[page as usize])));
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
 /// A leaf that is held for copying is not merged meanwhile, and letting it go changes nothing else.
 #[test]
 fn claiming_merge_against_hold() {
