@@ -107,10 +107,8 @@ pub struct Radix<F: Format, M: TableMemory<A> = HeapTables, A: AtomicEntry = Ato
     root: A,
     /// Changes whenever a table is retired.
     generation: A,
-    /// How many table pages are linked. Touched only when one comes or goes. Like `kept` and `GENERATIONS` it is
-    /// not an `A`: it orders nothing, and no decision that could go wrong depends on it.
-    tables: AtomicU64,
-    /// How many tables carry the mark `KEPT`.
+    /// How many tables carry the mark `KEPT`. Like `GENERATIONS` it is not an `A`: it orders nothing, and no decision
+    /// that could go wrong depends on it.
     kept: AtomicU64,
 }
 
@@ -121,7 +119,6 @@ pub struct Radix<F: Format, M: TableMemory<A>, A: AtomicEntry = AtomicU64> {
     memory: M,
     root: A,
     generation: A,
-    tables: AtomicU64,
     kept: AtomicU64,
 }
 
@@ -222,7 +219,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             memory,
             root: A::new(0),
             generation: A::new(GENERATIONS.fetch_add(1, Ordering::Relaxed)),
-            tables: AtomicU64::new(0),
             kept: AtomicU64::new(0),
         }
     }
@@ -232,9 +228,19 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         &self.format
     }
 
-    /// How many table pages are in use.
+    /// How many table pages are linked. They are counted now, by looking at every entry above the lowest level: a number
+    /// kept up to date would cost every new table an atomic addition more.
     pub fn table_count(&self) -> u64 {
-        self.tables.load(Ordering::Relaxed)
+        self.root().map_or(0, |root| self.count_tables(root))
+    }
+
+    fn count_tables(&self, node: Node<A>) -> u64 {
+        let below = |entry: &A| match self.format.decode(node.level, entry.load()) {
+            Entry::Table(_) if node.level == 2 => 1,
+            Entry::Table(address) => self.count_tables(self.child(node, address)),
+            _ => 0,
+        };
+        1 + if node.level > 1 { self.all_entries(node).iter().map(below).sum::<u64>() } else { 0 }
     }
 
     /// The bytes of those table pages.
@@ -335,7 +341,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             unsafe { self.memory.free(table, layout, true) };
             return Err(OutOfTables);
         }
-        self.tables.fetch_add(1, Ordering::Relaxed);
         Ok(Node { table, level })
     }
 
@@ -345,7 +350,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     ///
     /// Nobody else has seen `node`.
     unsafe fn discard(&self, node: Node<A>) {
-        self.tables.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: allocated with this layout; the caller vouches that nobody uses it.
         unsafe { self.memory.free(node.table, self.format.table_layout(node.level), false) };
     }
@@ -620,7 +624,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Drop for Radix<F, M, A> {
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> core::fmt::Debug for Radix<F, M, A> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Radix").field("format", &self.format).field("tables", &self.table_count()).finish()
+        f.debug_struct("Radix").field("format", &self.format).field("top", &self.top()).finish()
     }
 }
 

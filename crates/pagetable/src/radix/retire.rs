@@ -201,22 +201,20 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Hands over a table that this operation has just unlinked, and that is empty.
     pub(super) fn retire(&self, gather: &mut Gather<M, A>, node: Node<A>) {
         self.hand_over(gather, node, true);
-        self.retired(gather, 1);
+        self.retired(gather);
     }
 
     /// Hands over a table with all that is in it, which this operation has just unlinked and nobody else can change.
     pub(super) fn retire_with_contents(&self, gather: &mut Gather<M, A>, node: Node<A>) {
-        let tables = self.hand_over_all(gather, node);
-        self.retired(gather, tables);
+        self.hand_over_all(gather, node);
+        self.retired(gather);
     }
 
-    /// How many tables.
-    fn hand_over_all(&self, gather: &mut Gather<M, A>, node: Node<A>) -> u64 {
-        let mut tables = 1;
+    fn hand_over_all(&self, gather: &mut Gather<M, A>, node: Node<A>) {
         if node.level > 1 {
             for entry in self.all_entries(node) {
                 if let Entry::Table(address) = self.format.decode(node.level, entry.load()) {
-                    tables += self.hand_over_all(gather, self.child(node, address));
+                    self.hand_over_all(gather, self.child(node, address));
                 }
             }
         }
@@ -224,7 +222,6 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             self.kept.fetch_sub(1, Ordering::Relaxed);
         }
         self.hand_over(gather, node, false);
-        tables
     }
 
     fn hand_over(&self, gather: &mut Gather<M, A>, node: Node<A>, empty: bool) {
@@ -237,11 +234,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     /// After tables were unlinked: from now on no remembered way leads to them.
-    fn retired(&self, gather: &mut Gather<M, A>, tables: u64) {
+    fn retired(&self, gather: &mut Gather<M, A>) {
         // An exchange, not a store: whoever reads the number of a later retirement must have seen this unlinking
         // too, or could remember a way to this table under that number and find it freed.
         self.generation.swap(GENERATIONS.fetch_add(1, Ordering::Relaxed));
-        self.tables.fetch_sub(tables, Ordering::Relaxed);
         gather.tables_changed = true;
     }
 }

@@ -113,7 +113,7 @@ impl<M, A: AtomicEntry, C: FnMut(&Slot<'_, A>) -> ControlFlow<()>> Visitor<M, A>
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// Translates one address.
-    #[inline]
+    #[inline(always)]
     pub fn walk(&self, iova: u64) -> Result<Leaf, WalkFault> {
         let root = self.root_over(iova)?;
         self.walk_below(root, iova).0
