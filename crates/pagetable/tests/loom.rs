@@ -47,6 +47,7 @@ const DIRTY: u64 = 1 << 57;
 
 impl Format for Tiny {
     const NAME: &'static str = "tiny";
+    const TENTATIVE: u64 = 1 << 58;
 
     fn top_levels(&self) -> RangeInclusive<u8> {
         2..=self.highest
@@ -85,7 +86,7 @@ impl Format for Tiny {
     }
 
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(Self::PRESENT | TABLE, 0)
+        Pattern::new(Self::PRESENT | TABLE, Self::TENTATIVE)
     }
 
     fn leaf_pattern(&self, _level: u8) -> Pattern {
@@ -309,7 +310,7 @@ fn leaves(radix: &Table) -> Vec<(u64, u64)> {
     found
 }
 
-/// Counts the linked tables. None of them is dead or pinned.
+/// Counts the linked tables. None of them is dead, and no link is tentative any more.
 fn linked(radix: &Table, memory: &Pages) -> u64 {
     fn below(format: &Tiny, memory: &Pages, table: NonNull<AtomicU64>, level: u8) -> u64 {
         let mut tables = 1;
@@ -317,6 +318,7 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
             if let Entry::Table(address) = format.decode(level, value) {
+                assert_eq!(value & Tiny::TENTATIVE, 0, "the link in a table at level {level} stayed tentative");
                 // SAFETY: the address stands in a link.
                 let table = unsafe { memory.pointer(address) };
                 tables += below(format, memory, table, level - 1);
@@ -324,7 +326,6 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
         }
         // SAFETY: as above.
         let state = unsafe { memory.state(table, format.table_layout(level)) }.load(Ordering::Acquire);
-        assert_eq!(state & 0xff_ffff, 0, "a table at level {level} is still pinned");
         assert_eq!(state >> 63, 0, "a dead table is linked");
         tables
     }

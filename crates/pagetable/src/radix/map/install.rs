@@ -108,7 +108,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         // First a look, so that a table which has to be made again is not taken away.
         let is_unused = |entry: &A| match (entry.load(), radix.format.decode(node.level, entry.load())) {
             (0, _) => true,
-            (_, Entry::Table(address)) => node.level > 1 && radix.is_unused(radix.child(node, address)),
+            (value, Entry::Table(address)) => {
+                value & F::TENTATIVE == 0 && node.level > 1 && radix.is_unused(radix.child(node, address))
+            }
             _ => false,
         };
         if !entries.iter().all(is_unused) {
@@ -121,7 +123,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
             let decoded = radix.format.decode(node.level, value);
             if let Entry::Table(address) = decoded {
                 let child = radix.child(node, address);
-                if !self.bury_unused(child, first, last) {
+                if value & F::TENTATIVE != 0 || !self.bury_unused(child, first, last) {
                     return false;
                 }
                 radix.unlink(self.gather, &Slot { node, entry, value, decoded, first, last }, child);
@@ -225,7 +227,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
                 let range = self.mapping.range;
                 return Err(Stop::Error(MapError::OutOfRange { range }.into()));
             }
-            return match radix.link_table(&slot) {
+            return match radix.link_table(&slot, self.gather) {
                 Ok(()) => Ok(Next::Again),
                 Err(Stop::Stale(at)) => Err(Stop::Stale(at)),
                 Err(Stop::Error(error)) => Err(Stop::Error(MapError::from(error).into())),
@@ -257,7 +259,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             }
             sizes &= size.bytes() - 1;
         };
-        if !self.bury_unused(child, slot.first, slot.last) {
+        if slot.value & F::TENTATIVE != 0 || !self.bury_unused(child, slot.first, slot.last) {
             return None;
         }
         let leaf = self.leaf(slot.node.level, size, slot.first);
