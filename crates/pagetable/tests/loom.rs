@@ -318,7 +318,11 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
             if let Entry::Table(address) = format.decode(level, value) {
-                assert_eq!(value & Tiny::TENTATIVE, 0, "the link in a table at level {level} stayed tentative");
+                assert_eq!(
+                    value & Tiny::TENTATIVE,
+                    0,
+                    "the link in a table at level {level} stayed tentative"
+                );
                 // SAFETY: the address stands in a link.
                 let table = unsafe { memory.pointer(address) };
                 tables += below(format, memory, table, level - 1);
@@ -931,6 +935,23 @@ fn two_links_against_retirement() {
         let third = mapper.join().unwrap();
         assert_eq!(leaves(&radix), [(20, 1), (24, 1)]);
         assert_eq!((output(&radix, 20), output(&radix, 24)), (Some(HIGH), Some(LOW)));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// Two fill one new table, of which the link may have to be taken back because a third retires the table above.
+#[test]
+fn two_behind_one_link_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(21, 1), LOW));
+        let gather = map_gathered(&radix, pages(20, 1), HIGH);
+        let other = unmapper.join().unwrap();
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (21, 1)]);
+        assert_eq!((output(&radix, 20), output(&radix, 21)), (Some(HIGH), Some(LOW)));
         finish(radix, &memory, [gather, other, third]);
     });
 }
