@@ -956,6 +956,45 @@ fn two_behind_one_link_against_retirement() {
     });
 }
 
+/// A table that somebody has linked a moment ago, and not filled yet, is empty again because of another.
+#[test]
+fn unmap_behind_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(48, 1), LOW);
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(20, 1), HIGH));
+        let gather = map_gathered(&radix, pages(24, 1), LOW);
+        let other = unmap(&radix, pages(24, 1));
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (48, 1)]);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A large leaf takes the place of a table that somebody has linked a moment ago, or that is merged into one.
+#[test]
+fn large_claim_and_merge_over_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(48, 1), LOW);
+        let small = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (claim_and_publish(radix, pages(20, 1), HIGH, &mut gather), gather)
+        });
+        let mut gather = Gather::new();
+        let large_won = claim_and_publish(&radix, pages(16, 16), LOW, &mut gather);
+        radix.merge_claimed(pages(16, 16), &mut gather);
+        let (small_won, other) = small.join().unwrap();
+        assert!(!(large_won && small_won));
+        let expected = |page: u64| if large_won { Some(LOW + ((page - 16) << 12)) } else { None };
+        let found: Vec<_> = [16, 21, 31].map(|page| output(&radix, page)).into();
+        assert_eq!(found, [16, 21, 31].map(expected));
+        assert_eq!(output(&radix, 20), if small_won { Some(HIGH) } else { expected(20) });
+        finish(radix, &memory, [gather, other]);
+    });
+}
+
 /// A large leaf goes into an entry of a table that dies because its last table has gone.
 #[test]
 fn large_map_against_retirement() {
