@@ -171,7 +171,7 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, _empty: bool) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
         // The lock must be free again where loom may change threads.
         let freed = |owned: &mut Owned| std::mem::replace(&mut owned.freed, true);
         let twice = self.0.lock().unwrap().get_mut(&self.address(table)).is_none_or(freed);
@@ -179,7 +179,9 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         for index in 0..4 {
             let nonsense = Tiny::PRESENT | READ | ADDRESS & !0xfff;
             // SAFETY: the page stays allocated.
-            unsafe { table.add(index).as_ref() }.store(nonsense, Ordering::Relaxed);
+            let entry = unsafe { table.add(index).as_ref() };
+            assert!(!empty || entry.load(Ordering::Relaxed) == 0, "not as empty as it was said to be");
+            entry.store(nonsense, Ordering::Relaxed);
         }
     }
 
