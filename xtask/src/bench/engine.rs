@@ -150,7 +150,7 @@ pub(crate) fn run(arguments: &Engine) -> Result<()> {
         for group in &groups {
             bar.set_message(group.map_or("all groups".to_owned(), Clone::clone));
             let mut command = std::process::Command::new(&program);
-            measured.add(&command::output(command.args(*group))?)?;
+            measured.add(&command::output(command.arg("--bench").args(*group))?)?;
             bar.inc(1);
         }
     }
