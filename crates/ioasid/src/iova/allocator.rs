@@ -361,9 +361,7 @@ impl Allocator {
 
     /// Whether all of the range that is in windows is in holes.
     fn is_free(&self, central: &Central, range: IovaRange) -> bool {
-        self.parts(range).all(|part| {
-            central.holes.overlapping(part).is_some_and(|hole| hole.covers(&part))
-        })
+        self.parts(range).all(|part| central.holes.overlapping(part).is_some_and(|hole| hole.covers(&part)))
     }
 
     /// How many bytes there can be in magazines: of each size that has them, 96 addresses for each processor.

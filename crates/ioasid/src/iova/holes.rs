@@ -405,7 +405,10 @@ mod tests {
             let mut from_holes = [false; PAGES as usize];
             let mut before: Option<IovaRange> = None;
             holes.for_each(|hole| {
-                assert!(before.is_none_or(|before| before.last() + 1 < hole.first()), "neighbours not joined");
+                assert!(
+                    before.is_none_or(|before| before.last() + 1 < hole.first()),
+                    "neighbours not joined"
+                );
                 before = Some(hole);
                 let (first, last) = ((hole.first() - base) / PAGE, (hole.last() - base) / PAGE);
                 from_holes[first as usize..=last as usize].fill(true);
@@ -443,7 +446,10 @@ mod tests {
         assert_eq!(holes.highest(IovaRange::ALL, 1 << 63, 1 << 63), Some(half));
         holes.take(last_page).unwrap();
         assert_eq!(holes.highest(IovaRange::ALL, 1 << 63, 1 << 63), IovaRange::new(0, (1 << 63) - 1));
-        assert_eq!(holes.highest(IovaRange::ALL, PAGE, PAGE).map(|place| place.last()), Some(u64::MAX - PAGE));
+        assert_eq!(
+            holes.highest(IovaRange::ALL, PAGE, PAGE).map(|place| place.last()),
+            Some(u64::MAX - PAGE)
+        );
         holes.free(last_page).unwrap();
         holes.take(IovaRange::ALL).unwrap();
         assert_eq!((holes.free_bytes(), holes.largest()), (0, 0));

@@ -146,7 +146,13 @@ impl Node {
     }
 
     /// Fills one more slot. A node that is full is split first, and its upper half comes back.
-    fn put_or_split(&mut self, at: usize, key: u64, span: u64, child: Option<Box<Node>>) -> Option<Box<Node>> {
+    fn put_or_split(
+        &mut self,
+        at: usize,
+        key: u64,
+        span: u64,
+        child: Option<Box<Node>>,
+    ) -> Option<Box<Node>> {
         if self.used < CAPACITY {
             self.put(at, key, span, child);
             return None;

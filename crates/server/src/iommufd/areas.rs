@@ -5,17 +5,26 @@
 //! the one that contains an address is the last one that starts at or below it, and every question costs
 //! O(log areas) plus the answer.
 //!
+//! What is between areas is known too, from the first time on that somebody wants to be placed automatically. Clients
+//! that choose their addresses themselves do not pay for that.
+//!
 //! The index knows nothing of memory: what an area refers to is its payload. It is a value; the lock is its owner's.
 
 use std::collections::BTreeMap;
 
-use ioasid::IovaRange;
+use ioasid::iova::Holes;
+use ioasid::{IovaRange, PageSize};
+
+/// Areas begin and end anywhere.
+const BYTE: PageSize = PageSize::from_log2(0).unwrap();
 
 /// Areas by IOVA.
 #[derive(Debug)]
 pub(crate) struct Areas<P> {
     by_first: BTreeMap<u64, Slot<P>>,
     mapped: u128,
+    /// What no area covers, by the byte, once somebody has asked.
+    holes: Option<Holes>,
 }
 
 #[derive(Debug)]
@@ -48,7 +57,7 @@ fn range_of(first: u64, last: u64) -> IovaRange {
 
 impl<P> Areas<P> {
     pub(crate) fn new() -> Self {
-        Self { by_first: BTreeMap::new(), mapped: 0 }
+        Self { by_first: BTreeMap::new(), mapped: 0, holes: None }
     }
 
     /// How many areas there are.
@@ -85,6 +94,10 @@ impl<P> Areas<P> {
             return Err(payload);
         }
         self.mapped += length_of(range);
+        if let Some(holes) = &mut self.holes {
+            let taken = holes.take(range);
+            debug_assert!(taken.is_ok(), "no area is in a hole");
+        }
         self.by_first.insert(range.first(), Slot { last: range.last(), payload });
         Ok(())
     }
@@ -96,7 +109,25 @@ impl<P> Areas<P> {
         }
         let slot = self.by_first.remove(&range.first())?;
         self.mapped -= length_of(range);
+        if let Some(holes) = &mut self.holes {
+            let freed = holes.free(range);
+            debug_assert!(freed.is_ok(), "no hole is in an area");
+        }
         Some(slot.payload)
+    }
+
+    /// What no area covers, by the byte. The first time costs a step for each area.
+    pub(crate) fn holes(&mut self) -> &mut Holes {
+        let Self { by_first, holes, .. } = self;
+        holes.get_or_insert_with(|| {
+            let mut holes = Holes::new(BYTE);
+            let mut done = holes.free(IovaRange::ALL);
+            for (&first, slot) in by_first {
+                done = done.and(holes.take(range_of(first, slot.last)));
+            }
+            debug_assert!(done.is_ok(), "areas do not overlap");
+            holes
+        })
     }
 
     /// The ranges of all areas that have a byte in `range`, in order, provided that each lies in it completely.
