@@ -12,9 +12,13 @@
 //! # What it costs
 //!
 //! With *n* holes, a search visits O(log n) nodes of one tree. Making a hole larger or smaller changes an entry in
-//! each tree in which its entry was or is different: on average two for a hole of one granule, whose address is odd half
-//! of the time; the logarithm of its size more for a larger one; and at most one for each alignment there is, which
-//! is 52 with a granule of 4 KiB. That makes O(log n) with a constant that is mostly small.
+//! each tree in which it has one: two on average for a hole of one granule, whose address is odd half of the time; the
+//! logarithm of its size more for a larger one; and at most one for each alignment there is, which is 52 with a
+//! granule of 4 KiB. That makes O(log n) with a constant that is mostly small.
+//!
+//! The hole for which it is largest is the one that is changed most, the large rest that has not been used yet. So one
+//! hole is *open*: it is in no tree, and is looked at by itself. It is the largest of those that were changed since it
+//! was opened, and to change it costs nothing.
 //!
 //! A tree is made when its alignment is first asked for, which costs a step for each hole there is by then. Who cannot
 //! have that, [prepares](Holes::prepare) the alignments while there are few holes.
@@ -53,6 +57,8 @@ pub struct Holes {
     /// For each alignment from the granule on: where in each hole the first aligned address is, and the number of
     /// further addresses in the hole.
     trees: Vec<Tree>,
+    /// A hole that is not in the trees.
+    open: Option<IovaRange>,
     free: u128,
 }
 
@@ -86,7 +92,7 @@ impl Holes {
     pub fn new(granule: PageSize) -> Holes {
         let count = u64::BITS - granule.log2();
         let trees = (0..count).map(|_| Tree::default()).collect();
-        Holes { granule, prepared: granule.bytes(), trees, free: 0 }
+        Holes { granule, prepared: granule.bytes(), trees, open: None, free: 0 }
     }
 
     /// What ranges begin and end on.
@@ -106,8 +112,8 @@ impl Holes {
             return;
         }
         let mut tree = Tree::default();
-        self.for_each(|hole| {
-            if let Some((first, span)) = entry(hole, bits) {
+        self.whole().for_each(|first, span| {
+            if let Some((first, span)) = entry(hole(first, span), bits) {
                 tree.insert(first, span);
             }
         });
@@ -123,7 +129,7 @@ impl Holes {
         &mut self.trees[(bits - self.granule.log2()) as usize]
     }
 
-    /// All holes.
+    /// All holes but the open one.
     fn whole(&self) -> &Tree {
         &self.trees[0]
     }
@@ -135,12 +141,18 @@ impl Holes {
 
     /// The length of the largest hole; saturates at 2^64 - 1.
     pub fn largest(&self) -> u64 {
-        self.whole().largest().map_or(0, |span| span.saturating_add(1))
+        let open = self.open.map(|open| open.last() - open.first());
+        self.whole().largest().max(open).map_or(0, |span| span.saturating_add(1))
     }
 
     /// Calls `visit` for every hole, ascending.
     pub fn for_each(&self, mut visit: impl FnMut(IovaRange)) {
-        self.whole().for_each(|first, span| visit(hole(first, span)));
+        let mut open = self.open;
+        self.whole().for_each(|first, span| {
+            open.take_if(|open| open.first() < first).into_iter().for_each(&mut visit);
+            visit(hole(first, span));
+        });
+        open.into_iter().for_each(visit);
     }
 
     /// The lowest `length` bytes within `window` that are free and begin at a multiple of `alignment`, which is rounded
@@ -153,8 +165,10 @@ impl Holes {
             return Some(place);
         }
         let last = window.last().checked_sub(span)?;
-        let (first, _) = self.tree(bits).first(window.first(), last, span)?;
-        IovaRange::new(first, first + span)
+        let found = self.tree(bits).first(window.first(), last, span);
+        let found = found.and_then(|(first, _)| IovaRange::new(first, first + span));
+        let open = self.open.and_then(|open| lowest_in(open.intersection(&window)?, bits, span));
+        found.into_iter().chain(open).min()
     }
 
     /// The highest `length` bytes within `window` that are free and begin at a multiple of `alignment`, which is rounded
@@ -170,11 +184,11 @@ impl Holes {
             }
             last = last.min(ends_in.first().checked_sub(1)?);
         }
-        if let Some((first, rest)) = self.tree(bits).last(window.first(), last, span) {
-            return highest_in(hole(first, rest), bits, span);
-        }
-        let begins_in = self.at_or_below(window.first()).and_then(|hole| hole.intersection(&window));
-        begins_in.and_then(|hole| highest_in(hole, bits, span))
+        let found = self.tree(bits).last(window.first(), last, span);
+        let found = found.and_then(|(first, rest)| highest_in(hole(first, rest), bits, span));
+        let part = |hole: IovaRange| highest_in(hole.intersection(&window)?, bits, span);
+        let open = self.open.and_then(part);
+        found.into_iter().chain(open).max().or_else(|| part(self.at_or_below(window.first())?))
     }
 
     /// The exponent of the alignment, whose tree exists then, and the length less one.
@@ -191,7 +205,9 @@ impl Holes {
 
     /// The last hole that begins at or before an address.
     fn at_or_below(&self, address: u64) -> Option<IovaRange> {
-        self.whole().last(0, address, 0).map(|(first, span)| hole(first, span))
+        let entered = self.whole().last(0, address, 0).map(|(first, span)| hole(first, span));
+        let open = self.open.filter(|open| open.first() <= address);
+        entered.into_iter().chain(open).max()
     }
 
     /// Some free addresses in the range, the highest hole of which.
@@ -231,6 +247,9 @@ impl Holes {
     /// Makes all of a range free that begins and ends on multiples of the granule, whatever is free of it already. Takes
     /// a step for each hole that becomes a part of a larger one.
     pub(crate) fn set_free(&mut self, range: IovaRange) {
+        if self.overlapping(range).is_some_and(|hole| hole.covers(&range)) {
+            return;
+        }
         let mut old: [Option<IovaRange>; 2] = [None, None];
         let mut from = Some(range.last().saturating_add(1));
         let touches = |hole: &IovaRange| hole.last() >= range.first().saturating_sub(1);
@@ -263,34 +282,47 @@ impl Holes {
         self.replace([Some(hole), None], [below, above]);
     }
 
-    /// Changes holes to others, in all trees in which that makes a difference.
+    /// Changes holes to others.
     fn replace(&mut self, old: [Option<IovaRange>; 2], new: [Option<IovaRange>; 2]) {
-        let bytes = |hole: &IovaRange| u128::from(hole.last() - hole.first()) + 1;
-        self.free += new.iter().flatten().map(bytes).sum::<u128>();
-        self.free -= old.iter().flatten().map(bytes).sum::<u128>();
-        let mut prepared = self.prepared;
-        while prepared != 0 {
-            let bits = prepared.trailing_zeros();
-            prepared &= prepared - 1;
-            let entries =
-                |holes: [Option<IovaRange>; 2]| holes.map(|hole| hole.and_then(|hole| entry(hole, bits)));
-            let (old, new) = (entries(old), entries(new));
-            // What has no multiple of this alignment has none of a larger one.
-            if old == [None; 2] && new == [None; 2] {
-                break;
-            }
-            let tree = self.tree_mut(bits);
-            for (first, _) in old.into_iter().flatten() {
-                if !new.iter().flatten().any(|(stays, _)| *stays == first) {
-                    tree.remove(first);
-                }
-            }
-            for (first, span) in new.into_iter().flatten() {
-                if !old.contains(&Some((first, span))) {
-                    tree.insert(first, span);
-                }
+        let span = |hole: &IovaRange| hole.last() - hole.first();
+        for hole in old.into_iter().flatten() {
+            self.free -= u128::from(span(&hole)) + 1;
+            match self.open.take_if(|open| *open == hole) {
+                Some(_) => {}
+                None => self.withdraw(hole),
             }
         }
+        for hole in new.into_iter().flatten() {
+            self.free += u128::from(span(&hole)) + 1;
+            let larger = self.open.is_none_or(|open| span(&open) < span(&hole));
+            let closed = if larger { self.open.replace(hole) } else { Some(hole) };
+            closed.into_iter().for_each(|hole| self.enter(hole));
+        }
+    }
+
+    fn enter(&mut self, hole: IovaRange) {
+        for bits in self.prepared_bits() {
+            // What has no multiple of this alignment has none of a larger one.
+            let Some((first, span)) = entry(hole, bits) else { break };
+            self.tree_mut(bits).insert(first, span);
+        }
+    }
+
+    fn withdraw(&mut self, hole: IovaRange) {
+        for bits in self.prepared_bits() {
+            let Some((first, _)) = entry(hole, bits) else { break };
+            self.tree_mut(bits).remove(first);
+        }
+    }
+
+    /// The exponents of the alignments that have a tree, ascending.
+    fn prepared_bits(&self) -> impl Iterator<Item = u32> + use<> {
+        let mut rest = self.prepared;
+        std::iter::from_fn(move || {
+            let bits = (rest != 0).then(|| rest.trailing_zeros());
+            rest &= rest.wrapping_sub(1);
+            bits
+        })
     }
 }
 
