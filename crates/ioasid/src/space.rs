@@ -16,15 +16,17 @@ use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 mod layout;
 mod map;
+mod placement;
 mod unmap;
 
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
+use placement::Placement;
 pub use unmap::{UnmapError, Unmapped};
 
 static SPACES: AtomicU64 = AtomicU64::new(0);
@@ -77,6 +79,8 @@ pub struct Space {
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
     sleeping: SleepingCopies,
+    /// Where to look for room, from the first time on that somebody wants it.
+    placement: OnceLock<Box<Placement>>,
 }
 
 /// Figures about a space, for people and tests.
@@ -111,6 +115,7 @@ impl Space {
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: SleepingCopies::default(),
+            placement: OnceLock::new(),
         })
     }
 

@@ -277,6 +277,7 @@ impl Space {
         let runs = gather.runs.clone();
         for run in runs.iter() {
             self.native.release(run, gather);
+            self.propose_again(run);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
         drop(operation);
