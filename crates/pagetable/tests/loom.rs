@@ -318,7 +318,11 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
             if let Entry::Table(address) = format.decode(level, value) {
-                assert_eq!(value & Tiny::TENTATIVE, 0, "the link in a table at level {level} stayed tentative");
+                assert_eq!(
+                    value & Tiny::TENTATIVE,
+                    0,
+                    "the link in a table at level {level} stayed tentative"
+                );
                 // SAFETY: the address stands in a link.
                 let table = unsafe { memory.pointer(address) };
                 tables += below(format, memory, table, level - 1);

@@ -3,9 +3,7 @@
 //! The protocol is described in the [module above](super). Here are its steps, and a visitor that looks for empty
 //! tables where no removal has come by.
 
-use super::{
-    DEAD, DEATHS, DYING, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, Radix, Slot, Stop, Visitor,
-};
+use super::{DEAD, DEATHS, DYING, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, Radix, Slot, Stop, Visitor};
 use crate::address::IovaRange;
 use crate::atomic::AtomicEntry;
 use crate::format::{Entry, Format};
