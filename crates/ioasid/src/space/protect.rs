@@ -116,13 +116,13 @@ impl Held<'_> {
             let all = all.and_then(|(first, last)| IovaRange::new(first.first(), last.last()));
             let earlier = tables.iter().take(position).map(|table| (table, all));
             for (table, changed) in earlier.chain([(table, done)]) {
-                let Some(changed) = changed else { continue };
-                for stretch in self.stretches(changed) {
+                for stretch in changed.into_iter().flat_map(|changed| self.stretches(changed)) {
                     // It held this before, so it can again.
                     let undone = undo(&**table, stretch);
                     debug_assert!(undone.is_ok(), "{undone:?}");
                 }
-                self.invalidate_in(&**table, changed);
+                // The one that failed may have begun.
+                table.invalidate(self.runs());
             }
             self.wait_for_dma();
             return Err(error);
