@@ -447,7 +447,7 @@ fn formats_that_need_a_break_say_so_and_everything_stays() {
     assert_eq!(world.state(&space, &double), before);
 
     // A leaf of AMD's that has several entries, or that would have to be cut.
-    let space = Space::new(&world.bus);
+    let (space, double) = (Space::new(&world.bus), Double::new());
     let _device = double.attached(AMD_ALL_SIZES, &space);
     space.map(Iova::new(0), &world.ram, 0, 16 * M2, RW).unwrap();
     let before = world.state(&space, &double);
