@@ -7,7 +7,7 @@
 mod double;
 
 use double::{
-    AMD, AMD_ALL_SIZES, Call, DERIVED, Double, DoubleTable, NATIVE, OWN_NATIVE, RISC_V, SMALL, X86, mappings,
+    AMD, AMD_ALL_SIZES, Call, DERIVED, Double, DoubleTable, NATIVE, OWN_NATIVE, RISC_V, WIDE, X86, mappings,
 };
 use ioasid::pagetable::Native;
 use ioasid::{
@@ -30,7 +30,7 @@ const MEMORIES: usize = 4;
 /// The last object's pages are in two windows.
 const BEGINNINGS: [u64; 3] = [0, 0, (1 << 18) - 40];
 const OBJECT_PAGES: [u64; 3] = [64, 1200, 100];
-const DEVICES: [Rid; 8] = [NATIVE, DERIVED, SMALL, AMD, AMD_ALL_SIZES, X86, RISC_V, OWN_NATIVE];
+const DEVICES: [Rid; 8] = [NATIVE, DERIVED, WIDE, AMD, AMD_ALL_SIZES, X86, RISC_V, OWN_NATIVE];
 /// Those whose tables cannot do everything while devices use them.
 const RIGID: [Rid; 3] = [AMD, AMD_ALL_SIZES, RISC_V];
 
