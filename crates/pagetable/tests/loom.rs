@@ -171,7 +171,7 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, _empty: bool) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
         // The lock must be free again where loom may change threads.
         let freed = |owned: &mut Owned| std::mem::replace(&mut owned.freed, true);
         let twice = self.0.lock().unwrap().get_mut(&self.address(table)).is_none_or(freed);
@@ -179,7 +179,9 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         for index in 0..4 {
             let nonsense = Tiny::PRESENT | READ | ADDRESS & !0xfff;
             // SAFETY: the page stays allocated.
-            unsafe { table.add(index).as_ref() }.store(nonsense, Ordering::Relaxed);
+            let entry = unsafe { table.add(index).as_ref() };
+            assert!(!empty || entry.load(Ordering::Relaxed) == 0, "not as empty as it was said to be");
+            entry.store(nonsense, Ordering::Relaxed);
         }
     }
 
@@ -936,6 +938,62 @@ fn two_links_against_retirement() {
         assert_eq!(leaves(&radix), [(20, 1), (24, 1)]);
         assert_eq!((output(&radix, 20), output(&radix, 24)), (Some(HIGH), Some(LOW)));
         finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// Two fill one new table, of which the link may have to be taken back because a third retires the table above.
+#[test]
+fn two_behind_one_link_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(21, 1), LOW));
+        let gather = map_gathered(&radix, pages(20, 1), HIGH);
+        let other = unmapper.join().unwrap();
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (21, 1)]);
+        assert_eq!((output(&radix, 20), output(&radix, 21)), (Some(HIGH), Some(LOW)));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A table that somebody has linked a moment ago, and not filled yet, is empty again because of another.
+#[test]
+fn unmap_behind_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(48, 1), LOW);
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(20, 1), HIGH));
+        let gather = map_gathered(&radix, pages(24, 1), LOW);
+        let other = unmap(&radix, pages(24, 1));
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (48, 1)]);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A large leaf takes the place of a table that somebody has linked a moment ago, or that is merged into one.
+#[test]
+fn large_claim_and_merge_over_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(48, 1), LOW);
+        let small = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (claim_and_publish(radix, pages(20, 1), HIGH, &mut gather), gather)
+        });
+        let mut gather = Gather::new();
+        let large_won = claim_and_publish(&radix, pages(16, 16), LOW, &mut gather);
+        radix.merge_claimed(pages(16, 16), &mut gather);
+        let (small_won, other) = small.join().unwrap();
+        assert!(!(large_won && small_won));
+        let expected = |page: u64| if large_won { Some(LOW + ((page - 16) << 12)) } else { None };
+        let found: Vec<_> = [16, 21, 31].map(|page| output(&radix, page)).into();
+        assert_eq!(found, [16, 21, 31].map(expected));
+        assert_eq!(output(&radix, 20), if small_won { Some(HIGH) } else { expected(20) });
+        finish(radix, &memory, [gather, other]);
     });
 }
 

@@ -128,6 +128,11 @@ impl Mapping {
         Mapping { range, oa: oa.get(), attributes, possible: aligned & fits }
     }
 
+    /// What of it lies in a range that it covers.
+    fn part(&self, range: IovaRange) -> Mapping {
+        Mapping::new(range, Oa::new(self.output(range.first())), self.attributes)
+    }
+
     #[inline(always)]
     fn output(&self, iova: u64) -> u64 {
         self.oa + (iova - self.range.first())
