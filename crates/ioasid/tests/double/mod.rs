@@ -259,9 +259,11 @@ impl DoubleTable {
         join(self.inner.leaves(range))
     }
 
-    fn note(&self, result: Result<(), TableError>) -> Result<(), TableError> {
+    fn note(&self, call: Call, result: Result<(), TableError>) -> Result<(), TableError> {
         if result.is_err() {
             self.refused.store(true, Ordering::SeqCst);
+            // What follows is the way back, which cannot fail.
+            self.switches.countdown[call as usize].store(0, Ordering::SeqCst);
         }
         result
     }
@@ -374,11 +376,11 @@ impl DerivedTable for DoubleTable {
     }
 
     fn protect(&self, range: IovaRange, permissions: Attributes) -> Result<(), TableError> {
-        self.note(self.try_protect(range, permissions))
+        self.note(Call::Protect, self.try_protect(range, permissions))
     }
 
     fn remap(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
-        self.note(self.try_remap(range, oa, attributes))
+        self.note(Call::Remap, self.try_remap(range, oa, attributes))
     }
 
     fn merge(&self, range: IovaRange) -> u64 {
