@@ -17,10 +17,10 @@
 //! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
 //! in it any more, after all mappings of that memory are gone.
 
-use crate::backing::Source;
+use crate::backing::{Backing, Source};
 use arc_swap::ArcSwapOption;
 use ioasid_pagetable::Oa;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// Logarithm of the largest window and of the size of a chunk.
 pub(crate) const CHUNK_BITS: u32 = 30;
@@ -53,6 +53,8 @@ struct Chunk {
 #[derive(Debug)]
 pub(crate) struct Window {
     pub(crate) source: Arc<Source>,
+    /// The object itself, for those who only have an address.
+    pub(crate) backing: Weak<Backing>,
     /// Where in the object the window begins, in bytes.
     pub(crate) offset: u64,
 }
@@ -94,6 +96,14 @@ impl Bus {
         let within = oa & ((1 << CHUNK_BITS) - 1);
         let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load();
         window.is_some().then_some((window, within & ((1 << chunk.window_bits) - 1)))
+    }
+
+    /// The object at an address, where in it that is, and the last address of the same window.
+    pub(crate) fn object(&self, oa: u64) -> Option<(Arc<Backing>, u64, u64)> {
+        let bits = self.chunk(oa >> CHUNK_BITS)?.window_bits;
+        let (window, within) = self.find(oa)?;
+        let window = window.as_ref()?;
+        Some((window.backing.upgrade()?, window.offset + within, oa | ((1 << bits) - 1)))
     }
 
     /// Gives a part of an object 2^`bits` bytes of the bus.

@@ -95,6 +95,11 @@ impl MappedIn {
         }
     }
 
+    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
+    pub(crate) fn note(notes: &mut Vec<MappedIn>, space: &Arc<Space>, hull: IovaRange) {
+        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(notes);
+    }
+
     fn widen(&mut self, range: IovaRange) {
         let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
         self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);

@@ -103,7 +103,7 @@ impl Format for Native {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+        LiveChanges::all()
     }
 
     #[inline(always)]
