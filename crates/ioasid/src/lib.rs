@@ -58,6 +58,7 @@ pub mod iova;
 mod ledger;
 mod memory;
 mod sleeping;
+pub mod snapshot;
 mod space;
 mod table;
 
@@ -70,6 +71,7 @@ pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, Pa
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit};
 pub use memory::{Memory, RegisterError};
+pub use snapshot::Snapshot;
 pub use space::{
     AliasError, Extent, Extents, MapError, Mapped, MappingPolicy, Permissions, ProtectError, RemapError,
     ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,

@@ -147,6 +147,11 @@ impl Memory {
         &self.backing
     }
 
+    /// The first and the last of its bytes in the object.
+    pub(crate) fn in_object(&self) -> (u64, u64) {
+        (self.offset, self.offset + (self.length - 1))
+    }
+
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
     /// that is nothing or more than what is registered.
     pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
