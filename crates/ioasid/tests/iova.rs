@@ -118,7 +118,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
                         model.allocated.insert(place.first(), place.last());
                     }
                     Err(AllocateError::Exhausted { length: asked, free }) => {
-                        assert!(free < length && asked == length)
+                        assert!(free < length && asked == length);
                     }
                     Err(AllocateError::Fragmented { free, largest, .. }) => {
                         assert!(free >= length && (largest < length || alignment > PAGE));
@@ -137,7 +137,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
             Step::FreePart(which, front, back) => {
                 if let Some(whole) = nth(&model.allocated, which) {
                     let (first, last) =
-                        (whole.first() + front * PAGE, whole.last().wrapping_sub(back * PAGE));
+                        (whole.first().wrapping_add(front * PAGE), whole.last().wrapping_sub(back * PAGE));
                     if let Some(part) = IovaRange::new(first, last).filter(|part| whole.covers(part)) {
                         allocator.free(part).unwrap();
                         model.allocated.remove(&whole.first());
