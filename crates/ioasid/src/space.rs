@@ -18,13 +18,14 @@ use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 mod alias;
 mod held;
 mod layout;
 mod map;
 mod merge;
+mod placement;
 mod policy;
 mod protect;
 mod query;
@@ -35,6 +36,7 @@ pub use alias::AliasError;
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
+use placement::Placement;
 use policy::MappingCount;
 pub use policy::MappingPolicy;
 pub use protect::ProtectError;
@@ -94,6 +96,8 @@ pub struct Space {
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
     sleeping: SleepingCopies,
+    /// Where to look for room, from the first time on that somebody wants it.
+    placement: OnceLock<Box<Placement>>,
 }
 
 /// Figures about a space, for people and tests.
@@ -135,6 +139,7 @@ impl Space {
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: SleepingCopies::default(),
+            placement: OnceLock::new(),
         })
     }
 

@@ -37,9 +37,10 @@ impl World {
         let account = Account::new("test", None);
         let backing = Backing::anonymous(&bus, 4 * G1).unwrap();
         // The windows are no neighbours on the bus: mappings over their boundaries have several parts.
-        let last = Memory::register(&backing, 3 * G1, K4, &account).unwrap();
+        let backwards =
+            [3, 2, 1].map(|window| Memory::register(&backing, window * G1, K4, &account).unwrap());
         let ram = Memory::register(&backing, 0, 4 * G1, &account).unwrap();
-        drop(last);
+        drop(backwards);
         World { bus, backing, account, ram }
     }
 

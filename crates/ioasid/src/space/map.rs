@@ -15,7 +15,6 @@ use super::layout::Layout;
 use super::{Permissions, Space, step_aside};
 use crate::epoch;
 use crate::iommu::TableError;
-use crate::iova::find_hole;
 use crate::memory::Memory;
 use ioasid_pagetable::{
     Attributes, ClaimError, Gather, HeapTables, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
@@ -215,25 +214,18 @@ impl Space {
         let granule = self.granule().bytes();
         let alignment = length.checked_next_power_of_two().unwrap_or(largest).clamp(granule, largest);
         loop {
-            let aligned = self.find_free(length, alignment);
-            let found = aligned.or_else(|| self.find_free(length, granule));
-            let iova = found.ok_or(MapError::NoHole { length })?;
+            let place = self.propose(length, &[alignment, granule]).ok_or(MapError::NoHole { length })?;
+            let iova = Iova::new(place.first());
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),
-                // Somebody else was faster; there are other places.
-                Err(MapError::AlreadyMapped { .. } | MapError::Reserved { .. }) => {}
-                Err(error) => return Err(error),
+                // Somebody else has mapped there; there are other places.
+                Err(MapError::AlreadyMapped { .. } | MapError::Reserved { .. }) => self.learn(place),
+                Err(error) => {
+                    self.propose_again(place);
+                    return Err(error);
+                }
             }
         }
-    }
-
-    fn find_free(&self, length: u64, alignment: u64) -> Option<Iova> {
-        let _operation = epoch::operation();
-        let layout = self.layout.load();
-        let conflict = |candidate| layout.reserved_in(candidate).or_else(|| self.occupied_run(candidate));
-        let above_zero = IovaRange::new(1, u64::MAX)?;
-        let windows = layout.windows().iter().filter_map(|window| window.intersection(&above_zero));
-        windows.filter_map(|window| find_hole(window, length, alignment, conflict)).map(Iova::new).next()
     }
 
     fn check(
@@ -294,6 +286,9 @@ impl Space {
             self.mappings.count_out(counted);
         }
         epoch::retire(gather.retired);
+        if result.is_err() {
+            self.propose_again(request.range());
+        }
         result
     }
 

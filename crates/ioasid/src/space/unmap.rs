@@ -298,6 +298,7 @@ impl Space {
         self.count_out_runs(&runs);
         for run in runs.iter() {
             self.native.release(run, gather);
+            self.propose_again(run);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
         drop(operation);
