@@ -122,6 +122,9 @@ pub(super) struct Part {
 
 /// What shall be mapped: parts that ascend within a range, the same each time they are asked for.
 pub(super) trait Parts {
+    /// The parts follow each other without holes.
+    const WHOLE: bool;
+
     fn range(&self) -> IovaRange;
 
     fn parts(&self) -> impl Iterator<Item = Part>;
@@ -156,6 +159,8 @@ impl<'a> Request<'a> {
 }
 
 impl Parts for Request<'_> {
+    const WHOLE: bool = true;
+
     fn range(&self) -> IovaRange {
         self.range
     }
@@ -253,7 +258,7 @@ impl Space {
 
     /// Maps all parts, or none. Everything that must not go meanwhile is the caller's to keep.
     #[inline]
-    pub(super) fn try_map(&self, request: &impl Parts) -> Result<(), Try> {
+    pub(super) fn try_map<P: Parts>(&self, request: &P) -> Result<(), Try> {
         let operation = epoch::operation();
         let layout = self.layout.load();
         let range = request.range();
@@ -268,6 +273,7 @@ impl Space {
         let mut result = self.claim_parts(request, &mut gather);
         if result.is_ok() {
             match self.fill_followers(request, &layout) {
+                Ok(()) if P::WHOLE => self.native.publish(range),
                 Ok(()) => request.parts().for_each(|part| self.native.publish(part.range)),
                 Err(error) => {
                     drop(layout);
