@@ -61,7 +61,7 @@ mod sleeping;
 mod space;
 mod table;
 
-pub use backing::{Backing, LateBound, MemoryGone};
+pub use backing::{Backing, FileError, LateBound, MemoryGone, Residency, ResidencyError};
 pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
 pub use device::Device;
@@ -69,7 +69,7 @@ pub use dma::{DmaError, Here, Late, Translated};
 pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, WalkFault};
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit};
-pub use memory::{Memory, RegisterError};
+pub use memory::{Memory, RegisterError, ReleaseError};
 pub use space::{
     MapError, Permissions, ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,
 };

@@ -16,7 +16,7 @@ use super::{Permissions, Space, step_aside};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::iova::find_hole;
-use crate::memory::Memory;
+use crate::memory::{Memory, Registered, Unavailable};
 use ioasid_pagetable::{
     Attributes, ClaimError, Gather, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
 };
@@ -45,7 +45,10 @@ pub enum MapError {
         /// The length asked for.
         length: u64,
     },
-    /// The memory is shorter than that.
+    /// The memory was taken back from everybody.
+    #[error("the memory was revoked")]
+    Revoked,
+    /// The memory is shorter than that, or was given back there.
     #[error("{length:#x} bytes at {offset:#x} reach beyond the registered memory")]
     BeyondMemory {
         /// The first byte of the memory.
@@ -123,14 +126,22 @@ struct Request<'a> {
 }
 
 impl Request<'_> {
-    fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+    /// What can be mapped now is mapped as `registered` says, from the first step to the last.
+    fn parts<'b>(&self, registered: &'b Registered<'_>) -> impl Iterator<Item = Part> + use<'b> {
         let mut first = self.range.first();
-        let pieces = self.memory.pieces(self.offset, self.length).into_iter().flatten();
+        let pieces = registered.pieces(self.offset, self.length).into_iter().flatten();
         pieces.filter_map(move |piece| {
             let range = IovaRange::with_length(first, piece.length)?;
             first = first.wrapping_add(piece.length);
             Some(Part { range, oa: piece.oa })
         })
+    }
+}
+
+fn unavailable(error: Unavailable, offset: u64, length: u64) -> MapError {
+    match error {
+        Unavailable::Revoked => MapError::Revoked,
+        Unavailable::NotRegistered => MapError::BeyondMemory { offset, length },
     }
 }
 
@@ -217,7 +228,10 @@ impl Space {
         if !Arc::ptr_eq(memory.backing().bus(), self.bus()) {
             return Err(MapError::OtherBus);
         }
-        let mut pieces = memory.pieces(offset, length).ok_or(MapError::BeyondMemory { offset, length })?;
+        let registered = memory.registered();
+        registered.check(offset, length).map_err(|error| unavailable(error, offset, length))?;
+        let mut pieces =
+            registered.pieces(offset, length).ok_or(MapError::BeyondMemory { offset, length })?;
         if length % self.granule().bytes() != 0
             || pieces.next().is_some_and(|piece| !piece.oa.is_aligned(self.granule()))
         {
@@ -235,12 +249,17 @@ impl Space {
         if layout.is_undecided(request.range) {
             return Err(Try::Contended);
         }
+        // Looked at again in the very operation that maps; see there.
+        let registered = request.memory.registered();
+        let (offset, length) = (request.offset, request.length);
+        registered.check(offset, length).map_err(|error| Try::Failed(unavailable(error, offset, length)))?;
         let mut gather = Gather::new();
-        let mut result = self.claim_parts(request, &mut gather);
+        let mut result = self.claim_parts(request, &registered, &mut gather);
         if result.is_ok() {
-            match self.fill_followers(request, &layout) {
+            match self.fill_followers(request, &registered, &layout) {
                 Ok(()) => self.native.publish(request.range),
                 Err(error) => {
+                    drop(registered);
                     drop(layout);
                     drop(operation);
                     // Devices behind these tables may have used what is gone now. The entries stay claimed until
@@ -261,9 +280,10 @@ impl Space {
     fn claim_parts(
         &self,
         request: &Request<'_>,
+        registered: &Registered<'_>,
         gather: &mut Gather<ioasid_pagetable::HeapTables, std::sync::atomic::AtomicU64>,
     ) -> Result<(), Try> {
-        for part in request.parts() {
+        for part in request.parts(registered) {
             if let Err(error) = self.native.claim(part.range, part.oa, request.attributes, gather) {
                 let claimed = part.range.first().checked_sub(1);
                 if let Some(range) = claimed.and_then(|last| IovaRange::new(request.range.first(), last)) {
@@ -276,9 +296,14 @@ impl Space {
     }
 
     /// Maps the claimed range in every derived table, or in none; then DMA that has used it may still be running.
-    fn fill_followers(&self, request: &Request<'_>, layout: &Layout) -> Result<(), TableError> {
+    fn fill_followers(
+        &self,
+        request: &Request<'_>,
+        registered: &Registered<'_>,
+        layout: &Layout,
+    ) -> Result<(), TableError> {
         for (position, table) in layout.filling().enumerate() {
-            for part in request.parts() {
+            for part in request.parts(registered) {
                 let Err(error) = table.map(part.range, part.oa, request.attributes) else { continue };
                 let mapped = part.range.first().checked_sub(1);
                 let here = mapped.and_then(|last| IovaRange::new(request.range.first(), last));

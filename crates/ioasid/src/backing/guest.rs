@@ -1,0 +1,1 @@
+//! Guest memory as vm-memory keeps it.
