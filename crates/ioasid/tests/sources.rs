@@ -518,3 +518,42 @@ fn huge_pages_are_known_and_populated() {
         Err(error) => println!("growing not run: {error}"),
     }
 }
+
+#[test]
+fn what_is_given_back_while_it_is_mapped_is_mapped_nowhere_afterwards() {
+    let bus = Bus::new();
+    let account = account();
+    let backing = Backing::anonymous(&bus, 16 * K4).unwrap();
+    let memory = Memory::register(&backing, 0, 16 * K4, &account).unwrap();
+    let spaces = [Space::new(&bus), Space::new(&bus)];
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for space in &spaces {
+            scope.spawn(|| {
+                let mut page = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    page = (page + 5) % 12;
+                    let _ = space.map(Iova::new(page * K4), &memory, page * K4, 4 * K4, RW);
+                    if page % 3 == 0 {
+                        space.unmap(range(page * K4, 3 * K4)).unwrap();
+                    }
+                }
+            });
+        }
+        let first = (0..).find_map(|_| output(&spaces[0], 0)).unwrap();
+        for round in 0..600 {
+            // From the end, so that it can be had again.
+            let pages = 1 + round % 9;
+            let gone = 16 - pages;
+            memory.release(gone * K4, pages * K4).unwrap();
+            for space in &spaces {
+                let leads_there = |oa: u64| (first + gone * K4..first + 16 * K4).contains(&oa);
+                for leaf in space.leaves(IovaRange::ALL) {
+                    assert!(!leads_there(leaf.oa.get()), "{leaf:?} leads to what was given back");
+                }
+            }
+            memory.grow(pages * K4).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
