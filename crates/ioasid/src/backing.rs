@@ -29,7 +29,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 mod anonymous;
 mod file;
@@ -76,6 +76,7 @@ enum Bytes {
 /// An object whose pages have an identity.
 #[derive(Debug)]
 pub struct Backing {
+    itself: Weak<Backing>,
     bus: Arc<Bus>,
     bytes: Bytes,
     /// What finds it on the bus, so that the same object is never made twice.
@@ -117,7 +118,8 @@ impl From<BusFull> for HoldError {
 
 impl Backing {
     fn new(bus: &Arc<Bus>, bytes: Bytes, identity: Option<Identity>) -> Arc<Backing> {
-        Arc::new(Backing {
+        Arc::new_cyclic(|itself| Backing {
+            itself: itself.clone(),
             bus: bus.clone(),
             bytes,
             identity,
@@ -221,13 +223,14 @@ impl Backing {
 
     /// What stands at the bus in the window of a chunk.
     fn window(&self, chunk: u64) -> Result<Window, HoldError> {
-        let offset = chunk << self.window_bits();
+        let start = chunk << self.window_bits();
         let (source, offset) = match &self.bytes {
-            Bytes::Whole { source, .. } => (source.clone(), offset),
-            Bytes::File { calls: Some(calls), .. } => (calls.clone(), offset),
+            Bytes::Whole { source, .. } => (source.clone(), start),
+            Bytes::File { calls: Some(calls), .. } => (calls.clone(), start),
             Bytes::File { file, calls: None } => (file.window(chunk).map_err(HoldError::Unreachable)?, 0),
         };
-        Ok(Window { source, offset, revoked: AtomicBool::new(false) })
+        let backing = self.itself.clone();
+        Ok(Window { source, backing, start, offset, revoked: AtomicBool::new(false) })
     }
 
     /// Charges pages that the account does not pay for yet, holds all of them, and gives each chunk its place on

@@ -71,6 +71,10 @@ struct Chunk {
 #[derive(Debug)]
 pub(crate) struct Window {
     pub(crate) source: Arc<Source>,
+    /// The object itself, for those who only have an address.
+    pub(crate) backing: Weak<Backing>,
+    /// Where in the object the window begins, in bytes.
+    pub(crate) start: u64,
     /// Where in the source the window begins, in bytes.
     pub(crate) offset: u64,
     /// Nothing is found here any more.
@@ -143,6 +147,14 @@ impl Bus {
         let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load();
         let open = window.as_ref().is_some_and(|window| !window.revoked.load(Ordering::Acquire));
         open.then_some((window, within & ((1 << chunk.window_bits) - 1)))
+    }
+
+    /// The object at an address, where in it that is, and the last address of the same window.
+    pub(crate) fn object(&self, oa: u64) -> Option<(Arc<Backing>, u64, u64)> {
+        let bits = self.chunk(oa >> CHUNK_BITS)?.window_bits;
+        let (window, within) = self.find(oa)?;
+        let window = window.as_ref()?;
+        Some((window.backing.upgrade()?, window.start + within, oa | ((1 << bits) - 1)))
     }
 
     /// Gives a part of an object 2^`bits` bytes of the bus.

@@ -100,8 +100,7 @@ impl GuestRam {
         let theirs = Memory::register(&backing, offset, region.len(), account)?;
         let mut runs = Vec::clone(&self.runs.load());
         let mut guest = region.start_addr().raw_value();
-        let registered = ours.registered();
-        for piece in registered.pieces(0, region.len()).into_iter().flatten() {
+        for piece in ours.pieces(0, region.len()).into_iter().flatten() {
             let run = Run { first: piece.oa.get(), last: piece.last(), guest };
             let index = runs.partition_point(|other| other.last < run.first);
             if runs.get(index).is_some_and(|other| other.first <= run.last) {
@@ -110,7 +109,6 @@ impl GuestRam {
             runs.insert(index, run);
             guest = guest.wrapping_add(piece.length);
         }
-        drop(registered);
         self.runs.store(Arc::new(runs));
         regions.push(Region { base: first, last, _memory: ours });
         Ok(theirs)

@@ -77,7 +77,8 @@ pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass,
 pub use ledger::{Account, OverLimit};
 pub use memory::{Memory, RegisterError, ReleaseError};
 pub use space::{
-    MapError, Permissions, ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,
+    AliasError, Extent, Extents, MapError, Mapped, MappingPolicy, Permissions, ProtectError, RemapError,
+    ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,
 };
 pub use table::Table;
 

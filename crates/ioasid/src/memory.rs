@@ -215,6 +215,11 @@ impl Registrations {
         self.free.push(number);
     }
 
+    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
+    pub(crate) fn note(&mut self, space: &Arc<Space>, hull: IovaRange) {
+        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
+    }
+
     /// Where any page of the object may be mapped, one note for each space.
     pub(crate) fn all_notes(&self) -> Vec<MappedIn> {
         let mut all: BTreeMap<u64, MappedIn> = BTreeMap::new();
@@ -238,43 +243,6 @@ impl Registrations {
 
 fn lock(notes: &Notes) -> MutexGuard<'_, Vec<MappedIn>> {
     notes.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What is registered, for as long as an operation lasts.
-pub(crate) struct Registered<'a> {
-    memory: &'a Memory,
-    extent: Reading<'a, Extent>,
-}
-
-impl Registered<'_> {
-    /// Whether these bytes can be mapped. If so, they can be for the rest of the operation; and what is mapped in it is
-    /// found by whoever takes them back meanwhile.
-    #[inline]
-    pub(crate) fn check(&self, offset: u64, length: u64) -> Result<(), Unavailable> {
-        let memory = self.memory;
-        if memory.backing.is_revoked() {
-            return Err(Unavailable::Revoked);
-        }
-        let end = offset.checked_add(length).filter(|end| length > 0 && *end <= self.extent.length);
-        if end.is_none() {
-            return Err(Unavailable::NotRegistered);
-        }
-        if memory.has_holes.load(Ordering::Acquire) {
-            let given_back = memory.given_back();
-            // Within the extent, so it is a range of pages.
-            let whole = pages(memory.offset + offset, length).is_some_and(|pages| given_back.is_free(pages));
-            return if whole { Ok(()) } else { Err(Unavailable::NotRegistered) };
-        }
-        Ok(())
-    }
-
-    /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
-    /// that is nothing or more than what is registered.
-    pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
-        let last = offset.checked_add(length.checked_sub(1)?).filter(|last| *last < self.extent.length)?;
-        let (first, last) = (self.memory.offset + offset, self.memory.offset + last);
-        Some(self.memory.object_pieces(&self.extent.places, first, last))
-    }
 }
 
 impl Memory {
@@ -463,16 +431,40 @@ impl Memory {
         self.has_holes.store(!holes.is_empty(), Ordering::Release);
     }
 
-    /// What is registered, for an operation to map.
+    /// Whether these bytes can be mapped. In an operation they can be for the rest of it, and the pieces stay the same; and
+    /// what is mapped in it is found by whoever takes them back meanwhile.
     #[inline]
-    pub(crate) fn registered(&self) -> Registered<'_> {
-        Registered { memory: self, extent: self.extent.read() }
+    pub(crate) fn check(&self, offset: u64, length: u64) -> Result<(), Unavailable> {
+        if self.backing.is_revoked() {
+            return Err(Unavailable::Revoked);
+        }
+        let end = offset.checked_add(length).filter(|_| length > 0);
+        if end.is_none_or(|end| end > self.extent.read().length) {
+            return Err(Unavailable::NotRegistered);
+        }
+        if self.has_holes.load(Ordering::Acquire) {
+            // Within the extent, so it is a range of pages.
+            let whole = pages(self.offset + offset, length);
+            if !whole.is_some_and(|pages| self.given_back().is_free(pages)) {
+                return Err(Unavailable::NotRegistered);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
+    /// that is nothing or more than what is registered.
+    #[inline]
+    pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
+        let extent = self.extent.read();
+        let last = offset.checked_add(length.checked_sub(1)?).filter(|last| *last < extent.length)?;
+        Some(self.object_pieces(extent, self.offset + offset, self.offset + last))
     }
 
     /// The pieces of bytes of the object, all of them registered, to the last one.
     fn object_pieces<'a>(
         &self,
-        places: &'a [Oa],
+        extent: Reading<'a, Extent>,
         mut at: u64,
         last: u64,
     ) -> impl Iterator<Item = Piece> + use<'a> {
@@ -484,9 +476,21 @@ impl Memory {
             if done {
                 return None;
             }
-            let place = places.get(((at >> bits) - first_chunk) as usize)?;
-            let end = (at | low).min(last);
-            let piece = Piece { oa: Oa::new(place.get() + (at & low)), length: end - at + 1 };
+            let chunk = ((at >> bits) - first_chunk) as usize;
+            let place = extent.places.get(chunk)?.get();
+            let mut end = at | low;
+            // A large object mostly has one window behind the other.
+            let mut behind = extent.places.iter().skip(chunk + 1);
+            let mut expected = place;
+            while end < last {
+                expected += low + 1;
+                if behind.next().is_none_or(|next| next.get() != expected) {
+                    break;
+                }
+                end += low + 1;
+            }
+            let end = end.min(last);
+            let piece = Piece { oa: Oa::new(place + (at & low)), length: end - at + 1 };
             done = end == last;
             at = end.wrapping_add(1);
             Some(piece)
@@ -518,11 +522,10 @@ impl Memory {
 
     /// The pieces that these pages, all of them registered, consist of, by output address.
     fn page_pieces(&self, pages: &[Range<u64>]) -> Vec<Piece> {
-        let extent = self.extent.read();
         let last = |page: u64| (page << PAGE_BITS) | ((1 << PAGE_BITS) - 1);
         let bytes = pages.iter().map(|pages| (pages.start << PAGE_BITS, last(pages.end - 1)));
         let mut pieces: Vec<Piece> =
-            bytes.flat_map(|(first, last)| self.object_pieces(&extent.places, first, last)).collect();
+            bytes.flat_map(|(first, last)| self.object_pieces(self.extent.read(), first, last)).collect();
         pieces.sort_unstable_by_key(|piece| piece.oa);
         pieces
     }
