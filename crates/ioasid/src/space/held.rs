@@ -43,7 +43,7 @@ impl Stay {
 /// Leaves that this operation owns while they translate.
 pub(super) struct Held<'a> {
     space: &'a Space,
-    /// `None` only while waiting.
+    /// `None` while waiting, and after it was left.
     stay: Option<Stay>,
     gather: Gather<HeapTables, AtomicU64>,
 }
@@ -62,7 +62,7 @@ impl<'a> Held<'a> {
         &self.space.native
     }
 
-    /// The layout that the operation goes by. None while it waits, and it does not do both.
+    /// The layout that the operation goes by, as long as it is in its section.
     pub(super) fn layout(&self) -> Option<&Layout> {
         self.stay.as_ref().map(|stay| &**stay.layout)
     }
@@ -98,6 +98,11 @@ impl<'a> Held<'a> {
         mapped != held
     }
 
+    /// Ends the section. The leaves stay held; what they are can be asked in a section of the caller's own.
+    pub(super) fn leave(&mut self) {
+        self.stay = None;
+    }
+
     fn let_go(&mut self) {
         for run in std::mem::take(&mut self.gather.runs).iter() {
             self.space.native.let_go_all(run);
@@ -119,12 +124,30 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
+        if self.stay.is_none() {
+            self.stay = Some(Stay::begin(self.space));
+        }
         self.let_go();
         epoch::retire(std::mem::take(&mut self.gather.retired));
     }
 }
 
 impl Space {
+    /// Like [`hold`](Self::hold), but never waits. `None`: another operation is at work in the range.
+    pub(super) fn try_hold<P: Iterator<Item = Portion>>(
+        &self,
+        range: IovaRange,
+        portions: impl Fn() -> P,
+    ) -> Result<Option<Held<'_>>, CutError> {
+        let mut held = Held::nothing(self);
+        match held.take(portions(), range.first()) {
+            Ok(()) if held.misses_something(range) => Ok(None),
+            Ok(()) => Ok(Some(held)),
+            Err(RetractError::Contended { .. }) => Ok(None),
+            Err(RetractError::Cut(error)) => Err(error),
+        }
+    }
+
     /// Owns all that is mapped in these portions, which ascend within `range`, at one moment. Fails only where a leaf
     /// has to be cut and cannot be.
     pub(super) fn hold<P: Iterator<Item = Portion>>(
