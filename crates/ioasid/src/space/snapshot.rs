@@ -35,9 +35,11 @@ impl Names {
             if !known.insert(name) {
                 return Err(SnapshotError::NamedTwice { name });
             }
-            let (first, last) = memory.in_object();
             let object = Arc::as_ptr(memory.backing()) as usize;
-            objects.entry(object).or_default().push(Named { first, last, name });
+            // All of it may have been given back.
+            let last = memory.length().checked_sub(1).map(|length| memory.offset() + length);
+            let part = last.map(|last| Named { first: memory.offset(), last, name });
+            objects.entry(object).or_default().extend(part);
         }
         for parts in objects.values_mut() {
             parts.sort_unstable_by_key(|part| (part.first, std::cmp::Reverse(part.last)));
@@ -199,10 +201,9 @@ impl Space {
 
 /// How many leaves at most it takes to map what was one leaf. Where the memory has moved in its object it may be many.
 fn pieces_of_leaf(run: &Run, memory: &Memory, space: &Space) -> u64 {
-    let (first, _) = memory.in_object();
     // No leaf can rely on more than the size of the largest window of the bus.
     let largest = run.leaf.min(PageSize::SIZE_1G);
-    let possible = first.wrapping_add(run.offset) % largest.bytes() == 0;
+    let possible = memory.offset().wrapping_add(run.offset) % largest.bytes() == 0;
     let piece = if possible { largest } else { space.granule() };
     run.leaf.bytes() / piece.bytes().min(run.leaf.bytes())
 }
