@@ -11,7 +11,7 @@ use ioasid::{Account, Bus, GuestRam, Iova, IovaRange, Memory, Permissions, Space
 use std::error::Error;
 use std::io::{Read, Write};
 use std::sync::Arc;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::iommu::IommuMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap};
 
