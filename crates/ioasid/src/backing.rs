@@ -10,13 +10,13 @@
 //! is gone.
 
 use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, SMALLEST_WINDOW_BITS, Window};
-use crate::coverage::Coverage;
 use crate::epoch;
 use crate::host_memory::HostMemory;
+use crate::ledger::charges::Charges;
 use crate::ledger::{Account, OverLimit};
-use crate::memory::MappedIn;
+use crate::mapped_in::MappedIn;
 use ioasid_pagetable::Oa;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
@@ -66,14 +66,20 @@ pub struct Backing {
     books: Mutex<Books>,
 }
 
+/// What is registered of an object.
 #[derive(Debug, Default)]
-struct Books {
-    /// How many registrations hold each page.
-    holds: Coverage,
-    /// The same for each account that pays for some of them.
-    charges: HashMap<u64, Coverage>,
+pub(crate) struct Books {
+    /// How many registrations hold each page, and who pays for it.
+    charges: Charges,
     /// The windows in use, by number of the chunk of the object.
     windows: BTreeMap<u64, PlacedWindow>,
+}
+
+impl Books {
+    /// Who pays for which pages.
+    pub(crate) fn charges(&mut self) -> &mut Charges {
+        &mut self.charges
+    }
 }
 
 #[derive(Debug)]
@@ -83,11 +89,33 @@ struct PlacedWindow {
     registrations: u64,
 }
 
+/// The places on the bus of consecutive chunks of an object. Most registrations lie in one.
+#[derive(Debug)]
+pub(crate) enum Places {
+    One([Oa; 1]),
+    Several(Box<[Oa]>),
+}
+
+impl Places {
+    pub(crate) fn as_slice(&self) -> &[Oa] {
+        match self {
+            Places::One(place) => place,
+            Places::Several(places) => places,
+        }
+    }
+}
+
 /// Why nothing was held.
 #[derive(Debug)]
 pub(crate) enum HoldError {
     OverLimit(OverLimit),
     BusFull,
+}
+
+impl From<OverLimit> for HoldError {
+    fn from(error: OverLimit) -> HoldError {
+        HoldError::OverLimit(error)
+    }
 }
 
 impl From<BusFull> for HoldError {
@@ -157,11 +185,14 @@ impl Backing {
     }
 
     /// The fewest and the most registrations that hold a page of these bytes.
-    pub fn holds(&self, offset: u64, length: u64) -> RangeInclusive<u32> {
-        pages(offset, length).map_or(0..=0, |pages| self.books().holds.least_and_most(pages))
+    pub fn holds(&self, offset: u64, length: u64) -> RangeInclusive<u64> {
+        let pages = pages(offset, length).unwrap_or_default();
+        let (least, most) = self.books().charges.least_and_most(pages);
+        least..=most
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    /// What is registered of it, locked.
+    pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -180,89 +211,38 @@ impl Backing {
         }
     }
 
-    /// Charges pages that the account does not pay for yet, holds all of them, and gives each chunk its place on
-    /// the bus. All or nothing.
-    pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Vec<Oa>, HoldError> {
-        let bits = self.window_bits();
-        let needed = chunks(&held, bits);
+    /// Charges pages that the account and those above it do not pay for yet, holds all of them, and gives each chunk its
+    /// place on the bus. All or nothing.
+    pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Places, HoldError> {
+        let needed = chunks(&held, self.window_bits());
         if needed.end - needed.start > CHUNKS {
             return Err(HoldError::BusFull);
         }
         let mut books = self.books();
-        let Books { charges, windows, holds } = &mut *books;
-        let charge = charges.entry(account.id()).or_default();
-        let unpaid = charge.held_exactly(held.clone(), 0).map(|part| part.end - part.start).sum();
-        if let Err(error) = account.charge(unpaid) {
-            if charge.is_empty() {
-                charges.remove(&account.id());
-            }
-            return Err(HoldError::OverLimit(error));
+        let Books { charges, windows } = &mut *books;
+        charges.hold(held.clone(), account);
+        let placed = account.charge(charges.changed(account), || self.enter_windows(windows, needed));
+        if placed.is_err() {
+            charges.release(held, account);
+            charges.forget(account);
         }
-        charge.hold(held.clone());
-        let mut places = Vec::new();
-        for chunk in needed.clone() {
-            let placed = match windows.get_mut(&chunk) {
-                Some(window) => {
-                    window.registrations += 1;
-                    Ok(window.oa)
-                }
-                None => {
-                    let window = Window { source: self.source.clone(), offset: chunk << bits };
-                    self.bus.add_window(bits, window).inspect(|&oa| {
-                        windows.insert(chunk, PlacedWindow { oa, registrations: 1 });
-                    })
-                }
-            };
-            match placed {
-                Ok(oa) => places.push(oa),
-                Err(error) => {
-                    self.leave_windows(windows, needed.start..needed.start + places.len() as u64);
-                    charge.release(held);
-                    if charge.is_empty() {
-                        charges.remove(&account.id());
-                    }
-                    account.credit(unpaid);
-                    return Err(error.into());
-                }
-            }
-        }
-        holds.hold(held);
-        Ok(places)
+        placed
     }
 
     /// Those of the pages that this is the only registration to hold, and the others.
     pub(crate) fn held_once(&self, held: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-        let books = self.books();
-        let mut next = held.start;
-        let mut others = Vec::new();
-        let ours: Vec<Range<u64>> = books.holds.held_exactly(held.clone(), 1).collect();
-        for part in &ours {
-            if next < part.start {
-                others.push(next..part.start);
-            }
-            next = part.end;
-        }
-        if next < held.end {
-            others.push(next..held.end);
-        }
-        (ours, others)
+        self.books().charges.held_once(held)
     }
 
     /// Undoes [`hold`](Self::hold). Returns whether anything of the object is still held.
     pub(crate) fn release(&self, held: Range<u64>, account: &Account) -> bool {
         let mut books = self.books();
-        let Books { charges, windows, holds } = &mut *books;
-        holds.release(held.clone());
-        if let Some(charge) = charges.get_mut(&account.id()) {
-            let paid = charge.held_exactly(held.clone(), 1).map(|part| part.end - part.start).sum();
-            charge.release(held.clone());
-            if charge.is_empty() {
-                charges.remove(&account.id());
-            }
-            account.credit(paid);
-        }
+        let Books { charges, windows } = &mut *books;
         let gone = self.leave_windows(windows, chunks(&held, self.window_bits()));
-        let others = !holds.is_empty();
+        charges.release(held, account);
+        account.credit(charges.changed(account));
+        charges.forget(account);
+        let others = !charges.is_empty();
         drop(books);
         if gone && matches!(&*self.source, Source::Host(memory) if memory.is_borrowed()) {
             // All mappings have gone before, but who asks for an address that no table gave is no reason to touch
@@ -270,6 +250,39 @@ impl Backing {
             epoch::wait_for_dma();
         }
         others
+    }
+
+    /// Finds or makes a window for each of the chunks. All or nothing.
+    fn enter_windows(
+        &self,
+        windows: &mut BTreeMap<u64, PlacedWindow>,
+        chunks: Range<u64>,
+    ) -> Result<Places, HoldError> {
+        if chunks.end - chunks.start == 1 {
+            return Ok(Places::One([self.enter_window(windows, chunks.start)?]));
+        }
+        let mut places = Vec::new();
+        for chunk in chunks.clone() {
+            match self.enter_window(windows, chunk) {
+                Ok(oa) => places.push(oa),
+                Err(error) => {
+                    self.leave_windows(windows, chunks.start..chunk);
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(Places::Several(places.into_boxed_slice()))
+    }
+
+    fn enter_window(&self, windows: &mut BTreeMap<u64, PlacedWindow>, chunk: u64) -> Result<Oa, BusFull> {
+        if let Some(window) = windows.get_mut(&chunk) {
+            window.registrations += 1;
+            return Ok(window.oa);
+        }
+        let bits = self.window_bits();
+        let oa = self.bus.add_window(bits, Window { source: self.source.clone(), offset: chunk << bits })?;
+        windows.insert(chunk, PlacedWindow { oa, registrations: 1 });
+        Ok(oa)
     }
 
     /// Gives back the windows that nobody needs any more; whether there were any.

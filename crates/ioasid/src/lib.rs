@@ -45,7 +45,6 @@
 #[allow(unsafe_code, reason = "takes memory that its caller vouches for")]
 mod backing;
 mod bus;
-mod coverage;
 mod derived;
 mod device;
 mod dma;
@@ -56,6 +55,7 @@ mod host_memory;
 mod iommu;
 pub mod iova;
 mod ledger;
+mod mapped_in;
 mod memory;
 mod sleeping;
 mod space;
@@ -68,7 +68,7 @@ pub use device::Device;
 pub use dma::{DmaError, Here, Late, Translated};
 pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, WalkFault};
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
-pub use ledger::{Account, OverLimit};
+pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, RegisterError};
 pub use space::{
     MapError, Permissions, ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,

@@ -7,13 +7,13 @@
 //! which spaces, and between which addresses. When it is dropped, the pages that no other registration holds are
 //! unmapped there first: no mapping outlives the memory behind it.
 
-use crate::backing::{Backing, HoldError, PAGE_BITS, pages};
+use crate::backing::{Backing, HoldError, PAGE_BITS, Places, pages};
 use crate::ledger::{Account, OverLimit};
+use crate::mapped_in::{MappedIn, Notes};
 use crate::space::Space;
-use arc_swap::ArcSwapOption;
 use ioasid_pagetable::{IovaRange, Oa};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
 /// dropped. Dropping it unmaps it wherever it is still mapped.
@@ -23,22 +23,12 @@ pub struct Memory {
     /// In bytes of the object.
     offset: u64,
     length: u64,
-    account: Account,
-    held: Range<u64>,
+    /// Who is charged. Changes only while the backing's books are locked.
+    payer: Mutex<Account>,
     /// The places on the bus of the chunks it lies in.
-    places: Box<[Oa]>,
+    places: Places,
     /// Where it was mapped.
-    mapped: Mutex<Vec<MappedIn>>,
-    /// The newest of these notes, so that mapping again in the same place takes no lock.
-    newest: ArcSwapOption<MappedIn>,
-}
-
-/// A note that memory was mapped into a space, nowhere but between these addresses.
-#[derive(Clone, Debug)]
-pub(crate) struct MappedIn {
-    space_id: u64,
-    space: Weak<Space>,
-    hull: IovaRange,
+    mapped: Notes,
 }
 
 /// Why memory was not registered. Nothing is charged or held.
@@ -86,21 +76,6 @@ impl Piece {
     }
 }
 
-impl MappedIn {
-    /// Adds a note to others, of which there is one for each space.
-    fn add_to(&self, notes: &mut Vec<MappedIn>) {
-        match notes.iter_mut().find(|note| note.space_id == self.space_id) {
-            Some(note) => note.widen(self.hull),
-            None => notes.push(self.clone()),
-        }
-    }
-
-    fn widen(&mut self, range: IovaRange) {
-        let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
-        self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
-    }
-}
-
 impl Memory {
     /// Registers `length` bytes of the object from `offset` on.
     ///
@@ -119,16 +94,14 @@ impl Memory {
             return Err(RegisterError::OutOfBounds { offset, length });
         }
         let _registering = backing.registering();
-        let places = backing.hold(held.clone(), account)?.into_boxed_slice();
+        let places = backing.hold(held, account)?;
         Ok(Arc::new(Memory {
             backing: backing.clone(),
             offset,
             length,
-            account: account.clone(),
-            held,
+            payer: Mutex::new(account.clone()),
             places,
-            mapped: Mutex::new(Vec::new()),
-            newest: ArcSwapOption::empty(),
+            mapped: Notes::default(),
         }))
     }
 
@@ -142,6 +115,18 @@ impl Memory {
         &self.backing
     }
 
+    /// The pages that are held, by number in the object.
+    pub(crate) fn held(&self) -> Range<u64> {
+        // Checked when it was registered.
+        let last = self.offset + (self.length - 1);
+        self.offset >> PAGE_BITS..(last >> PAGE_BITS) + 1
+    }
+
+    /// The account that is charged. Not to be changed unless the backing's books are locked.
+    pub(crate) fn payer(&self) -> &Mutex<Account> {
+        &self.payer
+    }
+
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
     /// that is nothing or more than what is registered.
     pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
@@ -152,14 +137,14 @@ impl Memory {
     /// The same for bytes of the object, all of them registered, to the last one.
     fn object_pieces(&self, mut at: u64, last: u64) -> impl Iterator<Item = Piece> + '_ {
         let bits = self.backing.window_bits();
-        let first_chunk = (self.held.start << PAGE_BITS) >> bits;
+        let first_chunk = self.offset >> bits;
         let low = (1u64 << bits) - 1;
         let mut done = false;
         std::iter::from_fn(move || {
             if done {
                 return None;
             }
-            let place = self.places.get(((at >> bits) - first_chunk) as usize)?;
+            let place = self.places.as_slice().get(((at >> bits) - first_chunk) as usize)?;
             let end = (at | low).min(last);
             let piece = Piece { oa: Oa::new(place.get() + (at & low)), length: end - at + 1 };
             done = end == last;
@@ -170,25 +155,7 @@ impl Memory {
 
     /// Notes that it is about to be mapped there.
     pub(crate) fn note_mapped(&self, space: &Arc<Space>, range: IovaRange) {
-        if let Some(newest) = &*self.newest.load() {
-            if newest.space_id == space.id() && newest.hull.covers(&range) {
-                return;
-            }
-        }
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let note = match mapped.iter_mut().find(|mapped| mapped.space_id == space.id()) {
-            Some(mapped) => {
-                mapped.widen(range);
-                mapped.clone()
-            }
-            None => {
-                mapped.retain(|mapped| mapped.space.strong_count() > 0);
-                let note = MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull: range };
-                mapped.push(note.clone());
-                note
-            }
-        };
-        self.newest.store(Some(Arc::new(note)));
+        self.mapped.add(space, range);
     }
 
     /// The pieces that these pages, all of them registered, consist of, by output address.
@@ -205,8 +172,8 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let mut earlier = self.backing.registering();
-        let own = std::mem::take(self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let (ours, shared) = self.backing.held_once(self.held.clone());
+        let own = self.mapped.all();
+        let (ours, shared) = self.backing.held_once(self.held());
         let going = self.page_pieces(&ours);
         if !going.is_empty() {
             for note in own.iter().chain(earlier.iter()) {
@@ -224,8 +191,9 @@ impl Drop for Memory {
                 note.add_to(&mut earlier);
             }
         }
-        earlier.retain(|note| note.space.strong_count() > 0);
-        if !self.backing.release(self.held.clone(), &self.account) {
+        earlier.retain(MappedIn::is_current);
+        let payer = self.payer.get_mut().unwrap_or_else(PoisonError::into_inner).clone();
+        if !self.backing.release(self.held(), &payer) {
             earlier.clear();
         }
     }

@@ -1,0 +1,413 @@
+//! How often each page of an object is held.
+//!
+//! A count for every page would cost memory in proportion to the object. A registration holds an interval, so the
+//! counts are a step function, and it is the steps that are kept: a terabyte registered once is two of them, and
+//! whatever is held, no more than two for each registration.
+//!
+//! # Blocks
+//!
+//! One more hold changes the function at two pages, the ends of the interval; in between every step goes up by one
+//! and no two become equal. A tree with an entry for each step would be searched several times for that, and each
+//! of its nodes is a cache miss once there are many. So steps are kept sorted in *blocks* of some dozens, each of
+//! which stands for the pages up to the next block, and the tree leads to blocks. Usually both ends lie in one block:
+//! a change is one search in a small tree, one in an array, and a move of a few hundred bytes.
+//!
+//! A block begins with a step even if nothing changes there, so that a change never has to look at the block before.
+//! No two neighbours are both nearly empty, so what is kept stays in proportion to the steps that there are.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A block with more steps than this is split. Small in unit tests, so that few steps fill many blocks.
+const BLOCK: usize = if cfg!(test) { 6 } else { 62 };
+/// A block of no more than this is joined with a neighbour if both are half a block at most.
+const SPARSE: usize = BLOCK / 4;
+
+/// A step function over page numbers, 0 almost everywhere.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Coverage {
+    /// By their first page. The first block begins at page 0, the last ends behind all pages. None: 0 everywhere.
+    blocks: BTreeMap<u64, Block>,
+}
+
+/// What the function is between two pages.
+#[derive(Clone, Debug)]
+struct Block {
+    /// The first page behind it.
+    end: u64,
+    /// Never empty; the first is at the block's first page. No two neighbours have the same count.
+    steps: Vec<Step>,
+}
+
+/// From this page on, up to the next step, every page is held this often.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Step {
+    page: u64,
+    count: u64,
+}
+
+/// One hold more, or one less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Change {
+    Hold,
+    Release,
+}
+
+impl Change {
+    fn of(self, count: u64) -> u64 {
+        match self {
+            Change::Hold => count.saturating_add(1),
+            Change::Release => count.saturating_sub(1),
+        }
+    }
+
+    /// Whether a page that was held so often becomes held, or is held no more.
+    fn crosses(self, count: u64) -> bool {
+        count
+            == match self {
+                Change::Hold => 0,
+                Change::Release => 1,
+            }
+    }
+}
+
+impl Coverage {
+    /// Adds one hold of every page. Returns how many pages were not held before.
+    pub(crate) fn hold(&mut self, pages: Range<u64>) -> u64 {
+        if self.blocks.is_empty() && !pages.is_empty() {
+            let steps = vec![Step { page: 0, count: 0 }];
+            self.blocks.insert(0, Block { end: u64::MAX, steps });
+        }
+        self.change(pages, Change::Hold)
+    }
+
+    /// Takes one hold of every page back. Returns how many pages are not held any more.
+    pub(crate) fn release(&mut self, pages: Range<u64>) -> u64 {
+        let released = self.change(pages, Change::Release);
+        if let (1, Some((_, only))) = (self.blocks.len(), self.blocks.first_key_value()) {
+            if only.steps == [Step { page: 0, count: 0 }] {
+                self.blocks.clear();
+            }
+        }
+        released
+    }
+
+    /// Cuts the range into the parts that are held exactly once and the others.
+    pub(crate) fn held_once(&self, pages: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let (mut once, mut others) = (Vec::<Range<u64>>::new(), Vec::<Range<u64>>::new());
+        for (part, count) in self.parts(pages) {
+            let parts = if count == 1 { &mut once } else { &mut others };
+            match parts.last_mut() {
+                Some(last) if last.end == part.start => last.end = part.end,
+                _ => parts.push(part),
+            }
+        }
+        (once, others)
+    }
+
+    /// The fewest and the most holds of a page in the range; 0 for an empty one.
+    pub(crate) fn least_and_most(&self, pages: Range<u64>) -> (u64, u64) {
+        let counts = self.parts(pages).map(|(_, count)| (count, count));
+        counts.reduce(|(least, most), (count, _)| (least.min(count), most.max(count))).unwrap_or((0, 0))
+    }
+
+    /// Whether nothing is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    /// The range, cut where the count changes; a count that goes on in the next block is reported for each block.
+    fn parts(&self, pages: Range<u64>) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
+        let nothing = (self.blocks.is_empty() && !pages.is_empty()).then(|| (pages.clone(), 0));
+        let first = self.blocks.range(..=pages.start).next_back().map_or(0, |(first, _)| *first);
+        let blocks = self.blocks.range(first..pages.end.max(first)).map(|(_, block)| block);
+        let parts = blocks.flat_map(Block::parts).filter_map(move |(part, count)| {
+            let part = part.start.max(pages.start)..part.end.min(pages.end);
+            (!part.is_empty()).then_some((part, count))
+        });
+        nothing.into_iter().chain(parts)
+    }
+
+    fn change(&mut self, pages: Range<u64>, change: Change) -> u64 {
+        let mut crossed = 0;
+        let mut at = pages.start;
+        while at < pages.end {
+            let Some((&first, block)) = self.blocks.range_mut(..=at).next_back() else { break };
+            let end = block.end.min(pages.end);
+            crossed += block.change(at..end, change);
+            if block.steps.len() > BLOCK {
+                let (page, split) = block.split();
+                self.blocks.insert(page, split);
+            } else if block.steps.len() <= SPARSE {
+                self.join_around(first);
+            }
+            at = end;
+        }
+        crossed
+    }
+
+    /// Joins a block that has become small with its neighbours, as long as the result is not large.
+    fn join_around(&mut self, first: u64) {
+        let before = self.blocks.range(..first).next_back().map(|(before, _)| *before);
+        self.join_next(first);
+        if let Some(before) = before {
+            self.join_next(before);
+        }
+    }
+
+    /// Joins a block with the next one, if there is one and both fit well into one.
+    fn join_next(&mut self, first: u64) {
+        let Some(block) = self.blocks.get(&first) else { return };
+        let (end, length) = (block.end, block.steps.len());
+        match self.blocks.get(&end) {
+            Some(next) if length + next.steps.len() <= BLOCK / 2 => {}
+            _ => return,
+        }
+        if let (Some(next), Some(block)) = (self.blocks.remove(&end), self.blocks.get_mut(&first)) {
+            block.append(&next);
+        }
+    }
+}
+
+impl Block {
+    /// Changes the count of pages that all lie in this block. Returns how many became held or unheld by it.
+    fn change(&mut self, pages: Range<u64>, change: Change) -> u64 {
+        let steps = &mut self.steps;
+        // The step that the first page stands on, and the first one that is not changed any more.
+        let first = steps.partition_point(|step| step.page <= pages.start).saturating_sub(1);
+        let mut behind = first;
+        let mut crossed = 0;
+        let mut last = 0;
+        while let Some(step) = steps.get(behind).copied().filter(|step| step.page < pages.end) {
+            let end = steps.get(behind + 1).map_or(self.end, |next| next.page);
+            if change.crosses(step.count) {
+                crossed += end.min(pages.end) - step.page.max(pages.start);
+            }
+            last = step.count;
+            behind += 1;
+        }
+        // In between all counts change alike. What is left are the two ends; each is a step if the counts before
+        // and behind it are different.
+        for step in &mut steps[first + 1..behind] {
+            step.count = change.of(step.count);
+        }
+        let old = steps[first];
+        let (mut head, mut tail) = (Few::default(), Few::default());
+        if old.page < pages.start {
+            head.push(old);
+        }
+        if head.length > 0 || first == 0 || steps[first - 1].count != change.of(old.count) {
+            head.push(Step { page: pages.start, count: change.of(old.count) });
+        }
+        let at_end = steps.get(behind).filter(|step| step.page == pages.end);
+        let replaced = behind..behind + usize::from(at_end.is_some());
+        let count = at_end.map_or(last, |step| step.count);
+        // The next block has a step at its beginning in any case.
+        if pages.end < self.end && count != change.of(last) {
+            tail.push(Step { page: pages.end, count });
+        }
+        if first + 1 == behind {
+            // In one move.
+            tail.steps[..tail.length].iter().for_each(|step| head.push(*step));
+            replace(steps, first..replaced.end, &head.steps[..head.length]);
+        } else {
+            replace(steps, replaced, &tail.steps[..tail.length]);
+            replace(steps, first..first + 1, &head.steps[..head.length]);
+        }
+        crossed
+    }
+
+    /// The parts of equal counts.
+    fn parts(&self) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
+        let ends = self.steps.iter().skip(1).map(|step| step.page).chain([self.end]);
+        self.steps.iter().zip(ends).map(|(step, end)| (step.page..end, step.count))
+    }
+
+    /// Splits the second half off, and returns it with its first page. The last block is filled up before, because
+    /// pages often come in ascending order.
+    fn split(&mut self) -> (u64, Block) {
+        let middle = if self.end == u64::MAX { self.steps.len() - 2 } else { self.steps.len() / 2 };
+        let mut steps = Vec::with_capacity(BLOCK + 2);
+        steps.extend_from_slice(&self.steps[middle..]);
+        self.steps.truncate(middle);
+        let page = steps[0].page;
+        let split = Block { end: self.end, steps };
+        self.end = page;
+        (page, split)
+    }
+
+    /// Adds the block behind this one.
+    fn append(&mut self, next: &Block) {
+        let same = self.steps.last().map(|step| step.count) == next.steps.first().map(|step| step.count);
+        self.steps.extend_from_slice(&next.steps[usize::from(same)..]);
+        self.end = next.end;
+    }
+}
+
+/// Steps that take the place of others.
+#[derive(Default)]
+struct Few {
+    steps: [Step; 3],
+    length: usize,
+}
+
+impl Few {
+    fn push(&mut self, step: Step) {
+        self.steps[self.length] = step;
+        self.length += 1;
+    }
+}
+
+/// Puts a few steps in the place of others. `Vec::splice` does the same, and takes three times as long for so few.
+fn replace(steps: &mut Vec<Step>, old: Range<usize>, new: &[Step]) {
+    let length = steps.len();
+    let behind = old.start + new.len();
+    if behind > old.end {
+        steps.resize(length + (behind - old.end), Step::default());
+    }
+    steps.copy_within(old.end..length, behind);
+    steps[old.start..behind].copy_from_slice(new);
+    steps.truncate(length + behind - old.end);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    impl Coverage {
+        fn steps(&self) -> Vec<Step> {
+            self.blocks.values().flat_map(|block| block.steps.iter().copied()).collect()
+        }
+
+        /// How many intervals of equal counts are kept.
+        pub(crate) fn intervals(&self) -> usize {
+            self.steps().len()
+        }
+
+        fn at(&self, page: u64) -> u64 {
+            self.least_and_most(page..page + 1).0
+        }
+
+        /// What the module says that it keeps.
+        fn check(&self) {
+            let mut next = 0;
+            for (first, block) in &self.blocks {
+                assert_eq!((*first, block.steps[0].page), (next, next));
+                assert!(block.steps.len() <= BLOCK && !block.steps.is_empty());
+                for pair in block.steps.windows(2) {
+                    assert!(pair[0].page < pair[1].page && pair[0].count != pair[1].count, "{pair:?}");
+                }
+                assert!(block.steps.last().unwrap().page < block.end);
+                next = block.end;
+            }
+            assert_eq!(next, if self.blocks.is_empty() { 0 } else { u64::MAX });
+            let lengths: Vec<usize> = self.blocks.values().map(|block| block.steps.len()).collect();
+            for pair in lengths.windows(2) {
+                assert!(pair.iter().any(|length| *length > SPARSE), "{lengths:?}");
+            }
+        }
+    }
+
+    const PAGES: u64 = 120;
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_count_for_every_page(
+            changes in prop::collection::vec((0u64..PAGES, 0u64..PAGES, 0u8..3, 0usize..64), 1..200),
+            query in (0u64..PAGES, 0u64..PAGES),
+            short in any::<bool>(),
+        ) {
+            let mut coverage = Coverage::default();
+            let mut plain = [0u64; PAGES as usize + 2];
+            let mut held: Vec<Range<u64>> = Vec::new();
+            for (a, b, kind, which) in changes {
+                let pages = if short { a..a + b % 4 } else { a.min(b)..a.max(b) };
+                let pages = pages.start..pages.end.min(PAGES);
+                let slice = |pages: &Range<u64>| pages.start as usize..pages.end.max(pages.start) as usize;
+                if kind == 0 && !held.is_empty() {
+                    let pages = held.swap_remove(which % held.len());
+                    let counts = &mut plain[slice(&pages)];
+                    let released = counts.iter().filter(|count| **count == 1).count() as u64;
+                    counts.iter_mut().for_each(|count| *count -= 1);
+                    prop_assert_eq!(coverage.release(pages), released);
+                } else {
+                    held.push(pages.clone());
+                    let counts = &mut plain[slice(&pages)];
+                    let new = counts.iter().filter(|count| **count == 0).count() as u64;
+                    counts.iter_mut().for_each(|count| *count += 1);
+                    prop_assert_eq!(coverage.hold(pages), new);
+                }
+                coverage.check();
+                for (page, &count) in plain.iter().enumerate() {
+                    prop_assert_eq!(coverage.at(page as u64), count);
+                }
+            }
+            let query = query.0.min(query.1)..query.0.max(query.1) + 1;
+            let slice = &plain[query.start as usize..query.end as usize];
+            let extremes = (*slice.iter().min().unwrap(), *slice.iter().max().unwrap());
+            prop_assert_eq!(coverage.least_and_most(query.clone()), extremes);
+            let (once, others) = coverage.held_once(query.clone());
+            for page in query {
+                let within = |parts: &[Range<u64>]| parts.iter().filter(|part| part.contains(&page)).count();
+                let expected = if plain[page as usize] == 1 { (1, 0) } else { (0, 1) };
+                prop_assert_eq!((within(&once), within(&others)), expected);
+            }
+            prop_assert!(once.windows(2).chain(others.windows(2)).all(|pair| pair[0].end < pair[1].start));
+            for pages in held {
+                coverage.release(pages);
+                coverage.check();
+            }
+            prop_assert!(coverage.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_is_kept_depends_on_registrations_and_not_on_pages() {
+        let mut coverage = Coverage::default();
+        assert_eq!(coverage.hold(0..1 << 52), 1 << 52);
+        assert_eq!(coverage.intervals(), 2);
+        assert_eq!(coverage.release(0..1 << 52), 1 << 52);
+        assert!(coverage.is_empty());
+
+        // Every other page, several times, is the worst that can be done with pages.
+        const PIECES: u64 = 1000;
+        for round in 0..3 {
+            for piece in 0..PIECES {
+                assert_eq!(coverage.hold(2 * piece..2 * piece + 1), u64::from(round == 0));
+            }
+            coverage.check();
+            assert!(coverage.intervals() as u64 <= 2 * PIECES + 1 + coverage.blocks.len() as u64);
+        }
+        // Without the gaps it is one piece.
+        for piece in 0..PIECES {
+            for _ in 0..3 {
+                coverage.hold(2 * piece + 1..2 * piece + 2);
+            }
+        }
+        coverage.check();
+        assert!(coverage.intervals() <= 2 + coverage.blocks.len());
+        for piece in (0..2 * PIECES).rev() {
+            for _ in 0..3 {
+                coverage.release(piece..piece + 1);
+            }
+        }
+        assert!(coverage.is_empty());
+    }
+
+    #[test]
+    fn nested_intervals_keep_two_steps_each() {
+        let mut coverage = Coverage::default();
+        for depth in 0..500 {
+            coverage.hold(depth..1000 - depth);
+        }
+        coverage.check();
+        assert_eq!((coverage.at(499), coverage.at(500), coverage.at(1000)), (500, 500, 0));
+        assert!(coverage.intervals() <= 1000 + coverage.blocks.len());
+        // In another order than they came.
+        for depth in 0..500 {
+            coverage.release(depth..1000 - depth);
+        }
+        assert!(coverage.is_empty());
+    }
+}
