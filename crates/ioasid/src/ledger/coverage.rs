@@ -12,11 +12,18 @@
 //! which stands for the pages up to the next block, and the tree leads to blocks. Usually both ends lie in one block:
 //! a change is one search in a small tree, one in an array, and a move of a few hundred bytes.
 //!
+//! Where steps are close to one another, as when a device driver maps single pages of a buffer in any order, a
+//! block becomes [`Dense`]: bits for each page, which take less than the steps did.
+//!
 //! A block begins with a step even if nothing changes there, so that a change never has to look at the block before.
 //! No two neighbours are both nearly empty, so what is kept stays in proportion to the steps that there are.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+
+mod dense;
+
+use dense::Dense;
 
 /// A block with more steps than this is split. Small in unit tests, so that few steps fill many blocks.
 const BLOCK: usize = if cfg!(test) { 6 } else { 62 };
@@ -35,8 +42,14 @@ pub(crate) struct Coverage {
 struct Block {
     /// The first page behind it.
     end: u64,
+    content: Content,
+}
+
+#[derive(Clone, Debug)]
+enum Content {
     /// Never empty; the first is at the block's first page. No two neighbours have the same count.
-    steps: Vec<Step>,
+    Steps(Vec<Step>),
+    Dense(Dense),
 }
 
 /// From this page on, up to the next step, every page is held this often.
@@ -76,7 +89,7 @@ impl Coverage {
     pub(crate) fn hold(&mut self, pages: Range<u64>) -> u64 {
         if self.blocks.is_empty() && !pages.is_empty() {
             let steps = vec![Step { page: 0, count: 0 }];
-            self.blocks.insert(0, Block { end: u64::MAX, steps });
+            self.blocks.insert(0, Block { end: u64::MAX, content: Content::Steps(steps) });
         }
         self.change(pages, Change::Hold)
     }
@@ -85,7 +98,7 @@ impl Coverage {
     pub(crate) fn release(&mut self, pages: Range<u64>) -> u64 {
         let released = self.change(pages, Change::Release);
         if let (1, Some((_, only))) = (self.blocks.len(), self.blocks.first_key_value()) {
-            if only.steps == [Step { page: 0, count: 0 }] {
+            if only.step_count() == 1 && only.parts(0, 0).all(|(_, count)| count == 0) {
                 self.blocks.clear();
             }
         }
@@ -120,12 +133,11 @@ impl Coverage {
     fn parts(&self, pages: Range<u64>) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
         let nothing = (self.blocks.is_empty() && !pages.is_empty()).then(|| (pages.clone(), 0));
         let first = self.blocks.range(..=pages.start).next_back().map_or(0, |(first, _)| *first);
-        let blocks = self.blocks.range(first..pages.end.max(first)).map(|(_, block)| block);
-        let parts = blocks.flat_map(Block::parts).filter_map(move |(part, count)| {
-            let part = part.start.max(pages.start)..part.end.min(pages.end);
-            (!part.is_empty()).then_some((part, count))
-        });
-        nothing.into_iter().chain(parts)
+        let blocks = self.blocks.range(first..pages.end.max(first));
+        let (start, end) = (pages.start, pages.end);
+        let parts = blocks.flat_map(move |(&first, block)| block.parts(first, start.max(first)));
+        let parts = parts.take_while(move |(part, _)| part.start < end);
+        nothing.into_iter().chain(parts.map(move |(part, count)| (part.start..part.end.min(end), count)))
     }
 
     fn change(&mut self, pages: Range<u64>, change: Change) -> u64 {
@@ -134,12 +146,16 @@ impl Coverage {
         while at < pages.end {
             let Some((&first, block)) = self.blocks.range_mut(..=at).next_back() else { break };
             let end = block.end.min(pages.end);
-            crossed += block.change(at..end, change);
-            if block.steps.len() > BLOCK {
-                let (page, split) = block.split();
-                self.blocks.insert(page, split);
-            } else if block.steps.len() <= SPARSE {
+            crossed += block.change(first, at..end, change);
+            let count = block.step_count();
+            if count <= SPARSE {
+                block.thin_out(first);
                 self.join_around(first);
+            } else if count > BLOCK {
+                if let Some((page, rest)) = block.divide() {
+                    self.blocks.insert(page, rest);
+                    self.join_next(page);
+                }
             }
             at = end;
         }
@@ -157,10 +173,10 @@ impl Coverage {
 
     /// Joins a block with the next one, if there is one and both fit well into one.
     fn join_next(&mut self, first: u64) {
-        let Some(block) = self.blocks.get(&first) else { return };
-        let (end, length) = (block.end, block.steps.len());
+        let Some(Block { end, content: Content::Steps(steps) }) = self.blocks.get(&first) else { return };
+        let end = *end;
         match self.blocks.get(&end) {
-            Some(next) if length + next.steps.len() <= BLOCK / 2 => {}
+            Some(Block { content: Content::Steps(next), .. }) if steps.len() + next.len() <= BLOCK / 2 => {}
             _ => return,
         }
         if let (Some(next), Some(block)) = (self.blocks.remove(&end), self.blocks.get_mut(&first)) {
@@ -170,78 +186,126 @@ impl Coverage {
 }
 
 impl Block {
-    /// Changes the count of pages that all lie in this block. Returns how many became held or unheld by it.
-    fn change(&mut self, pages: Range<u64>, change: Change) -> u64 {
-        let steps = &mut self.steps;
-        // The step that the first page stands on, and the first one that is not changed any more.
-        let first = steps.partition_point(|step| step.page <= pages.start).saturating_sub(1);
-        let mut behind = first;
-        let mut crossed = 0;
-        let mut last = 0;
-        while let Some(step) = steps.get(behind).copied().filter(|step| step.page < pages.end) {
-            let end = steps.get(behind + 1).map_or(self.end, |next| next.page);
-            if change.crosses(step.count) {
-                crossed += end.min(pages.end) - step.page.max(pages.start);
+    /// How many steps it has.
+    fn step_count(&self) -> usize {
+        match &self.content {
+            Content::Steps(steps) => steps.len(),
+            Content::Dense(dense) => dense.step_count(),
+        }
+    }
+
+    /// Changes the count of pages that all lie in this block, which begins at `first`. Returns how many became held or
+    /// unheld by it.
+    fn change(&mut self, first: u64, pages: Range<u64>, change: Change) -> u64 {
+        match &mut self.content {
+            Content::Steps(steps) => change_steps(steps, self.end, pages, change),
+            Content::Dense(dense) => {
+                dense.change((pages.start - first) as usize..(pages.end - first) as usize, change)
             }
-            last = step.count;
-            behind += 1;
         }
-        // In between all counts change alike. What is left are the two ends; each is a step if the counts before
-        // and behind it are different.
-        for step in &mut steps[first + 1..behind] {
-            step.count = change.of(step.count);
-        }
-        let old = steps[first];
-        let (mut head, mut tail) = (Few::default(), Few::default());
-        if old.page < pages.start {
-            head.push(old);
-        }
-        if head.length > 0 || first == 0 || steps[first - 1].count != change.of(old.count) {
-            head.push(Step { page: pages.start, count: change.of(old.count) });
-        }
-        let at_end = steps.get(behind).filter(|step| step.page == pages.end);
-        let replaced = behind..behind + usize::from(at_end.is_some());
-        let count = at_end.map_or(last, |step| step.count);
-        // The next block has a step at its beginning in any case.
-        if pages.end < self.end && count != change.of(last) {
-            tail.push(Step { page: pages.end, count });
-        }
-        if first + 1 == behind {
-            // In one move.
-            tail.steps[..tail.length].iter().for_each(|step| head.push(*step));
-            replace(steps, first..replaced.end, &head.steps[..head.length]);
+    }
+
+    /// The parts of equal counts from page `from` on, which lies in the block.
+    fn parts(&self, first: u64, from: u64) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
+        let (steps, dense) = match &self.content {
+            Content::Steps(steps) => (&steps[steps.partition_point(|step| step.page <= from) - 1..], None),
+            Content::Dense(dense) => (&[][..], Some(dense)),
+        };
+        let sparse = steps.iter().map(move |step| (step.page.max(from), step.count));
+        let dense = dense.map(|dense| dense.steps_from((from - first) as usize)).into_iter().flatten();
+        let mut steps = sparse.chain(dense.map(move |(page, count)| (first + page as u64, count))).peekable();
+        std::iter::from_fn(move || {
+            let (page, count) = steps.next()?;
+            let end = steps.peek().map_or(self.end, |next| next.0);
+            Some((page..end, count))
+        })
+    }
+
+    /// Makes one of two or, where the steps are close to one another, a dense one. What was split off is returned with
+    /// its first page.
+    fn divide(&mut self) -> Option<(u64, Block)> {
+        let Content::Steps(steps) = &mut self.content else { return None };
+        let (first, last) = (*steps.first()?, *steps.last()?);
+        let end = first.page.saturating_add(dense::PAGES).min(self.end);
+        let (page, rest) = if last.page < end {
+            self.content = Content::Dense(Dense::new(steps, end));
+            (end, vec![Step { page: end, count: last.count }])
         } else {
-            replace(steps, replaced, &tail.steps[..tail.length]);
-            replace(steps, first..first + 1, &head.steps[..head.length]);
-        }
-        crossed
-    }
-
-    /// The parts of equal counts.
-    fn parts(&self) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
-        let ends = self.steps.iter().skip(1).map(|step| step.page).chain([self.end]);
-        self.steps.iter().zip(ends).map(|(step, end)| (step.page..end, step.count))
-    }
-
-    /// Splits the second half off, and returns it with its first page. The last block is filled up before, because
-    /// pages often come in ascending order.
-    fn split(&mut self) -> (u64, Block) {
-        let middle = if self.end == u64::MAX { self.steps.len() - 2 } else { self.steps.len() / 2 };
-        let mut steps = Vec::with_capacity(BLOCK + 2);
-        steps.extend_from_slice(&self.steps[middle..]);
-        self.steps.truncate(middle);
-        let page = steps[0].page;
-        let split = Block { end: self.end, steps };
+            // Pages often come in ascending order, so the last block is filled up before.
+            let middle = if self.end == u64::MAX { steps.len() - 2 } else { steps.len() / 2 };
+            let mut rest = Vec::with_capacity(BLOCK + 2);
+            rest.extend_from_slice(&steps[middle..]);
+            steps.truncate(middle);
+            (rest[0].page, rest)
+        };
+        let rest = Block { end: self.end, content: Content::Steps(rest) };
         self.end = page;
-        (page, split)
+        (page < rest.end).then_some((page, rest))
     }
 
-    /// Adds the block behind this one.
+    /// Turns a dense block back into steps.
+    fn thin_out(&mut self, first: u64) {
+        if let Content::Dense(dense) = &self.content {
+            let steps = dense.steps_from(0).map(|(page, count)| Step { page: first + page as u64, count });
+            self.content = Content::Steps(steps.collect());
+        }
+    }
+
+    /// Adds the block behind this one. Both have steps.
     fn append(&mut self, next: &Block) {
-        let same = self.steps.last().map(|step| step.count) == next.steps.first().map(|step| step.count);
-        self.steps.extend_from_slice(&next.steps[usize::from(same)..]);
+        let (Content::Steps(steps), Content::Steps(more)) = (&mut self.content, &next.content) else {
+            return;
+        };
+        let same = steps.last().map(|step| step.count) == more.first().map(|step| step.count);
+        steps.extend_from_slice(&more[usize::from(same)..]);
         self.end = next.end;
     }
+}
+
+/// Changes the count of pages in a block of steps that ends at `block_end`.
+fn change_steps(steps: &mut Vec<Step>, block_end: u64, pages: Range<u64>, change: Change) -> u64 {
+    // The step that the first page stands on, and the first one that is not changed any more.
+    let first = steps.partition_point(|step| step.page <= pages.start).saturating_sub(1);
+    let mut behind = first;
+    let mut crossed = 0;
+    let mut last = 0;
+    while let Some(step) = steps.get(behind).copied().filter(|step| step.page < pages.end) {
+        let end = steps.get(behind + 1).map_or(block_end, |next| next.page);
+        if change.crosses(step.count) {
+            crossed += end.min(pages.end) - step.page.max(pages.start);
+        }
+        last = step.count;
+        behind += 1;
+    }
+    // In between all counts change alike. What is left are the two ends; each is a step if the counts before
+    // and behind it are different.
+    for step in &mut steps[first + 1..behind] {
+        step.count = change.of(step.count);
+    }
+    let old = steps[first];
+    let (mut head, mut tail) = (Few::default(), Few::default());
+    if old.page < pages.start {
+        head.push(old);
+    }
+    if head.length > 0 || first == 0 || steps[first - 1].count != change.of(old.count) {
+        head.push(Step { page: pages.start, count: change.of(old.count) });
+    }
+    let at_end = steps.get(behind).filter(|step| step.page == pages.end);
+    let replaced = behind..behind + usize::from(at_end.is_some());
+    let count = at_end.map_or(last, |step| step.count);
+    // The next block has a step at its beginning in any case.
+    if pages.end < block_end && count != change.of(last) {
+        tail.push(Step { page: pages.end, count });
+    }
+    if first + 1 == behind {
+        // In one move.
+        tail.steps[..tail.length].iter().for_each(|step| head.push(*step));
+        replace(steps, first..replaced.end, &head.steps[..head.length]);
+    } else {
+        replace(steps, replaced, &tail.steps[..tail.length]);
+        replace(steps, first..first + 1, &head.steps[..head.length]);
+    }
+    crossed
 }
 
 /// Steps that take the place of others.
@@ -276,13 +340,9 @@ mod tests {
     use proptest::prelude::*;
 
     impl Coverage {
-        fn steps(&self) -> Vec<Step> {
-            self.blocks.values().flat_map(|block| block.steps.iter().copied()).collect()
-        }
-
         /// How many intervals of equal counts are kept.
         pub(crate) fn intervals(&self) -> usize {
-            self.steps().len()
+            self.blocks.values().map(Block::step_count).sum()
         }
 
         fn at(&self, page: u64) -> u64 {
@@ -292,24 +352,30 @@ mod tests {
         /// What the module says that it keeps.
         fn check(&self) {
             let mut next = 0;
-            for (first, block) in &self.blocks {
-                assert_eq!((*first, block.steps[0].page), (next, next));
-                assert!(block.steps.len() <= BLOCK && !block.steps.is_empty());
-                for pair in block.steps.windows(2) {
-                    assert!(pair[0].page < pair[1].page && pair[0].count != pair[1].count, "{pair:?}");
+            for (&first, block) in &self.blocks {
+                let parts: Vec<(Range<u64>, u64)> = block.parts(first, first).collect();
+                assert_eq!((first, parts[0].0.start), (next, next));
+                assert_eq!(parts.len(), block.step_count());
+                for pair in parts.windows(2) {
+                    assert!(pair[0].0.end == pair[1].0.start && pair[0].1 != pair[1].1, "{pair:?}");
                 }
-                assert!(block.steps.last().unwrap().page < block.end);
+                assert!(parts.iter().all(|(part, _)| !part.is_empty()));
+                assert_eq!(parts.last().unwrap().0.end, block.end);
+                match block.content {
+                    Content::Steps(_) => assert!(parts.len() <= BLOCK),
+                    Content::Dense(_) => assert!(parts.len() > SPARSE && block.end - first <= dense::PAGES),
+                }
                 next = block.end;
             }
             assert_eq!(next, if self.blocks.is_empty() { 0 } else { u64::MAX });
-            let lengths: Vec<usize> = self.blocks.values().map(|block| block.steps.len()).collect();
+            let lengths: Vec<usize> = self.blocks.values().map(Block::step_count).collect();
             for pair in lengths.windows(2) {
                 assert!(pair.iter().any(|length| *length > SPARSE), "{lengths:?}");
             }
         }
     }
 
-    const PAGES: u64 = 120;
+    const PAGES: u64 = 400;
 
     proptest! {
         #[test]
@@ -339,9 +405,11 @@ mod tests {
                     prop_assert_eq!(coverage.hold(pages), new);
                 }
                 coverage.check();
-                for (page, &count) in plain.iter().enumerate() {
-                    prop_assert_eq!(coverage.at(page as u64), count);
-                }
+                let counts: Vec<u64> = coverage
+                    .parts(0..PAGES)
+                    .flat_map(|(part, count)| part.map(move |_| count))
+                    .collect();
+                prop_assert_eq!(&counts[..], &plain[..PAGES as usize]);
             }
             let query = query.0.min(query.1)..query.0.max(query.1) + 1;
             let slice = &plain[query.start as usize..query.end as usize];
