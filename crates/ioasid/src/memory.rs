@@ -139,14 +139,27 @@ impl Memory {
         let bits = self.backing.window_bits();
         let first_chunk = self.offset >> bits;
         let low = (1u64 << bits) - 1;
+        let places = self.places.as_slice();
         let mut done = false;
         std::iter::from_fn(move || {
             if done {
                 return None;
             }
-            let place = self.places.as_slice().get(((at >> bits) - first_chunk) as usize)?;
-            let end = (at | low).min(last);
-            let piece = Piece { oa: Oa::new(place.get() + (at & low)), length: end - at + 1 };
+            let chunk = ((at >> bits) - first_chunk) as usize;
+            let place = places.get(chunk)?.get();
+            let mut end = at | low;
+            // A large object mostly has one window behind the other.
+            let mut behind = places.iter().skip(chunk + 1);
+            let mut expected = place;
+            while end < last {
+                expected += low + 1;
+                if behind.next().is_none_or(|next| next.get() != expected) {
+                    break;
+                }
+                end += low + 1;
+            }
+            let end = end.min(last);
+            let piece = Piece { oa: Oa::new(place + (at & low)), length: end - at + 1 };
             done = end == last;
             at = end.wrapping_add(1);
             Some(piece)

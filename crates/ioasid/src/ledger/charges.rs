@@ -49,6 +49,32 @@ struct Sum {
     changed: u64,
 }
 
+/// Goes from an account upwards; see [`Charges::changed`].
+#[derive(Clone)]
+pub(crate) struct Changed<'a> {
+    charges: &'a Charges,
+    level: Option<&'a Account>,
+    sum: Option<&'a Sum>,
+    /// How many levels the sum has from `level` on.
+    left: usize,
+}
+
+impl<'a> Iterator for Changed<'a> {
+    type Item = (&'a Account, u64);
+
+    #[inline]
+    fn next(&mut self) -> Option<(&'a Account, u64)> {
+        if self.left == 0 {
+            self.sum = self.charges.sums.get(self.sum?.above?);
+            self.left = self.sum?.levels;
+        }
+        self.left -= 1;
+        let level = self.level?;
+        self.level = level.parent();
+        Some((level, self.sum?.changed))
+    }
+}
+
 impl Charges {
     /// Adds a registration for `account` and all levels above it. [`changed`](Self::changed) says what is to be
     /// charged for that.
@@ -66,11 +92,9 @@ impl Charges {
     }
 
     /// How many pages the last change made a difference of to the account and to each level above.
-    pub(crate) fn changed<'a>(
-        &'a self,
-        account: &'a Account,
-    ) -> impl Iterator<Item = (&'a Account, u64)> + Clone {
-        account.path().zip(self.line(account).flat_map(|sum| std::iter::repeat_n(sum.changed, sum.levels)))
+    pub(crate) fn changed<'a>(&'a self, account: &'a Account) -> Changed<'a> {
+        let sum = self.levels.get(&account.id()).and_then(|place| self.sums.get(*place));
+        Changed { charges: self, level: Some(account), sum, left: sum.map_or(0, |sum| sum.levels) }
     }
 
     /// Moves a registration from one account to another. What `from` and the levels above it are to be credited and
@@ -137,12 +161,6 @@ impl Charges {
 
     fn everyone(&self) -> Option<&Coverage> {
         self.levels.get(&EVERYONE).and_then(|place| self.sums.get(*place)).map(|sum| &sum.coverage)
-    }
-
-    /// The sums from the account's upwards.
-    fn line<'a>(&'a self, account: &Account) -> impl Iterator<Item = &'a Sum> + Clone + use<'a> {
-        let lowest = self.levels.get(&account.id()).and_then(|place| self.sums.get(*place));
-        std::iter::successors(lowest, |sum| sum.above.and_then(|place| self.sums.get(place)))
     }
 
     /// Changes the sums from one upwards, up to another one if it is given.

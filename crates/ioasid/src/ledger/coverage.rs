@@ -150,7 +150,9 @@ impl Coverage {
             let count = block.step_count();
             if count <= SPARSE {
                 block.thin_out(first);
-                self.join_around(first);
+                if self.blocks.len() > 1 {
+                    self.join_around(first);
+                }
             } else if count > BLOCK {
                 if let Some((page, rest)) = block.divide() {
                     self.blocks.insert(page, rest);

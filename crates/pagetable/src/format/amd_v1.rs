@@ -169,6 +169,7 @@ impl Default for AmdV1 {
 
 impl<const FINER: u32> Format for AmdV1<FINER> {
     const NAME: &'static str = "amdv1";
+    const TENTATIVE: u64 = 1 << 1;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -225,7 +226,7 @@ impl<const FINER: u32> Format for AmdV1<FINER> {
         let next_level = (u64::from(level) - 1) << NEXT_LEVEL_SHIFT;
         Pattern::new(
             PRESENT | READ | WRITE | next_level,
-            (NEXT_LEVEL & !next_level) | self.reserved_in_tables(),
+            (NEXT_LEVEL & !next_level) | Self::TENTATIVE | self.reserved_in_tables(),
         )
     }
 

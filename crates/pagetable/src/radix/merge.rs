@@ -65,7 +65,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Merge<'_, F
 
     fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), CutError> {
         let radix = self.radix;
-        if !whole || radix.merged_leaf(slot, child, self.claim).is_none() {
+        let tentative = slot.value & F::TENTATIVE != 0;
+        if !whole || tentative || radix.merged_leaf(slot, child, self.claim).is_none() {
             return Ok(());
         }
         let piece = PageSize(radix.format.shift(child.level) as u8);
