@@ -316,6 +316,25 @@ fn a_guest_that_is_handed_over_is_never_charged_twice() {
 }
 
 #[test]
+fn siblings_that_lose_everything_at_once_leave_the_books_in_order() {
+    let bus = Bus::new();
+    let group = Account::new("group", None);
+    let (one, other, stranger) =
+        (group.child("one", None), group.child("other", None), Account::new("s", None));
+    let backing = Backing::anonymous(&bus, 64 * PAGE).unwrap();
+    let (first, second) = (pages(&backing, 0, 4, &one).unwrap(), pages(&backing, 2, 4, &other).unwrap());
+    Memory::transfer_all(&[&first, &second], &stranger).unwrap();
+    assert_eq!((group.charged_pages(), stranger.charged_pages()), (0, 6));
+    // All of them anew.
+    let accounts = [&one, &other, &group, &stranger];
+    let again = accounts.map(|account| pages(&backing, 8, 8, account).unwrap());
+    assert_eq!(accounts.map(Account::charged_pages), [8, 8, 8, 14]);
+    assert_eq!(backing.holds(8 * PAGE, 8 * PAGE), 4..=4);
+    drop(again);
+    assert_eq!(accounts.map(Account::charged_pages), [0, 0, 0, 6]);
+}
+
+#[test]
 fn an_account_that_nobody_names_lives_as_long_as_it_is_charged() {
     let bus = Bus::new();
     let user = Account::new("user", None);

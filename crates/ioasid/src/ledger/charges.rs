@@ -125,15 +125,17 @@ impl Charges {
 
     /// Forgets those levels from the account upwards that have nothing registered any more.
     pub(crate) fn forget(&mut self, account: &Account) {
-        let Some(&lowest) = self.levels.get(&account.id()) else { return };
-        let mut path = account.path().map(Account::id).chain([EVERYONE]);
-        let mut next = Some(lowest);
-        while let Some((place, sum)) = next.and_then(|place| Some((place, self.sums.get_mut(place)?))) {
-            if !sum.coverage.is_empty() {
+        let mut path = account.path().map(Account::id).chain([EVERYONE]).peekable();
+        // Not from sum to sum: if several accounts have just lost what they had, those above them may be forgotten
+        // already.
+        while let Some((level, &place)) =
+            path.peek().and_then(|level| Some((*level, self.levels.get(level)?)))
+        {
+            let sum = &mut self.sums[place];
+            if !sum.coverage.is_empty() || sum.lowest != level {
                 return;
             }
-            next = sum.above;
-            for level in path.by_ref().take(sum.levels) {
+            while let Some(level) = path.next_if(|level| self.levels.get(level) == Some(&place)) {
                 self.levels.remove(&level);
             }
             *sum = Sum::default();
