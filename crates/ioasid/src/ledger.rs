@@ -284,3 +284,140 @@ impl Drop for Level {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Backing, Bus, Memory};
+    use std::sync::atomic::AtomicBool;
+
+    fn charge(account: &Account, pages: u64) -> Result<(), OverLimit> {
+        account.charge(account.path().map(|level| (level, pages)), || Ok(()))
+    }
+
+    #[test]
+    fn the_limit_is_exact_and_refusals_are_counted() {
+        let account = Account::new("user 1000", Some(10));
+        charge(&account, 10).unwrap();
+        let error = charge(&account, 1).unwrap_err();
+        assert_eq!((error.charged, error.limit, account.failures()), (10, 10, 1));
+        account.credit([(&account, 4)].into_iter());
+        account.set_limit(Some(3));
+        charge(&account, 0).unwrap();
+        assert!(charge(&account, 1).is_err());
+        assert_eq!((account.charged_pages(), account.peak_pages()), (6, 10));
+        assert_eq!(charge(&Account::new("x", None), u64::MAX), Ok(()));
+    }
+
+    #[test]
+    fn what_fails_after_the_limits_were_asked_is_not_charged() {
+        let user = Account::new("user", Some(10));
+        let process = user.child("process", None);
+        let levels = || process.path().map(|level| (level, 5));
+        #[derive(Debug)]
+        struct Refused;
+        impl From<OverLimit> for Refused {
+            fn from(_: OverLimit) -> Refused {
+                Refused
+            }
+        }
+        let result: Result<(), Refused> = process.charge(levels(), || {
+            // Nobody sees it before it is done.
+            assert_eq!(process.charged_pages(), 0);
+            Err(Refused)
+        });
+        assert!(result.is_err());
+        assert_eq!((user.charged_pages(), user.peak_pages(), user.failures()), (0, 0, 0));
+    }
+
+    #[test]
+    fn common_ancestors_are_found_at_any_depth() {
+        let root = Account::new("root", None);
+        let (left, right) = (root.child("left", None), root.child("right", None));
+        let deep = left.child("middle", None).child("deep", None);
+        assert_eq!(deep.common_ancestor(&right), Some(&root));
+        assert_eq!(right.common_ancestor(&deep), Some(&root));
+        assert_eq!(deep.common_ancestor(&left), Some(&left));
+        assert_eq!(deep.common_ancestor(&deep), Some(&deep));
+        assert_eq!(deep.common_ancestor(&Account::new("root", None)), None);
+    }
+
+    /// Registers, drops and moves memory between two users with two processes each, in three threads, while another
+    /// one looks at all accounts of a user at once.
+    #[test]
+    fn sums_and_limits_hold_at_every_moment() {
+        const PAGE: u64 = 4096;
+        let bus = Bus::new();
+        let users = [Account::new("one", Some(40)), Account::new("other", Some(50))];
+        let processes: Vec<Account> =
+            users.iter().flat_map(|user| [user.child("a", Some(30)), user.child("b", None)]).collect();
+        let objects: Vec<_> = (0..3).map(|_| Backing::anonymous(&bus, 32 * PAGE).unwrap()).collect();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..3u64)
+                .map(|number| {
+                    let (processes, objects) = (&processes, &objects);
+                    scope.spawn(move || {
+                        let mut state = number + 1;
+                        let mut random = |below: u64| {
+                            state = state
+                                .wrapping_mul(6_364_136_223_846_793_005)
+                                .wrapping_add(1_442_695_040_888_963_407);
+                            (state >> 33) % below
+                        };
+                        let mut held: Vec<Arc<Memory>> = Vec::new();
+                        for _ in 0..2000 {
+                            let account = &processes[random(4) as usize];
+                            match random(4) {
+                                0 | 1 => {
+                                    let (first, object) = (random(24), &objects[random(3) as usize]);
+                                    let memory = Memory::register(
+                                        object,
+                                        first * PAGE,
+                                        (1 + random(8)) * PAGE,
+                                        account,
+                                    );
+                                    held.extend(memory);
+                                }
+                                2 if !held.is_empty() => {
+                                    held.swap_remove(random(held.len() as u64) as usize);
+                                }
+                                _ => {
+                                    // Backwards or forwards: the order in which they are named is not that of locks.
+                                    let mut all: Vec<&Memory> = held.iter().map(|memory| &**memory).collect();
+                                    if random(2) == 0 {
+                                        all.reverse();
+                                    }
+                                    let _ = Memory::transfer_all(&all, account);
+                                }
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let watcher = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for (user, processes) in users.iter().zip(processes.chunks(2)) {
+                        let _tree = user.lock_tree();
+                        let parts: Vec<u64> = processes.iter().map(Account::charged_pages).collect();
+                        let charged = user.charged_pages();
+                        assert!(parts.iter().all(|part| *part <= charged), "{parts:?} of {charged}");
+                        assert!(parts.iter().sum::<u64>() >= charged, "{parts:?} of {charged}");
+                        for account in processes.iter().chain([user]) {
+                            assert!(account.charged_pages() <= account.peak_pages());
+                            assert!(account.peak_pages() <= account.limit_pages().unwrap_or(u64::MAX));
+                        }
+                    }
+                }
+            });
+            for worker in workers {
+                worker.join().unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+            watcher.join().unwrap();
+        });
+        assert!(users.iter().chain(&processes).all(|account| account.charged_pages() == 0));
+        assert!(users.iter().any(|user| user.failures() > 0), "the limits were never reached");
+        assert!(objects.iter().all(|object| object.holds(0, 32 * PAGE) == (0..=0)));
+    }
+}

@@ -241,3 +241,125 @@ impl Charges {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Charges {
+        /// How many intervals are kept in all sums.
+        fn intervals(&self) -> usize {
+            self.sums.iter().map(|sum| sum.coverage.intervals()).sum()
+        }
+
+        fn sums(&self) -> usize {
+            self.sums.len() - self.vacant.len()
+        }
+    }
+
+    fn amounts(charges: &Charges, account: &Account) -> Vec<u64> {
+        charges.changed(account).map(|(_, pages)| pages).collect()
+    }
+
+    /// 2^28 pages of 4 KiB.
+    const TEBIBYTE: Range<u64> = 0..1 << 28;
+
+    #[test]
+    fn a_tebibyte_is_two_intervals_however_deep_the_account() {
+        let mut charges = Charges::default();
+        let mut account = Account::new("root", None);
+        for _ in 0..9 {
+            account = account.child("child", None);
+        }
+        charges.hold(TEBIBYTE, &account);
+        assert_eq!(amounts(&charges, &account), [1 << 28; 10]);
+        assert_eq!((charges.intervals(), charges.sums(), charges.levels.len()), (2, 1, 11));
+        // The same again, and again: the counts are larger and no more of them.
+        for _ in 0..5 {
+            charges.hold(TEBIBYTE, &account);
+            assert_eq!(amounts(&charges, &account), [0; 10]);
+        }
+        assert_eq!((charges.intervals(), charges.least_and_most(TEBIBYTE)), (2, (6, 6)));
+        for _ in 0..6 {
+            charges.release(TEBIBYTE, &account);
+        }
+        charges.forget(&account);
+        assert!(charges.is_empty() && charges.sums() == 0);
+    }
+
+    #[test]
+    fn levels_share_a_sum_until_somebody_comes_in_between() {
+        let mut charges = Charges::default();
+        let user = Account::new("user", None);
+        let group = user.child("group", None);
+        let (one, other) = (group.child("one", None), group.child("other", None));
+        charges.hold(0..8, &one);
+        assert_eq!(charges.sums(), 1);
+        charges.hold(4..12, &other);
+        assert_eq!((charges.sums(), amounts(&charges, &other)), (3, vec![8, 4, 4]));
+        // Straight to a level in the middle of a line, which has what is below it.
+        charges.hold(0..16, &user);
+        assert_eq!((charges.sums(), amounts(&charges, &user)), (4, vec![4]));
+        let stranger = Account::new("stranger", None);
+        charges.hold(0..4, &stranger);
+        assert_eq!((charges.sums(), amounts(&charges, &stranger)), (6, vec![4]));
+        assert_eq!(charges.least_and_most(0..16), (1, 3));
+
+        charges.release(0..16, &user);
+        assert_eq!(amounts(&charges, &user), [4]);
+        charges.forget(&user);
+        for (account, pages, amount) in [(&one, 0..8, vec![8, 4, 4]), (&other, 4..12, vec![8, 8, 8])] {
+            charges.release(pages, account);
+            assert_eq!(amounts(&charges, account), amount);
+            charges.forget(account);
+        }
+        assert_eq!(charges.sums(), 2);
+        charges.release(0..4, &stranger);
+        charges.forget(&stranger);
+        assert!(charges.is_empty() && charges.sums() == 0);
+        // Accounts come and go, and their places are used again.
+        for number in 0..100 {
+            let process = user.child(format!("process {number}"), None);
+            charges.hold(0..8, &process);
+            charges.release(0..8, &process);
+            charges.forget(&process);
+        }
+        assert!(charges.sums.len() <= 6);
+    }
+
+    #[test]
+    fn a_transfer_leaves_the_levels_above_both_alone() {
+        let mut charges = Charges::default();
+        let user = Account::new("user", None);
+        let (one, other) = (user.child("one", None), user.child("other", None));
+        let thread = one.child("thread", None);
+        charges.hold(0..8, &one);
+        let transfer = |charges: &mut Charges, from: &Account, to: &Account| {
+            let (mut credits, mut debits) = (Vec::new(), Vec::new());
+            let note = |list: &mut Vec<(String, u64)>, level: &Account, pages| {
+                list.push((level.name().into(), pages))
+            };
+            charges.transfer(
+                0..8,
+                from,
+                to,
+                |level, pages| note(&mut credits, level, pages),
+                |level, pages| note(&mut debits, level, pages),
+            );
+            charges.forget(from);
+            charges.forget(to);
+            (credits, debits)
+        };
+        let list = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), 8)).collect::<Vec<_>>();
+        assert_eq!(transfer(&mut charges, &one, &other), (list(&["one"]), list(&["other"])));
+        assert_eq!(transfer(&mut charges, &other, &thread), (list(&["other"]), list(&["thread", "one"])));
+        assert_eq!(transfer(&mut charges, &thread, &user), (list(&["thread", "one"]), list(&[])));
+        assert_eq!(transfer(&mut charges, &user, &user), (list(&[]), list(&[])));
+        let stranger = Account::new("stranger", None);
+        assert_eq!(transfer(&mut charges, &user, &stranger), (list(&["user"]), list(&["stranger"])));
+        assert_eq!(charges.least_and_most(0..8), (1, 1));
+        charges.release(0..8, &stranger);
+        charges.forget(&stranger);
+        assert!(charges.is_empty() && charges.sums() == 0);
+    }
+}
