@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(crate) mod charges;
-mod coverage;
+pub(crate) mod coverage;
 mod transfer;
 
 /// No limit.

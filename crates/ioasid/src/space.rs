@@ -7,7 +7,9 @@
 //! unmapping never take a lock for it.
 //!
 //! The operations themselves are in the modules below: [`map`] and [`unmap`] follow the protocol of the native
-//! table's entries step by step, [`layout`] is all that goes with reserved ranges and tables.
+//! table's entries step by step, [`protect`], [`remap`], [`alias`] and [`merge`] own leaves while they translate
+//! ([`held`]), [`query`] only looks, [`policy`] is what a space may forbid, and [`layout`] is all that goes with reserved
+//! ranges and tables.
 
 use crate::bus::Bus;
 use crate::epoch;
@@ -16,15 +18,31 @@ use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+mod alias;
+mod held;
 mod layout;
 mod map;
+mod merge;
+mod placement;
+mod policy;
+mod protect;
+mod query;
+mod remap;
+mod snapshot;
 mod unmap;
 
+pub use alias::AliasError;
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
+use placement::Placement;
+use policy::MappingCount;
+pub use policy::MappingPolicy;
+pub use protect::ProtectError;
+pub use query::{Extent, Extents, Mapped};
+pub use remap::RemapError;
 pub use unmap::{UnmapError, Unmapped};
 
 static SPACES: AtomicU64 = AtomicU64::new(0);
@@ -70,6 +88,8 @@ pub struct Space {
     id: u64,
     bus: Arc<Bus>,
     native: Radix<Native>,
+    policy: MappingPolicy,
+    mappings: MappingCount,
     layout: ArcSwap<Layout>,
     /// Held by whoever looks for a table to share and makes one if there is none. Taken before `changing`.
     sharing: Mutex<()>,
@@ -77,6 +97,8 @@ pub struct Space {
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
     sleeping: SleepingCopies,
+    /// Where to look for room, from the first time on that somebody wants it.
+    placement: OnceLock<Box<Placement>>,
 }
 
 /// Figures about a space, for people and tests.
@@ -103,14 +125,22 @@ impl Space {
     /// An empty space with another granule, or with a limit to the size of leaves: the *cut granule*. Tables that
     /// cannot be cut are filled with leaves that need not be.
     pub fn with_format(bus: &Arc<Bus>, format: Native) -> Arc<Space> {
+        Space::with_policy(bus, format, MappingPolicy::default())
+    }
+
+    /// An empty space that does not allow everything.
+    pub fn with_policy(bus: &Arc<Bus>, format: Native, policy: MappingPolicy) -> Arc<Space> {
         Arc::new(Space {
             id: SPACES.fetch_add(1, Ordering::Relaxed),
             bus: bus.clone(),
             native: Radix::native(format),
+            policy,
+            mappings: MappingCount::default(),
             layout: ArcSwap::from_pointee(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: SleepingCopies::default(),
+            placement: OnceLock::new(),
         })
     }
 
@@ -122,6 +152,10 @@ impl Space {
     /// The smallest page that can be mapped.
     pub fn granule(&self) -> PageSize {
         self.native.format().granule()
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     pub(crate) fn native(&self) -> &Radix<Native> {

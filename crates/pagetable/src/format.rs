@@ -135,6 +135,9 @@ bitflags::bitflags! {
         const SIZE = 1 << 0;
         /// The permissions of a leaf.
         const PERMISSIONS = 1 << 1;
+        /// Where a leaf of one entry leads, together with its permissions and its memory type: until the invalidation
+        /// walkers use the old entry or the new.
+        const OUTPUT = 1 << 2;
     }
 }
 

@@ -146,9 +146,14 @@ impl Charges {
     /// Those of the pages that one registration alone holds, and the others.
     pub(crate) fn held_once(&self, pages: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
         match self.everyone() {
-            Some(coverage) => coverage.held_once(pages),
+            Some(coverage) => coverage.divide(pages, 1),
             None => (Vec::new(), vec![pages]),
         }
+    }
+
+    /// Whether nobody holds any of the pages.
+    pub(crate) fn is_free(&self, pages: Range<u64>) -> bool {
+        self.everyone().is_none_or(|coverage| coverage.is_free(pages))
     }
 
     /// The fewest and the most registrations that a page of these has.

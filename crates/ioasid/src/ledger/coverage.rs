@@ -105,17 +105,22 @@ impl Coverage {
         released
     }
 
-    /// Cuts the range into the parts that are held exactly once and the others.
-    pub(crate) fn held_once(&self, pages: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-        let (mut once, mut others) = (Vec::<Range<u64>>::new(), Vec::<Range<u64>>::new());
+    /// Cuts the range into the parts that are held exactly so often and the others.
+    pub(crate) fn divide(&self, pages: Range<u64>, times: u64) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let (mut exactly, mut others) = (Vec::<Range<u64>>::new(), Vec::<Range<u64>>::new());
         for (part, count) in self.parts(pages) {
-            let parts = if count == 1 { &mut once } else { &mut others };
+            let parts = if count == times { &mut exactly } else { &mut others };
             match parts.last_mut() {
                 Some(last) if last.end == part.start => last.end = part.end,
                 _ => parts.push(part),
             }
         }
-        (once, others)
+        (exactly, others)
+    }
+
+    /// Whether nothing is held in the range.
+    pub(crate) fn is_free(&self, pages: Range<u64>) -> bool {
+        self.parts(pages).all(|(_, count)| count == 0)
     }
 
     /// The fewest and the most holds of a page in the range; 0 for an empty one.
@@ -417,7 +422,8 @@ mod tests {
             let slice = &plain[query.start as usize..query.end as usize];
             let extremes = (*slice.iter().min().unwrap(), *slice.iter().max().unwrap());
             prop_assert_eq!(coverage.least_and_most(query.clone()), extremes);
-            let (once, others) = coverage.held_once(query.clone());
+            prop_assert_eq!(coverage.is_free(query.clone()), slice.iter().all(|count| *count == 0));
+            let (once, others) = coverage.divide(query.clone(), 1);
             for page in query {
                 let within = |parts: &[Range<u64>]| parts.iter().filter(|part| part.contains(&page)).count();
                 let expected = if plain[page as usize] == 1 { (1, 0) } else { (0, 1) };

@@ -24,7 +24,8 @@ impl Memory {
     /// Makes `to` pay for this memory in place of the account that does now. All or nothing: if a limit is in the way,
     /// nothing changes.
     ///
-    /// Accounts that both are below are charged neither more nor less, not even for a moment.
+    /// Like registering, it is not to be called inside a DMA section or from a call of a
+    /// [`DerivedTable`](crate::DerivedTable). Accounts that both are below are charged neither more nor less, not even for a moment.
     ///
     /// ```
     /// # use ioasid::{Account, Backing, Bus, Memory};
@@ -47,22 +48,28 @@ impl Memory {
         memories.dedup_by(|one, other| ptr::eq(*one, *other));
         let mut objects: Vec<_> = memories
             .chunk_by(|one, other| Arc::ptr_eq(one.backing(), other.backing()))
-            .map(|memories| (memories[0].backing().books(), memories))
+            .map(|memories| {
+                let backing = memories[0].backing();
+                // Until the end nothing grows and nothing is given back.
+                (backing.registering(), backing.books(), memories)
+            })
             .collect();
 
         let mut credits = Vec::new();
         let mut charges: Vec<(&Account, u64)> = to.path().map(|level| (level, 0)).collect();
         let mut owners = Vec::with_capacity(memories.len());
-        for (books, memories) in &mut objects {
+        for (_, books, memories) in &mut objects {
             for memory in *memories {
                 let from = memory.account();
-                books.charges().transfer(
-                    memory.held(),
-                    &from,
-                    to,
-                    |level, pages| credits.push((level.clone(), pages)),
-                    |level, pages| charges[to.level.depth - level.level.depth].1 += pages,
-                );
+                for part in memory.held() {
+                    books.charges().transfer(
+                        part,
+                        &from,
+                        to,
+                        |level, pages| credits.push((level.clone(), pages)),
+                        |level, pages| charges[to.level.depth - level.level.depth].1 += pages,
+                    );
+                }
                 owners.push(from);
             }
         }
@@ -79,13 +86,15 @@ impl Memory {
         drop(trees);
 
         let mut owners = owners.iter();
-        for (books, memories) in &mut objects {
+        for (_, books, memories) in &mut objects {
             for (memory, from) in memories.iter().zip(&mut owners) {
                 if result.is_ok() {
                     *memory.payer().lock().unwrap_or_else(PoisonError::into_inner) = to.clone();
                     books.charges().forget(from);
                 } else {
-                    books.charges().transfer(memory.held(), to, from, |_, _| (), |_, _| ());
+                    for part in memory.held() {
+                        books.charges().transfer(part, to, from, |_, _| (), |_, _| ());
+                    }
                     books.charges().forget(to);
                 }
             }

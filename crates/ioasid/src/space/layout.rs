@@ -94,10 +94,34 @@ impl Layout {
         self.undecided.iter().any(|undecided| undecided.overlaps(&range))
     }
 
-    /// Where mappings may be placed.
-    pub(super) fn windows(&self) -> &[IovaRange] {
-        const EVERYWHERE: &[IovaRange] = &[IovaRange::ALL];
-        if self.allowed.is_empty() { EVERYWHERE } else { &self.allowed }
+    /// Asks `find` for a place in each range in which mappings may be placed, lowest first.
+    pub(super) fn find_place<T>(&self, mut find: impl FnMut(IovaRange) -> Option<T>) -> Option<T> {
+        // Nothing that is allowed is reserved.
+        if self.allowed.is_empty() {
+            self.usable().find_map(find)
+        } else {
+            self.allowed.iter().find_map(|allowed| find(*allowed))
+        }
+    }
+
+    /// What is not reserved, ascending.
+    fn usable(&self) -> impl Iterator<Item = IovaRange> + '_ {
+        let mut next = Some(0u64);
+        let mut reserved = self.reserved.iter();
+        std::iter::from_fn(move || {
+            loop {
+                let first = next?;
+                let Some((taken, _)) = reserved.next() else {
+                    next = None;
+                    return IovaRange::new(first, u64::MAX);
+                };
+                next = taken.last().checked_add(1).map(|end| end.max(first));
+                let hole = taken.first().checked_sub(1).and_then(|last| IovaRange::new(first, last));
+                if hole.is_some() {
+                    return hole;
+                }
+            }
+        })
     }
 
     /// The tables from which mappings are removed.
@@ -202,20 +226,30 @@ impl Space {
         self.layout.load().reserved.iter().map(|(range, _)| *range).collect()
     }
 
+    /// What users have reserved, by first address, with the number of each.
+    pub(super) fn user_reservations(&self) -> Vec<(IovaRange, u64)> {
+        let layout = self.layout.load();
+        let of_users = layout.reserved.iter().filter_map(|(range, owner)| match owner {
+            ReservationOwner::User(number) => Some((*range, *number)),
+            ReservationOwner::Table(_) | ReservationOwner::Device(_) => None,
+        });
+        of_users.collect()
+    }
+
+    /// Sets all reserved and allowed ranges, sorted and apart from each other, of a space that nobody uses yet and that
+    /// has no mapping in a reserved one.
+    pub(super) fn set_ranges(&self, reserved: &[(IovaRange, u64)], allowed: &[IovaRange]) {
+        let _changing = self.changing();
+        let mut layout = Layout::clone(&self.layout.load());
+        let of_user = |&(range, number)| (range, ReservationOwner::User(number));
+        layout.reserved = reserved.iter().map(of_user).collect();
+        layout.allowed = allowed.to_vec();
+        self.layout.store(Arc::new(layout));
+    }
+
     /// The addresses that are not reserved, ascending.
     pub fn usable_ranges(&self) -> Vec<IovaRange> {
-        let layout = self.layout.load();
-        let mut usable = Vec::new();
-        let mut next = Some(0u64);
-        for (reserved, _) in &layout.reserved {
-            let Some(first) = next else { break };
-            if let Some(hole) = reserved.first().checked_sub(1).and_then(|last| IovaRange::new(first, last)) {
-                usable.push(hole);
-            }
-            next = reserved.last().checked_add(1).map(|end| end.max(first));
-        }
-        usable.extend(next.and_then(|first| IovaRange::new(first, u64::MAX)));
-        usable
+        self.layout.load().usable().collect()
     }
 
     /// Something in the range that is mapped or being mapped. Inside an operation.
@@ -226,19 +260,6 @@ impl Space {
             ControlFlow::Break(())
         });
         found
-    }
-
-    /// The same, together with what follows it without a gap, however far that reaches. Inside an operation.
-    pub(super) fn occupied_run(&self, range: IovaRange) -> Option<IovaRange> {
-        let mut run = self.occupied_in(range)?;
-        self.native.occupied(IovaRange::new(run.first(), u64::MAX)?, |occupied| {
-            if occupied.first() > run.last().saturating_add(1) {
-                return ControlFlow::Break(());
-            }
-            run = IovaRange::new(run.first(), run.last().max(occupied.last())).unwrap_or(run);
-            ControlFlow::Continue(())
-        });
-        Some(run)
     }
 
     /// The table that devices of a class share, if there is one. One that is just going away does not count.

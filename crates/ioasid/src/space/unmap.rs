@@ -65,6 +65,12 @@ pub enum UnmapError {
         /// The granule of the space.
         granule: PageSize,
     },
+    /// The space keeps [mappings whole](super::MappingPolicy), and an end of the range lies in one.
+    #[error("{mapping} is a mapping that would be cut, and is unmapped whole or not at all")]
+    CutsMapping {
+        /// The mapping.
+        mapping: IovaRange,
+    },
     /// No memory for the tables that a cut needs.
     #[error("no memory for another table page")]
     OutOfTables,
@@ -168,7 +174,9 @@ impl Space {
         layout: &Layout,
         gather: &mut Gather<HeapTables, AtomicU64>,
     ) -> Result<(), Step> {
+        let whole = wanted.is_none() && self.policy.whole_only;
         if gather.runs.is_empty() {
+            self.refuse_to_cut(whole, range)?;
             self.native.cut_claimed(range)?;
             self.cut_unowned(range, layout)?;
         }
@@ -187,6 +195,10 @@ impl Space {
         if wanted.is_none() && self.came_behind_us(range, &gather.runs) {
             return Err(Step::Overtaken);
         }
+        // What stood at the ends may be another mapping by now; from here on it stays. To name it takes another look.
+        if whole && self.cut_by(range).is_some() {
+            return Err(Step::Overtaken);
+        }
         // The tables may have changed since, and what was a hole may not be one any more. The outermost ends of what was
         // retracted are all that a leaf can reach over, and they are ours.
         let ends = (gather.runs.iter().next(), gather.runs.iter().next_back());
@@ -196,6 +208,14 @@ impl Space {
             }
         }
         Ok(())
+    }
+
+    /// Refuses to cut a mapping in a space that keeps them whole.
+    fn refuse_to_cut(&self, whole: bool, range: IovaRange) -> Result<(), Step> {
+        match whole.then(|| self.cut_by(range)).flatten() {
+            Some(mapping) => Err(Step::Failed(UnmapError::CutsMapping { mapping })),
+            None => Ok(()),
+        }
     }
 
     /// Cuts the derived tables at the ends of a range before anything is retracted, so that an unmap which cannot be
@@ -275,22 +295,46 @@ impl Space {
             }
         }
         let runs = gather.runs.clone();
+        self.count_out_runs(&runs);
         for run in runs.iter() {
             self.native.release(run, gather);
+            self.propose_again(run);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
         drop(operation);
+        if self.policy.knows_mappings() {
+            self.begin_behind(&runs);
+        }
     }
 
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
     /// pieces are in ascending order of their output addresses.
     pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece]) {
+        let _ = self.unmap_found(hull, pieces, |range| {
+            self.unmap_at_any_price(range, pieces);
+            Ok(())
+        });
+    }
+
+    /// The same, but nothing else. On an error some of the leaves may have been unmapped.
+    pub(crate) fn unmap_outputs_exactly(&self, hull: IovaRange, pieces: &[Piece]) -> Result<(), UnmapError> {
+        let wanted = |leaf: &Leaf| pieces_under(leaf, pieces).next().is_some();
+        self.unmap_found(hull, pieces, |range| self.unmap_wanted(range, Some(&wanted)).map(drop))
+    }
+
+    /// Has every range unmapped that leads to one of the pieces, until there is none.
+    fn unmap_found(
+        &self,
+        hull: IovaRange,
+        pieces: &[Piece],
+        mut unmap: impl FnMut(IovaRange) -> Result<(), UnmapError>,
+    ) -> Result<(), UnmapError> {
         let mut unknown = vec![hull];
         let mut tries = 0;
         while !unknown.is_empty() {
             let (found, busy) = self.leading_to(&unknown, pieces);
             for range in found.iter() {
-                self.unmap_at_any_price(range, pieces);
+                unmap(range)?;
             }
             // Another unmap may be about to end, or to give its leaves back. The memory may only go when that is
             // decided, and when the DMA that the other one waits for has ended.
@@ -299,6 +343,7 @@ impl Space {
                 step_aside(&mut tries);
             }
         }
+        Ok(())
     }
 
     /// Whether something in the range leads, or may lead in a moment, to one of the pieces of memory.
@@ -313,23 +358,21 @@ impl Space {
         let (mut found, mut busy) = (Runs::default(), Vec::new());
         let _operation = epoch::operation();
         for range in ranges {
-            self.native.occupied(*range, |occupied| {
-                let mut seen = 0u64;
-                self.native.leaves(occupied, |leaf| {
-                    seen = seen.saturating_add(leaf.size.bytes());
-                    for piece in pieces_under(&leaf, pieces) {
-                        // The part of the leaf that leads into the piece.
-                        let part = |oa: u64| leaf.iova + (oa - leaf.oa.get());
-                        let first = piece.oa.get().max(leaf.oa.get());
-                        let last = piece.last().min(leaf.oa.get() + (leaf.size.bytes() - 1));
-                        if let Some(range) = IovaRange::new(part(first), part(last)) {
-                            found.push(range);
-                        }
-                    }
-                    ControlFlow::Continue(())
-                });
-                if occupied.length().is_none_or(|length| seen < length) {
+            self.native.settled(*range, |occupied, leaf| {
+                // A leaf that somebody owns may lead elsewhere in a moment, or have led elsewhere a moment ago, so that
+                // devices still go there.
+                let Some(leaf) = leaf else {
                     busy.push(occupied);
+                    return ControlFlow::Continue(());
+                };
+                for piece in pieces_under(&leaf, pieces) {
+                    // The part of the leaf that leads into the piece.
+                    let part = |oa: u64| leaf.iova + (oa - leaf.oa.get());
+                    let first = piece.oa.get().max(leaf.oa.get());
+                    let last = piece.last().min(leaf.oa.get() + (leaf.size.bytes() - 1));
+                    if let Some(range) = IovaRange::new(part(first), part(last)) {
+                        found.push(range);
+                    }
                 }
                 ControlFlow::Continue(())
             });
@@ -354,7 +397,9 @@ impl Space {
             let block = u64::MAX >> (first ^ last).leading_zeros().min(63);
             let block = if first & block == 0 && last & block == block { block << 1 | 1 } else { block };
             (first, last) = (first & !block, last | block);
-            if IovaRange::new(first, last).is_none_or(|range| self.unmap(range).is_ok()) {
+            // Whatever the space's policy is.
+            let all = Some::<&dyn Fn(&Leaf) -> bool>(&|_| true);
+            if IovaRange::new(first, last).is_none_or(|range| self.unmap_wanted(range, all).is_ok()) {
                 return;
             }
         }

@@ -151,7 +151,7 @@ impl Format for VtdSecondStage {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+        LiveChanges::all()
     }
 
     #[inline(always)]
