@@ -79,7 +79,7 @@ struct State {
     /// By address, which is only compared.
     attached: [Option<usize>; 5],
     charged: u64,
-    holds: std::ops::RangeInclusive<u32>,
+    holds: std::ops::RangeInclusive<u64>,
 }
 
 #[track_caller]
