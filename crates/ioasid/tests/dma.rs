@@ -485,6 +485,87 @@ fn an_alias_goes_with_the_memory_also_if_it_is_just_being_made() {
 }
 
 #[test]
+fn an_alias_of_an_alias_goes_with_the_memory_whatever_is_looked_at_first() {
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    // Mapped here, with aliases noted first for the one and then for the other.
+    let (origin, target, source) = (Space::new(&bus), Space::new(&bus), Space::new(&bus));
+    let stop = AtomicBool::new(false);
+    let aliased = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let done = source.alias(range(0, 4 * K4), &target, Iova::new(0), RW);
+                aliased.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                target.unmap(range(0, 4 * K4)).unwrap();
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let backing = Backing::anonymous(&bus, 4 * K4).unwrap();
+            let ram = Memory::register(&backing, 0, 4 * K4, &account).unwrap();
+            origin.map(Iova::new(0), &ram, 0, 4 * K4, RW).unwrap();
+            origin.alias(range(0, 4 * K4), &target, Iova::new(8 * K4), RW).unwrap();
+            target.unmap(range(8 * K4, 4 * K4)).unwrap();
+            origin.alias(range(0, 4 * K4), &source, Iova::new(0), RW).unwrap();
+            origin.unmap(range(0, 4 * K4)).unwrap();
+            for _ in 0..round % 64 * 8 {
+                std::hint::spin_loop();
+            }
+            drop(ram);
+            for space in [&origin, &target, &source] {
+                assert_eq!(space.leaves(IovaRange::ALL), []);
+            }
+        }
+    });
+    assert!(aliased.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn an_alias_of_memory_that_has_just_come_goes_with_that_memory() {
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    let (space, other) = (Space::new(&bus), Space::new(&bus));
+    let fresh = || {
+        let backing = Backing::anonymous(&bus, K4).unwrap();
+        Memory::register(&backing, 0, K4, &account).unwrap()
+    };
+    let mut before = fresh();
+    space.map(Iova::new(0), &before, 0, K4, RW).unwrap();
+    let stop = AtomicBool::new(false);
+    let aliased = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        scope.spawn(|| {
+            for round in 0u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let done = space.alias(range(0, K4), &other, Iova::new(round % 64 * K4), RW);
+                aliased.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                if round % 64 == 0 {
+                    other.unmap(IovaRange::ALL).unwrap();
+                }
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            // What was looked up a moment ago is another object now.
+            let now = fresh();
+            space.remap(Iova::new(0), &now, 0, K4, RW).unwrap();
+            drop(std::mem::replace(&mut before, now));
+            for leaf in other.leaves(IovaRange::ALL) {
+                let (object, _) = other.object_at(leaf.oa).expect("the memory is gone and the alias is not");
+                assert!(Arc::ptr_eq(&object, before.backing()));
+            }
+        }
+    });
+    assert!(aliased.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
 fn memory_that_is_just_being_remapped_away_is_not_freed_too_early() {
     let (bus, double) = (Bus::new(), Double::new());
     let account = Account::new("test", None);
