@@ -793,6 +793,65 @@ impl Drop for Unblock<'_> {
 }
 
 #[test]
+fn a_remap_and_a_protect_wait_for_calls_that_block_and_others_do_not_wait_for_them() {
+    let (bus, double, others) = (Bus::new(), Double::new(), Double::new());
+    let account = Account::new("test", None);
+    let own = Backing::anonymous(&bus, 4 * K4).unwrap();
+    let own = Memory::register(&own, 0, 4 * K4, &account).unwrap();
+    for change in ["remap", "protect", "widen"] {
+        let recorder = Arc::new(Recorder::default());
+        let late = Backing::late_bound(&bus, recorder.clone());
+        let ram = Memory::register(&late, 0, 4 * K4, &account).unwrap();
+        let (space, other) = (Space::new(&bus), Space::new(&bus));
+        let _device = double.attached(NATIVE, &space);
+        let permissions = if change == "widen" { Permissions::READ } else { RW };
+        space.map(Iova::new(0), &ram, 0, 4 * K4, permissions).unwrap();
+        recorder.block(Some(1));
+        std::thread::scope(|scope| {
+            let unblock = Unblock(&recorder);
+            let mut port = Port::new(&double, NATIVE);
+            let reader = scope.spawn(move || port.read(K4, &mut [0; 16]));
+            recorder.wait_for_blocked_call();
+            if change == "widen" {
+                // Nobody has to give up what he may do already.
+                assert_eq!(space.protect(range(0, 4 * K4), RW).unwrap(), 4 * K4);
+            }
+            let (returned, changed) = mpsc::channel();
+            let (space, own) = (&space, &own);
+            scope.spawn(move || {
+                if change == "remap" {
+                    space.remap(Iova::new(K4), own, K4, K4, RW).unwrap();
+                } else {
+                    space.protect(range(K4, K4), Permissions::READ).unwrap();
+                }
+                returned.send(()).unwrap();
+            });
+            // It has begun when the leaf says so; and then it says nothing else any more.
+            let is_changed = || {
+                let mapped = space.query(Iova::new(K4)).expect("a hole");
+                let (object, _) = space.object_at(mapped.oa).unwrap();
+                Arc::ptr_eq(&object, own.backing()) || mapped.permissions == Permissions::READ
+            };
+            let deadline = Instant::now() + CERTAINTY;
+            while !is_changed() {
+                assert!(Instant::now() < deadline);
+                std::thread::yield_now();
+            }
+            // Layouts change meanwhile, here and elsewhere.
+            drop(others.attached(DERIVED, &other));
+            space.reserve(range(64 * K4, K4), ioasid::ReservationOwner::User(1)).unwrap();
+            assert!(
+                matches!(changed.try_recv(), Err(mpsc::TryRecvError::Empty)),
+                "{change} has returned under a running call"
+            );
+            drop(unblock);
+            assert_eq!(reader.join().unwrap(), Ok(true));
+            changed.recv_timeout(CERTAINTY).unwrap();
+        });
+    }
+}
+
+#[test]
 fn who_blocks_his_own_memory_delays_only_his_own_space() {
     let (bus, double, others) = (Bus::new(), Double::new(), Double::new());
     let account = Account::new("test", None);
