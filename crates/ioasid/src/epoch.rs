@@ -17,10 +17,12 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::LocalKey;
 
 mod domain;
+mod published;
 mod sync;
 
 pub use domain::Section;
 use domain::{Domain, Local, Ticket};
+pub(crate) use published::{Published, Reading};
 
 static DMA: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
 static OPERATIONS: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));

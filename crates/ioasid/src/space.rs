@@ -30,6 +30,7 @@ mod policy;
 mod protect;
 mod query;
 mod remap;
+mod snapshot;
 mod unmap;
 
 pub use alias::AliasError;

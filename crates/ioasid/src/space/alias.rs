@@ -19,7 +19,6 @@ use super::protect::Stretch;
 use super::{Permissions, Space, step_aside};
 use crate::backing::Backing;
 use crate::epoch;
-use crate::memory::MappedIn;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -78,6 +77,11 @@ impl Parts for Duplicate<'_> {
             Some(Part { range, oa, attributes })
         })
     }
+
+    fn check(&self) -> Result<(), MapError> {
+        // The registrations of the objects are locked, so whoever takes the memory away looks for it later.
+        Ok(())
+    }
 }
 
 impl Space {
@@ -116,7 +120,7 @@ impl Space {
                 if self.are_all_behind(&duplicate, &objects) {
                     let bytes = duplicate.check(granule)?;
                     for notes in &mut registrations {
-                        MappedIn::note(notes, target, range);
+                        notes.note(target, range);
                     }
                     // The map has a section of its own, and may have to wait outside of it.
                     held.leave();

@@ -15,7 +15,7 @@ use super::layout::Layout;
 use super::{Permissions, Space, step_aside};
 use crate::epoch;
 use crate::iommu::TableError;
-use crate::memory::Memory;
+use crate::memory::{Memory, Unavailable};
 use ioasid_pagetable::{
     Attributes, ClaimError, Gather, HeapTables, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
 };
@@ -45,7 +45,10 @@ pub enum MapError {
         /// The length asked for.
         length: u64,
     },
-    /// The memory is shorter than that.
+    /// The memory was taken back from everybody.
+    #[error("the memory was revoked")]
+    Revoked,
+    /// The memory is shorter than that, or was given back there.
     #[error("{length:#x} bytes at {offset:#x} reach beyond the registered memory")]
     BeyondMemory {
         /// The first byte of the memory.
@@ -128,6 +131,10 @@ pub(super) trait Parts {
     fn range(&self) -> IovaRange;
 
     fn parts(&self) -> impl Iterator<Item = Part>;
+
+    /// Asked in the operation in which the parts become visible: whether they still may. If so they stay the same until
+    /// the operation ends, and whoever takes the memory away meanwhile waits for that and finds them.
+    fn check(&self) -> Result<(), MapError>;
 }
 
 /// A mapping as it was asked for, checked.
@@ -172,6 +179,13 @@ impl Parts for Request<'_> {
             let range = IovaRange::with_length(first, piece.length)?;
             first = first.wrapping_add(piece.length);
             Some(Part { range, oa: piece.oa, attributes: self.attributes })
+        })
+    }
+
+    fn check(&self) -> Result<(), MapError> {
+        self.memory.check(self.offset, self.length).map_err(|error| match error {
+            Unavailable::Revoked => MapError::Revoked,
+            Unavailable::NotRegistered => MapError::BeyondMemory { offset: self.offset, length: self.length },
         })
     }
 }
@@ -268,6 +282,7 @@ impl Space {
         if layout.is_undecided(range) {
             return Err(Try::Contended);
         }
+        request.check().map_err(Try::Failed)?;
         let counted = self.count_in(request)?;
         let mut gather = Gather::new();
         let mut result = self.claim_parts(request, &mut gather);

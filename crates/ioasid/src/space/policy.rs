@@ -66,6 +66,11 @@ impl MappingCount {
         }
     }
 
+    /// Counts anew.
+    pub(super) fn set(&self, count: u64) {
+        self.0.store(count, Ordering::Relaxed);
+    }
+
     fn count_one_more(&self) {
         self.0.fetch_add(1, Ordering::Relaxed);
     }

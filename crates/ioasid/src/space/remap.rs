@@ -92,6 +92,8 @@ impl Space {
             Some(run) => return Err(RemapError::NotMapped { at: run.last().wrapping_add(1) }),
             None => return Err(RemapError::NotMapped { at: range.first() }),
         }
+        // What is held is held within an operation.
+        request.check().map_err(RemapError::Request)?;
         held.change_followers(
             |table| {
                 let mut done = None;
