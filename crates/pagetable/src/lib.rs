@@ -100,6 +100,6 @@ pub use gather::{Gather, RetiredTable, Runs};
 pub use memory::HeapTables;
 pub use memory::{OutOfTables, TableMemory};
 pub use radix::{
-    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RetractError, Span,
-    UnmapError, WalkFault,
+    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RetractError, SharedWalk,
+    Span, UnmapError, WalkFault,
 };
