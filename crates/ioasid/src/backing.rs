@@ -11,7 +11,7 @@
 
 use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, SMALLEST_WINDOW_BITS, Window};
 use crate::coverage::Coverage;
-use crate::epoch;
+use crate::epoch::Replaced;
 use crate::host_memory::HostMemory;
 use crate::ledger::{Account, OverLimit};
 use crate::memory::MappedIn;
@@ -216,7 +216,8 @@ impl Backing {
             match placed {
                 Ok(oa) => places.push(oa),
                 Err(error) => {
-                    self.leave_windows(windows, needed.start..needed.start + places.len() as u64);
+                    let placed = needed.start..needed.start + places.len() as u64;
+                    Replaced::drop_all(self.leave_windows(windows, placed));
                     charge.release(held);
                     if charge.is_empty() {
                         charges.remove(&account.id());
@@ -264,26 +265,28 @@ impl Backing {
         let gone = self.leave_windows(windows, chunks(&held, self.window_bits()));
         let others = !holds.is_empty();
         drop(books);
-        if gone && matches!(&*self.source, Source::Host(memory) if memory.is_borrowed()) {
-            // All mappings have gone before, but who asks for an address that no table gave is no reason to touch
-            // memory that is about to be its owner's again.
-            epoch::wait_for_dma();
-        }
+        // All mappings have gone before, but who asks for an address that no table gave is no reason to touch memory
+        // that is about to be its owner's again.
+        Replaced::drop_all(gone);
         others
     }
 
-    /// Gives back the windows that nobody needs any more; whether there were any.
-    fn leave_windows(&self, windows: &mut BTreeMap<u64, PlacedWindow>, chunks: Range<u64>) -> bool {
-        let before = windows.len();
+    /// Gives back the windows that nobody needs any more.
+    fn leave_windows(
+        &self,
+        windows: &mut BTreeMap<u64, PlacedWindow>,
+        chunks: Range<u64>,
+    ) -> Vec<Replaced<Window>> {
+        let mut gone = Vec::new();
         for chunk in chunks {
             let Some(window) = windows.get_mut(&chunk) else { continue };
             window.registrations -= 1;
             if window.registrations == 0 {
-                self.bus.remove_window(window.oa);
+                gone.extend(self.bus.remove_window(window.oa));
                 windows.remove(&chunk);
             }
         }
-        windows.len() < before
+        gone
     }
 }
 

@@ -66,7 +66,9 @@ pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
 pub use device::Device;
 pub use dma::{DmaError, Here, Late, Translated};
-pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, WalkFault};
+pub use ioasid_pagetable::{
+    Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
+};
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit};
 pub use memory::{Memory, RegisterError};

@@ -6,7 +6,7 @@
 //! blocks its own memory makes only its own unmaps wait.
 
 use std::collections::BTreeSet;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Knows the blocking copies that are running; a waiter waits for those that began before it did.
 #[derive(Debug, Default)]
@@ -28,12 +28,12 @@ impl SleepingCopies {
     }
 
     /// Begins a copy.
-    pub(crate) fn begin(&self) -> SleepingCopy<'_> {
+    pub(crate) fn begin(self: &Arc<Self>) -> SleepingCopy {
         let mut state = self.lock();
         let number = state.next;
         state.next += 1;
         state.running.insert(number);
-        SleepingCopy { copies: self, number }
+        SleepingCopy { copies: self.clone(), number }
     }
 
     /// Returns when every copy that had begun has ended. Copies that begin meanwhile are not waited for.
@@ -46,14 +46,14 @@ impl SleepingCopies {
     }
 }
 
-/// A copy that is running.
+/// A copy that is running. It may outlive the space, whose table a device may leave meanwhile.
 #[derive(Debug)]
-pub(crate) struct SleepingCopy<'a> {
-    copies: &'a SleepingCopies,
+pub(crate) struct SleepingCopy {
+    copies: Arc<SleepingCopies>,
     number: u64,
 }
 
-impl Drop for SleepingCopy<'_> {
+impl Drop for SleepingCopy {
     fn drop(&mut self) {
         self.copies.lock().running.remove(&self.number);
         self.copies.ended.notify_all();
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn waits_for_what_began_before_and_for_nothing_else() {
-        let copies = SleepingCopies::default();
+        let copies = Arc::new(SleepingCopies::default());
         copies.wait();
         let old = copies.begin();
         let waited = AtomicBool::new(false);

@@ -50,7 +50,8 @@ impl Permissions {
         Permissions(attributes & (Attributes::READ | Attributes::WRITE))
     }
 
-    pub(crate) fn attributes(self) -> Attributes {
+    /// What a page table calls it.
+    pub fn attributes(self) -> Attributes {
         self.0
     }
 }
@@ -76,7 +77,7 @@ pub struct Space {
     /// Held by whoever changes the layout, or must not see it change.
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
-    sleeping: SleepingCopies,
+    sleeping: Arc<SleepingCopies>,
 }
 
 /// Figures about a space, for people and tests.
@@ -110,7 +111,7 @@ impl Space {
             layout: ArcSwap::from_pointee(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
-            sleeping: SleepingCopies::default(),
+            sleeping: Arc::default(),
         })
     }
 
@@ -141,7 +142,7 @@ impl Space {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn sleeping(&self) -> &SleepingCopies {
+    pub(crate) fn sleeping(&self) -> &Arc<SleepingCopies> {
         &self.sleeping
     }
 
