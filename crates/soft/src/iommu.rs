@@ -10,17 +10,19 @@
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
-use arc_swap::ArcSwapOption;
+use ioasid::epoch::Protected;
 use ioasid::pagetable::VtdSecondStage;
 use ioasid::{AttachError, DerivedTable, Iommu, IovaRange, RadixTable, Requirements, Rid, Table, TableClass};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+mod faults;
 mod iotlb;
 mod port;
 
-pub use port::{Port, PortStatistics};
+pub use faults::{FAULT_LOG_RECORDS, FaultLog, FaultRecord};
+pub use port::{AtomicOperation, DmaSegment, PartialTransfer, Port, PortStatistics, Translation};
 
 static IOMMUS: AtomicU64 = AtomicU64::new(0);
 
@@ -51,15 +53,16 @@ pub struct SoftIommu {
 struct Attachment {
     kind: TableKind,
     /// None: all DMA is refused.
-    table: ArcSwapOption<Table>,
+    table: Protected<Table>,
 }
 
 impl Attachment {
     /// Exchanges the table and waits until nothing goes through the old one.
     fn replace(&self, table: Option<Arc<Table>>) {
-        if let Some(old) = self.table.swap(table) {
+        if let Some(old) = self.table.replace(table).after_dma() {
+            // Copies of memory behind calls leave their sections, and are counted with the space.
             old.wait_for_dma();
-            // The last reference may go here, and no DMA section can be the one that drops it.
+            // The last reference may go here.
         }
     }
 }
@@ -90,7 +93,7 @@ impl SoftIommu {
         if devices.contains_key(&rid) {
             return Err(RidTaken(rid));
         }
-        let attachment = Arc::new(Attachment { kind, table: ArcSwapOption::empty() });
+        let attachment = Arc::new(Attachment { kind, table: Protected::default() });
         devices.insert(rid, attachment.clone());
         Ok(Arc::new(Port::new(rid, attachment)))
     }

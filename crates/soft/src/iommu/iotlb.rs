@@ -1,37 +1,115 @@
 //! The IOTLB: remembered ways to leaf tables.
 //!
 //! A hardware IOTLB holds translations and must be told of every one that goes. This one holds the address of the
-//! *table* in which the last leaf was found and reads the leaf again each time. An unmap searches nothing here,
-//! a translation can never be stale, and one entry serves all the pages of a leaf table, 2 MiB of 4 KiB pages. Only
-//! the retirement of a table makes an entry useless, and the table's generation says so without a search either.
+//! *table* in which a leaf was found and reads the leaf again each time. An unmap searches nothing here, a
+//! translation can never be stale, and one entry serves all the pages of a leaf table, 2 MiB of 4 KiB pages. Only the
+//! retirement of a table makes an entry useless, and the table's generation says so without a search either.
 //!
 //! The price is one load more per translation, which is in the cache as often as the translation is hot.
+//!
+//! # Two arrays
+//!
+//! Which level a leaf stands at is known only when it is found. Tables of small pages are many, so they have the large
+//! array, 64 sets of 4 ways, indexed by the 2 MiB that such a table spans: 512 MiB of 4 KiB pages are remembered at
+//! once. The tables above them span a GiB and more, and 4 of those have an array without an index that is asked when the
+//! first has nothing. Within a set the oldest way is replaced. All of it is 8.5 KiB a device.
+//!
+//! Threads of one device share it without a lock (see [`SharedWalk`]).
 
-use ioasid::CachedWalk;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, MutexGuard};
+use ioasid::epoch::DmaSection;
+use ioasid::pagetable::{Format, Radix};
+use ioasid::{CachedWalk, Leaf, SharedWalk, Space, WalkFault};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// How many entries there are.
-const ENTRIES: usize = 64;
+/// How many sets there are for tables of small pages.
+const SETS: usize = 64;
+/// How many tables whose addresses fall into one set are remembered.
+const WAYS: usize = 4;
 /// Addresses that differ above this share a leaf table of 4 KiB pages, and so an entry.
 const SPAN_BITS: u32 = 21;
+
+pub(super) type Ways = [SharedWalk<AtomicU64>; WAYS];
+
+/// A table that a device walks, within a DMA section.
+pub(super) trait WalkedTable {
+    /// See [`Radix::walk_remembered`].
+    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf>;
+
+    /// See [`Radix::walk_cached`].
+    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault>;
+}
+
+impl<F: Format> WalkedTable for Radix<F> {
+    #[inline(always)]
+    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf> {
+        Radix::walk_remembered(self, iova, ways)
+    }
+
+    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
+        self.walk_cached(iova, way)
+    }
+}
+
+/// The native table of a space.
+pub(super) struct NativeTable<'a> {
+    pub(super) space: &'a Space,
+    pub(super) section: &'a DmaSection,
+}
+
+impl WalkedTable for NativeTable<'_> {
+    #[inline(always)]
+    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf> {
+        self.space.walk_remembered(self.section, iova, ways)
+    }
+
+    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
+        self.space.walk_for_dma(self.section, iova, way)
+    }
+}
 
 /// The IOTLB of one device.
 #[derive(Debug)]
 pub(super) struct Iotlb {
-    entries: [Mutex<CachedWalk<AtomicU64>>; ENTRIES],
+    small: Box<[Ways; SETS]>,
+    large: Ways,
+    /// Counts what was replaced; its low bits say which way is next.
+    replaced: AtomicUsize,
 }
 
 impl Iotlb {
     pub(super) fn new() -> Iotlb {
-        Iotlb { entries: [const { Mutex::new(CachedWalk::new()) }; ENTRIES] }
+        Iotlb {
+            small: Box::new([const { [const { SharedWalk::new() }; WAYS] }; SETS]),
+            large: [const { SharedWalk::new() }; WAYS],
+            replaced: AtomicUsize::new(0),
+        }
     }
 
-    /// The entry in which the way to `iova` may be remembered, unless another thread of the device is using it.
-    pub(super) fn entry(&self, iova: u64) -> Option<MutexGuard<'_, CachedWalk<AtomicU64>>> {
+    #[inline(always)]
+    fn set(&self, iova: u64) -> &Ways {
         let span = iova >> SPAN_BITS;
         // Buffers are often spaced by powers of two: fold the upper bits in.
-        let index = (span ^ (span >> 6) ^ (span >> 15)) as usize % ENTRIES;
-        self.entries[index].try_lock().ok()
+        &self.small[(span ^ (span >> 6) ^ (span >> 15)) as usize % SETS]
+    }
+
+    /// Translates an address by one of the remembered ways.
+    #[inline(always)]
+    pub(super) fn remembered(&self, iova: u64, table: &impl WalkedTable) -> Option<Leaf> {
+        match table.walk_remembered(iova, self.set(iova)) {
+            Some(leaf) => Some(leaf),
+            None => table.walk_remembered(iova, &self.large),
+        }
+    }
+
+    /// Translates an address from the root, and remembers the way.
+    pub(super) fn walk(&self, iova: u64, table: &impl WalkedTable) -> Result<Leaf, WalkFault> {
+        let mut way = CachedWalk::new();
+        let leaf = table.walk(iova, &mut way)?;
+        // Two threads may come to the same number: then one of them finds its way a second time later.
+        let turn = self.replaced.load(Ordering::Relaxed);
+        self.replaced.store(turn.wrapping_add(1), Ordering::Relaxed);
+        let ways = if way.level() == Some(1) { self.set(iova) } else { &self.large };
+        ways[turn % WAYS].store(&way);
+        Ok(leaf)
     }
 }
