@@ -51,6 +51,7 @@ mod device;
 mod dma;
 #[allow(unsafe_code, reason = "frees what nobody can be using any more, and calls membarrier")]
 pub mod epoch;
+mod flusher;
 #[allow(unsafe_code, reason = "copies from and to memory that devices share")]
 mod host_memory;
 mod iommu;
@@ -58,6 +59,7 @@ pub mod iova;
 mod ledger;
 mod memory;
 mod sleeping;
+mod slice;
 mod space;
 mod table;
 
@@ -72,8 +74,12 @@ pub use ioasid_pagetable::{
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit};
 pub use memory::{Memory, RegisterError};
+pub use slice::{
+    BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
+};
 pub use space::{
-    MapError, Permissions, ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,
+    DEFERRED_RANGES, DEFERRED_TIME, MapError, Permissions, ReservationOwner, ReserveError, Space,
+    SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::Table;
 

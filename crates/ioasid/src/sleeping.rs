@@ -22,6 +22,16 @@ struct State {
     running: BTreeSet<u64>,
 }
 
+/// A point in time, by the number of the next copy.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark(u64);
+
+impl State {
+    fn passed(&self, mark: Mark) -> bool {
+        self.running.first().is_none_or(|&oldest| oldest >= mark.0)
+    }
+}
+
 impl SleepingCopies {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -38,11 +48,25 @@ impl SleepingCopies {
 
     /// Returns when every copy that had begun has ended. Copies that begin meanwhile are not waited for.
     pub(crate) fn wait(&self) {
+        self.wait_for(self.mark());
+    }
+
+    /// The copies that have begun until now.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.lock().next)
+    }
+
+    /// Returns when every copy that had begun at the mark has ended.
+    pub(crate) fn wait_for(&self, mark: Mark) {
         let mut state = self.lock();
-        let now = state.next;
-        while state.running.first().is_some_and(|&oldest| oldest < now) {
+        while !state.passed(mark) {
             state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Whether every copy that had begun at the mark has ended.
+    pub(crate) fn passed(&self, mark: Mark) -> bool {
+        self.lock().passed(mark)
     }
 }
 

@@ -12,16 +12,20 @@
 use crate::bus::Bus;
 use crate::epoch;
 use crate::sleeping::SleepingCopies;
+use crate::slice::Slices;
 use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+mod deferred;
 mod layout;
 mod map;
 mod unmap;
 
+use deferred::Deferred;
+pub use deferred::{DEFERRED_RANGES, DEFERRED_TIME, UnmapBatch};
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
@@ -78,6 +82,11 @@ pub struct Space {
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
     sleeping: Arc<SleepingCopies>,
+    /// What was unmapped and not waited for yet.
+    deferred: Deferred,
+    /// What device models have borrowed.
+    slices: Slices,
+    this: Weak<Space>,
 }
 
 /// Figures about a space, for people and tests.
@@ -104,7 +113,7 @@ impl Space {
     /// An empty space with another granule, or with a limit to the size of leaves: the *cut granule*. Tables that
     /// cannot be cut are filled with leaves that need not be.
     pub fn with_format(bus: &Arc<Bus>, format: Native) -> Arc<Space> {
-        Arc::new(Space {
+        Arc::new_cyclic(|this| Space {
             id: SPACES.fetch_add(1, Ordering::Relaxed),
             bus: bus.clone(),
             native: Radix::native(format),
@@ -112,6 +121,9 @@ impl Space {
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: Arc::default(),
+            deferred: Deferred::default(),
+            slices: Slices::new(),
+            this: this.clone(),
         })
     }
 
@@ -144,6 +156,10 @@ impl Space {
 
     pub(crate) fn sleeping(&self) -> &Arc<SleepingCopies> {
         &self.sleeping
+    }
+
+    pub(crate) fn slices(&self) -> &Slices {
+        &self.slices
     }
 
     /// The leaf that translates `iova`.
@@ -196,12 +212,23 @@ impl std::fmt::Debug for Space {
     }
 }
 
-/// Waits for another operation to get on, outside of any section.
-fn step_aside(tries: &mut u32) {
-    *tries = tries.saturating_add(1);
-    match *tries {
-        0..64 => std::hint::spin_loop(),
-        64..256 => std::thread::yield_now(),
-        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+/// How often an operation has met others at work.
+#[derive(Debug, Default)]
+struct Patience(u32);
+
+impl Space {
+    /// After an operation has met a busy entry, outside of any section: gets the entry's owner on, or gives it time. What
+    /// was [deferred](deferred) stays busy until somebody flushes.
+    fn step_aside(&self, patience: &mut Patience) {
+        if self.flush_any() {
+            return;
+        }
+        let Patience(tries) = patience;
+        *tries = tries.saturating_add(1);
+        match *tries {
+            0..64 => std::hint::spin_loop(),
+            64..256 => std::thread::yield_now(),
+            _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+        }
     }
 }

@@ -11,7 +11,9 @@ use ioasid_soft::dma::DmaPort;
 use ioasid_soft::iommu::{AtomicOperation, DmaSegment, Port, SoftIommu, TableKind};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 const K4: u64 = 4 << 10;
 const M1: u64 = 1 << 20;
@@ -121,6 +123,80 @@ fn large(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// Keeps a device busy with copies of a MiB until it is dropped.
+struct Busy {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Busy {
+    fn new(port: &Arc<Port>, iova: u64) -> Busy {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (port, stopped) = (port.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            let mut buffer = vec![0; M1 as usize];
+            while !stopped.load(Ordering::Relaxed) {
+                port.read(iova, &mut buffer).unwrap();
+            }
+        });
+        Busy { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// One map and unmap of 4 KiB while a device is busy, with the wait for its DMA after each, after 64, or left to a flush.
+fn unmaps(criterion: &mut Criterion) {
+    const BATCH: u64 = 64;
+    for (name, kind) in [("native", TableKind::Native), ("VT-d", TableKind::VtdSecondStage)] {
+        let scene = Scene::new(kind);
+        scene.map(G1, 0, M2);
+        // The table page that holds the leaves is not made and retired each time.
+        scene.map(2 * G1 + M2 - K4, 0, K4);
+        let place = |index: u64| 2 * G1 + index % BATCH * K4;
+        let range = |index: u64| IovaRange::with_length(place(index), K4).unwrap();
+        let mut group = criterion.benchmark_group(format!("map and unmap 4 KiB under DMA, {name}"));
+        group.throughput(Throughput::Elements(1));
+        let _busy = Busy::new(&scene.port, G1);
+        group.bench_function("strict", |bencher| {
+            bencher.iter(|| {
+                scene.map(place(0), 0, K4);
+                scene.space.unmap(range(0)).unwrap();
+            });
+        });
+        group.bench_function("strict, in batches of 64", |bencher| {
+            bencher.iter_custom(|iterations| {
+                let start = Instant::now();
+                for _ in 0..iterations.div_ceil(BATCH) {
+                    (0..BATCH).for_each(|index| scene.map(place(index), index * K4, K4));
+                    let mut batch = scene.space.batch();
+                    for index in 0..BATCH {
+                        batch.unmap(range(index)).unwrap();
+                    }
+                    batch.finish();
+                }
+                start.elapsed().mul_f64(iterations as f64 / (iterations.div_ceil(BATCH) * BATCH) as f64)
+            });
+        });
+        let mut index = 0;
+        group.bench_function("deferred", |bencher| {
+            bencher.iter(|| {
+                index += 1;
+                scene.map(place(index), 0, K4);
+                scene.space.unmap_deferred(range(index)).unwrap();
+            });
+        });
+        group.finish();
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
@@ -128,6 +204,6 @@ criterion_group! {
         .measurement_time(Duration::from_millis(1000))
         .sample_size(30)
         .without_plots();
-    targets = small, large
+    targets = small, large, unmaps
 }
 criterion_main!(benches);

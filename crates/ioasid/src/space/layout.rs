@@ -8,7 +8,7 @@
 //! happen the copy finds an equal leaf. A table joins in two such steps, so that at no time an operation maps in it
 //! what another one, running beside it, does not know to unmap there.
 
-use super::{Space, step_aside};
+use super::{Patience, Space};
 use crate::epoch;
 use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
 use crate::table::Table;
@@ -150,6 +150,8 @@ impl Space {
         new.undecided = ranges.to_vec();
         self.layout.store(Arc::new(new.clone()));
         epoch::wait_for_operations();
+        // What is unmapped already and only waits for a flush is in nobody's way.
+        self.flush();
         let mapped = {
             let _operation = epoch::operation();
             ranges.iter().find(|range| self.occupied_in(**range).is_some())
@@ -290,7 +292,7 @@ impl Space {
     /// Copies all leaves into a new table, while operations go on.
     fn fill(&self, table: &dyn DerivedTable) -> Result<(), TableError> {
         let mut first = Some(0);
-        let mut tries = 0;
+        let mut tries = Patience::default();
         while let Some(range) = first.and_then(|first| IovaRange::new(first, u64::MAX)) {
             let operation = epoch::operation();
             match self.native.hold(range) {
@@ -300,12 +302,12 @@ impl Space {
                     self.native.let_go(&leaf);
                     result?;
                     first = leaf.range().last().checked_add(1);
-                    tries = 0;
+                    tries = Patience::default();
                 }
                 Err(RetractError::Contended { at }) => {
                     drop(operation);
                     first = Some(at);
-                    step_aside(&mut tries);
+                    self.step_aside(&mut tries);
                 }
                 Err(RetractError::Cut(_)) => break,
             }

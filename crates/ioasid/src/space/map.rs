@@ -12,7 +12,7 @@
 //! starts again.
 
 use super::layout::Layout;
-use super::{Permissions, Space, step_aside};
+use super::{Patience, Permissions, Space};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::iova::find_hole;
@@ -154,12 +154,12 @@ impl Space {
         }
         memory.note_mapped(self, range);
         let request = Request { range, memory, offset, length, attributes: permissions.attributes() };
-        let mut tries = 0;
+        let mut tries = Patience::default();
         loop {
             match self.try_map(&request) {
                 Ok(()) => return Ok(()),
                 Err(Try::Failed(error)) => return Err(error),
-                Err(Try::Contended) => step_aside(&mut tries),
+                Err(Try::Contended) => self.step_aside(&mut tries),
             }
         }
     }
@@ -184,7 +184,13 @@ impl Space {
         loop {
             let aligned = self.find_free(length, alignment);
             let found = aligned.or_else(|| self.find_free(length, granule));
-            let iova = found.ok_or(MapError::NoHole { length })?;
+            let Some(iova) = found else {
+                // Addresses that were unmapped and not flushed yet are free in a moment.
+                if self.flush_any() {
+                    continue;
+                }
+                return Err(MapError::NoHole { length });
+            };
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),
                 // Somebody else was faster; there are other places.

@@ -1,5 +1,6 @@
 //! Unmapping: exactly the range, whatever leaves it was mapped with.
 //!
+//! 0. Device models that have borrowed some of the range are asked to let go (`slice.rs`). Nearly always nobody has.
 //! 1. The ends of the range are made boundaries between leaves, in the native and in every derived table. All that
 //!    can fail happens here, and nothing has changed for anybody.
 //! 2. The native leaves are retracted, present to busy. They translate no more, and nobody can map there yet. The
@@ -20,15 +21,19 @@
 //! even if others never stop mapping and unmapping small pieces of a large range.
 
 use super::layout::Layout;
-use super::{Space, step_aside};
+use super::{Patience, Space};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::Piece;
+use crate::slice::{Recalled, SLICE_PATIENCE, StillBorrowed};
 use arc_swap::Guard;
-use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs};
+use ioasid_pagetable::{
+    Attributes, CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs,
+};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 /// What an unmap took away.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -71,7 +76,24 @@ pub enum UnmapError {
     /// A derived table refused to be cut.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A device model has borrowed some of it and does not let go.
+    #[error(transparent)]
+    Borrowed(#[from] StillBorrowed),
 }
+
+/// Who waits for the DMA that had begun before, and for device models that have borrowed the range.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    /// The unmap itself; it fails if a slice is not given back.
+    Strict,
+    /// The next flush waits for DMA.
+    Deferred,
+    /// As strict; but what is not given back in time is unmapped all the same, because the memory goes.
+    AtAnyPrice,
+}
+
+/// What an unmap takes away.
+const ALL_RIGHTS: Attributes = Attributes::READ.union(Attributes::WRITE);
 
 /// Why a step has to be tried again or given up.
 enum Step {
@@ -108,7 +130,30 @@ impl Space {
     ///
     /// When it returns, no device reaches the memory that was mapped there.
     pub fn unmap(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
-        self.unmap_wanted(range, None)
+        self.unmap_wanted(range, None, Manner::Strict)
+    }
+
+    /// The same without waiting for devices: DMA that had begun before may reach the memory until the next
+    /// [`flush`](Self::flush), which comes by itself after at most [`DEFERRED_TIME`](super::DEFERRED_TIME), and when
+    /// [`DEFERRED_RANGES`](super::DEFERRED_RANGES) are waiting for it.
+    ///
+    /// Until then nothing else gets the addresses, and dropping the [`Memory`](crate::Memory) waits; but memory that stays
+    /// registered must not be given to anybody else before the flush.
+    ///
+    /// ```
+    /// # use ioasid::{Account, Backing, Bus, Iova, IovaRange, Memory, Permissions, Space};
+    /// # let bus = Bus::new();
+    /// # let memory = Memory::register(&Backing::anonymous(&bus, 1 << 20)?, 0, 1 << 20, &Account::new("guest", None))?;
+    /// # let space = Space::new(&bus);
+    /// space.map(Iova::new(0), &memory, 0, 0x2000, Permissions::READ_WRITE)?;
+    /// space.unmap_deferred(IovaRange::with_length(0x1000, 0x1000).unwrap())?;
+    /// assert!(space.walk(Iova::new(0x1000)).is_none());
+    /// space.flush();
+    /// // Now no device can be using the second page any more.
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn unmap_deferred(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
+        self.unmap_wanted(range, None, Manner::Deferred)
     }
 
     /// The same, for the leaves alone that `wanted` says yes to.
@@ -116,21 +161,32 @@ impl Space {
         &self,
         range: IovaRange,
         wanted: Option<&dyn Fn(&Leaf) -> bool>,
+        manner: Manner,
     ) -> Result<Unmapped, UnmapError> {
         if !range.is_aligned(self.granule()) {
             return Err(UnmapError::Misaligned { range, granule: self.granule() });
         }
         let mut gather = Gather::new();
         let mut rest = range;
-        let mut tries = 0;
+        let mut tries = Patience::default();
         let mut unchanging = None;
+        // Asked before anything is retracted, so that devices notice nothing of an unmap that fails.
+        let mut recalled = self.recall(range, manner)?;
         loop {
             let operation = epoch::operation();
             let layout = self.layout.load();
             match self.cut_and_retract(range, wanted, &mut rest, &layout, &mut gather) {
+                Ok(()) if recalled.is_none() && self.slices.any(range, ALL_RIGHTS) => {
+                    self.give_back(&mut gather);
+                    rest = range;
+                    drop(layout);
+                    drop(operation);
+                    drop(unchanging.take());
+                    recalled = self.recall(range, manner)?;
+                }
                 Ok(()) => {
                     drop(unchanging);
-                    self.settle(operation, layout, &mut gather);
+                    self.settle(operation, layout, &mut gather, manner);
                     return Ok(Unmapped { runs: gather.runs, leaves: gather.leaves });
                 }
                 Err(Step::Contended) => {
@@ -142,7 +198,7 @@ impl Space {
                     }
                     drop(layout);
                     drop(operation);
-                    step_aside(&mut tries);
+                    self.step_aside(&mut tries);
                     if lock {
                         unchanging = Some(self.changing());
                     }
@@ -156,6 +212,18 @@ impl Space {
                     return Err(error);
                 }
             }
+        }
+    }
+
+    /// Gets back what is borrowed of the range, and lets nobody borrow there meanwhile; `None`: there was nothing.
+    fn recall(&self, range: IovaRange, manner: Manner) -> Result<Option<Recalled<'_>>, StillBorrowed> {
+        if !self.slices.any(range, ALL_RIGHTS) {
+            return Ok(None);
+        }
+        match self.slices.recall(range, ALL_RIGHTS, Instant::now() + SLICE_PATIENCE) {
+            Ok(recalled) => Ok(Some(recalled)),
+            Err((recalled, _)) if manner == Manner::AtAnyPrice => Ok(Some(recalled)),
+            Err((_, error)) => Err(error),
         }
     }
 
@@ -258,17 +326,27 @@ impl Space {
         mut operation: epoch::Section,
         layout: Guard<Arc<Layout>>,
         gather: &mut Gather<HeapTables, AtomicU64>,
+        manner: Manner,
     ) {
         if !gather.runs.is_empty() {
             for table in layout.derived() {
                 for run in gather.runs.iter() {
                     table.unmap(run);
                 }
-                table.invalidate(&gather.runs);
+                if manner != Manner::Deferred {
+                    table.invalidate(&gather.runs);
+                }
             }
             if layout.table_count() > 0 {
                 drop(layout);
                 drop(operation);
+                if manner == Manner::Deferred {
+                    if self.defer(&gather.runs) {
+                        epoch::retire(std::mem::take(&mut gather.retired));
+                        return;
+                    }
+                    self.invalidate(&gather.runs);
+                }
                 epoch::wait_for_dma();
                 self.sleeping.wait();
                 operation = epoch::operation();
@@ -285,8 +363,10 @@ impl Space {
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
     /// pieces are in ascending order of their output addresses.
     pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece]) {
+        // Devices may still reach what was unmapped without waiting for them.
+        self.flush();
         let mut unknown = vec![hull];
-        let mut tries = 0;
+        let mut tries = Patience::default();
         while !unknown.is_empty() {
             let (found, busy) = self.leading_to(&unknown, pieces);
             for range in found.iter() {
@@ -296,7 +376,7 @@ impl Space {
             // decided, and when the DMA that the other one waits for has ended.
             unknown = busy;
             if !unknown.is_empty() {
-                step_aside(&mut tries);
+                self.step_aside(&mut tries);
             }
         }
     }
@@ -345,7 +425,10 @@ impl Space {
         let (mut first, mut last) = (range.first() & !granule, range.last() | granule);
         let Some(exact) = IovaRange::new(first, last) else { return };
         // Something else may be mapped there by now, and is none of our business.
-        if self.unmap_wanted(exact, Some(&|leaf| pieces_under(leaf, pieces).next().is_some())).is_ok() {
+        if self
+            .unmap_wanted(exact, Some(&|leaf| pieces_under(leaf, pieces).next().is_some()), Manner::Strict)
+            .is_ok()
+        {
             return;
         }
         while self.may_lead_to(exact, pieces) {
@@ -354,7 +437,9 @@ impl Space {
             let block = u64::MAX >> (first ^ last).leading_zeros().min(63);
             let block = if first & block == 0 && last & block == block { block << 1 | 1 } else { block };
             (first, last) = (first & !block, last | block);
-            if IovaRange::new(first, last).is_none_or(|range| self.unmap(range).is_ok()) {
+            if IovaRange::new(first, last)
+                .is_none_or(|range| self.unmap_wanted(range, None, Manner::AtAnyPrice).is_ok())
+            {
                 return;
             }
         }

@@ -25,6 +25,7 @@ pub(super) fn unmap_errno(error: UnmapError) -> Errno {
         UnmapError::OutOfTables => Errno::NOMEM,
         UnmapError::Table(error) => table_errno(&error),
         UnmapError::Misaligned { .. } => Errno::INVAL,
+        UnmapError::Borrowed(_) => Errno::BUSY,
     }
 }
 

@@ -24,10 +24,12 @@ use ioasid::{Attributes, Here, Late, Leaf, Oa, Permissions, RadixTable, Rid, Tab
 use std::sync::Arc;
 
 mod atomic;
+mod borrow;
 mod copy;
 mod list;
 
 pub use atomic::AtomicOperation;
+pub use borrow::PortBorrowError;
 pub use list::{DmaSegment, PartialTransfer};
 
 /// How many bytes are copied within one DMA section.
