@@ -21,7 +21,7 @@ use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Pages are what is held and charged: 4 KiB, whatever the granule of a space.
 pub(crate) const PAGE_BITS: u32 = 12;
@@ -55,6 +55,7 @@ pub(crate) enum Source {
 /// An object whose pages have an identity.
 #[derive(Debug)]
 pub struct Backing {
+    itself: Weak<Backing>,
     bus: Arc<Bus>,
     source: Arc<Source>,
     /// For an object that never grows.
@@ -99,7 +100,8 @@ impl From<BusFull> for HoldError {
 impl Backing {
     fn new(bus: &Arc<Bus>, source: Source, length: Option<u64>) -> Arc<Backing> {
         let books = Mutex::new(Books::default());
-        Arc::new(Backing {
+        Arc::new_cyclic(|itself| Backing {
+            itself: itself.clone(),
             bus: bus.clone(),
             source: Arc::new(source),
             length,
@@ -207,7 +209,8 @@ impl Backing {
                     Ok(window.oa)
                 }
                 None => {
-                    let window = Window { source: self.source.clone(), offset: chunk << bits };
+                    let (source, backing) = (self.source.clone(), self.itself.clone());
+                    let window = Window { source, backing, offset: chunk << bits };
                     self.bus.add_window(bits, window).inspect(|&oa| {
                         windows.insert(chunk, PlacedWindow { oa, registrations: 1 });
                     })

@@ -17,10 +17,10 @@
 //! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
 //! in it any more, after all mappings of that memory are gone.
 
-use crate::backing::Source;
-use crate::epoch::{DmaSection, Protected, Replaced};
+use crate::backing::{Backing, Source};
+use crate::epoch::{self, DmaSection, Protected, Replaced};
 use ioasid_pagetable::Oa;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// Logarithm of the largest window and of the size of a chunk.
 pub(crate) const CHUNK_BITS: u32 = 30;
@@ -53,6 +53,8 @@ struct Chunk {
 #[derive(Debug)]
 pub(crate) struct Window {
     pub(crate) source: Arc<Source>,
+    /// The object itself, for those who only have an address.
+    pub(crate) backing: Weak<Backing>,
     /// Where in the object the window begins, in bytes.
     pub(crate) offset: u64,
 }
@@ -97,6 +99,13 @@ impl Bus {
         let size = 1u64 << chunk.window_bits;
         let offset = within & (size - 1);
         Some((window, offset, size - offset))
+    }
+
+    /// The object at an address, where in it that is, and the last address of the same window.
+    pub(crate) fn object(&self, oa: u64) -> Option<(Arc<Backing>, u64, u64)> {
+        let section = epoch::dma();
+        let (window, within, left) = self.find(&section, oa)?;
+        Some((window.backing.upgrade()?, window.offset + within, oa + (left - 1)))
     }
 
     /// Gives a part of an object 2^`bits` bytes of the bus.

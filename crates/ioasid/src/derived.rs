@@ -5,7 +5,9 @@
 
 use crate::epoch;
 use crate::iommu::{DerivedTable, TableError};
-use ioasid_pagetable::{Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, Radix, Runs};
+use ioasid_pagetable::{
+    Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, ProtectError, Radix, RemapError, Runs,
+};
 use std::any::Any;
 
 /// A radix table that follows a space's native one.
@@ -30,6 +32,15 @@ fn map_error(error: MapError, range: IovaRange) -> TableError {
     match error {
         MapError::OutOfTables(_) => TableError::OutOfTables,
         _ => TableError::DoesNotFit { range },
+    }
+}
+
+fn cut_error(error: CutError) -> TableError {
+    match error {
+        CutError::OutOfTables(_) => TableError::OutOfTables,
+        CutError::NeedsBreak { at, .. } | CutError::Contended { at } | CutError::Misaligned { at } => {
+            TableError::CannotCut { at }
+        }
     }
 }
 
@@ -66,6 +77,41 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         let result = self.radix.unmap(range, &mut gather);
         debug_assert!(result.is_ok());
         epoch::retire(gather.retired);
+    }
+
+    fn protect(&self, range: IovaRange, permissions: Attributes) -> Result<(), TableError> {
+        let mut gather = Gather::new();
+        let result = self.radix.protect(range, permissions, &mut gather);
+        epoch::retire(gather.retired);
+        result.map_err(|error| match error {
+            ProtectError::Cut(error) => cut_error(error),
+            ProtectError::NeedsBreak { at, .. } => TableError::NeedsBreak { at },
+            ProtectError::NoAccess { range } => TableError::DoesNotFit { range },
+        })
+    }
+
+    fn remap(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let mut gather = Gather::new();
+        let result = self.radix.remap(range, oa, attributes, &mut gather);
+        epoch::retire(gather.retired);
+        result.map_err(|error| match error {
+            RemapError::Map(error) => map_error(error, range),
+            RemapError::Cut(CutError::OutOfTables(_)) => TableError::OutOfTables,
+            RemapError::Cut(CutError::NeedsBreak { at, .. }) | RemapError::NeedsBreak { at, .. } => {
+                TableError::NeedsBreak { at }
+            }
+            RemapError::Cut(CutError::Contended { at } | CutError::Misaligned { at }) => {
+                TableError::CannotCut { at }
+            }
+        })
+    }
+
+    fn merge(&self, range: IovaRange) -> u64 {
+        let mut gather = Gather::new();
+        // A format that cannot merge while walkers run says so at the first table that could be; that one stays.
+        let merged = self.radix.merge(range, &mut gather).unwrap_or(0);
+        epoch::retire(gather.retired);
+        merged
     }
 
     fn invalidate(&self, _runs: &Runs) {

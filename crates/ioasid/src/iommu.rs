@@ -94,6 +94,12 @@ pub enum TableError {
         /// Where.
         at: u64,
     },
+    /// The table cannot change its leaf there while devices use it: it has to be unmapped first, and mapped again.
+    #[error("a device's table cannot change its leaf at {at:#x} while devices use it")]
+    NeedsBreak {
+        /// An address in the leaf.
+        at: u64,
+    },
     /// The mapping does not fit the table.
     #[error("{range} does not fit a device's table")]
     DoesNotFit {
@@ -131,7 +137,33 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Unmaps exactly the range, whose ends were cut before. Parts may not be mapped.
     fn unmap(&self, range: IovaRange);
 
-    /// Returns when no translation of these ranges is cached anywhere any more.
+    /// Gives all that is mapped in the range these permissions (reading and writing; nothing else in `permissions`
+    /// counts), leaf by leaf, without a moment in which a leaf allows neither what it did nor what it will. Parts may not
+    /// be mapped, and leaves may reach over the ends. All or nothing; and to go back to what was allowed before, with
+    /// every part that it was allowed for, cannot fail.
+    ///
+    /// A table that cannot do so says [`NeedsBreak`](TableError::NeedsBreak), as this does unless it is implemented.
+    fn protect(&self, range: IovaRange, _permissions: Attributes) -> Result<(), TableError> {
+        Err(TableError::NeedsBreak { at: range.first() })
+    }
+
+    /// Lets all that is mapped in the range lead to the output addresses from `oa` on, with these attributes, leaf by
+    /// leaf, without a moment in which a leaf leads neither where it did nor where it will. Parts may not be mapped and
+    /// stay so, and leaves may reach over the ends. All or nothing; and to go back to where it led before, with every part
+    /// whose outputs were consecutive, cannot fail.
+    ///
+    /// A table that cannot do so says [`NeedsBreak`](TableError::NeedsBreak), as this does unless it is implemented.
+    fn remap(&self, range: IovaRange, _oa: Oa, _attributes: Attributes) -> Result<(), TableError> {
+        Err(TableError::NeedsBreak { at: range.first() })
+    }
+
+    /// Makes large leaves of small ones where it can, within the range, and changes no translation. How many table pages
+    /// that saved. A table that cannot, or not while devices use it, leaves everything as it is, as this does.
+    fn merge(&self, _range: IovaRange) -> u64 {
+        0
+    }
+
+    /// Returns when no translation of these ranges is cached anywhere any more that the table does not hold now.
     fn invalidate(&self, runs: &Runs);
 
     /// How many bytes of table pages it has, if anybody knows.

@@ -78,8 +78,9 @@ pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
 };
 pub use space::{
-    DEFERRED_RANGES, DEFERRED_TIME, MapError, Permissions, ReservationOwner, ReserveError, Space,
-    SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
+    AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped, MappingPolicy,
+    Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceStatistics,
+    UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::Table;
 

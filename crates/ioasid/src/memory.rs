@@ -95,6 +95,11 @@ impl MappedIn {
         }
     }
 
+    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
+    pub(crate) fn note(notes: &mut Vec<MappedIn>, space: &Arc<Space>, hull: IovaRange) {
+        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(notes);
+    }
+
     fn widen(&mut self, range: IovaRange) {
         let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
         self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
@@ -159,9 +164,21 @@ impl Memory {
             if done {
                 return None;
             }
-            let place = self.places.get(((at >> bits) - first_chunk) as usize)?;
-            let end = (at | low).min(last);
-            let piece = Piece { oa: Oa::new(place.get() + (at & low)), length: end - at + 1 };
+            let chunk = ((at >> bits) - first_chunk) as usize;
+            let place = self.places.get(chunk)?.get();
+            let mut end = at | low;
+            // A large object mostly has one window behind the other.
+            let mut behind = self.places.iter().skip(chunk + 1);
+            let mut expected = place;
+            while end < last {
+                expected += low + 1;
+                if behind.next().is_none_or(|next| next.get() != expected) {
+                    break;
+                }
+                end += low + 1;
+            }
+            let end = end.min(last);
+            let piece = Piece { oa: Oa::new(place + (at & low)), length: end - at + 1 };
             done = end == last;
             at = end.wrapping_add(1);
             Some(piece)

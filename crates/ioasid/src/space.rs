@@ -7,7 +7,9 @@
 //! unmapping never take a lock for it.
 //!
 //! The operations themselves are in the modules below: [`map`] and [`unmap`] follow the protocol of the native
-//! table's entries step by step, [`layout`] is all that goes with reserved ranges and tables.
+//! table's entries step by step, [`protect`], [`remap`], [`alias`] and [`merge`] own leaves while they translate
+//! ([`held`]), [`query`] only looks, [`policy`] is what a space may forbid, and [`layout`] is all that goes with reserved
+//! ranges and tables.
 
 use crate::bus::Bus;
 use crate::epoch;
@@ -17,18 +19,33 @@ use arc_swap::ArcSwap;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+mod alias;
 mod deferred;
+mod held;
 mod layout;
 mod map;
+mod merge;
+mod placement;
+mod policy;
+mod protect;
+mod query;
+mod remap;
 mod unmap;
 
+pub use alias::AliasError;
 use deferred::Deferred;
 pub use deferred::{DEFERRED_RANGES, DEFERRED_TIME, UnmapBatch};
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
+use placement::Placement;
+use policy::MappingCount;
+pub use policy::MappingPolicy;
+pub use protect::ProtectError;
+pub use query::{Extent, Extents, Mapped};
+pub use remap::RemapError;
 pub use unmap::{UnmapError, Unmapped};
 
 static SPACES: AtomicU64 = AtomicU64::new(0);
@@ -75,6 +92,8 @@ pub struct Space {
     id: u64,
     bus: Arc<Bus>,
     native: Radix<Native>,
+    policy: MappingPolicy,
+    mappings: MappingCount,
     layout: ArcSwap<Layout>,
     /// Held by whoever looks for a table to share and makes one if there is none. Taken before `changing`.
     sharing: Mutex<()>,
@@ -87,6 +106,8 @@ pub struct Space {
     /// What device models have borrowed.
     slices: Slices,
     this: Weak<Space>,
+    /// Where to look for room, from the first time on that somebody wants it.
+    placement: OnceLock<Box<Placement>>,
 }
 
 /// Figures about a space, for people and tests.
@@ -113,10 +134,17 @@ impl Space {
     /// An empty space with another granule, or with a limit to the size of leaves: the *cut granule*. Tables that
     /// cannot be cut are filled with leaves that need not be.
     pub fn with_format(bus: &Arc<Bus>, format: Native) -> Arc<Space> {
+        Space::with_policy(bus, format, MappingPolicy::default())
+    }
+
+    /// An empty space that does not allow everything.
+    pub fn with_policy(bus: &Arc<Bus>, format: Native, policy: MappingPolicy) -> Arc<Space> {
         Arc::new_cyclic(|this| Space {
             id: SPACES.fetch_add(1, Ordering::Relaxed),
             bus: bus.clone(),
             native: Radix::native(format),
+            policy,
+            mappings: MappingCount::default(),
             layout: ArcSwap::from_pointee(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
@@ -124,6 +152,7 @@ impl Space {
             deferred: Deferred::default(),
             slices: Slices::new(),
             this: this.clone(),
+            placement: OnceLock::new(),
         })
     }
 
@@ -212,18 +241,13 @@ impl std::fmt::Debug for Space {
     }
 }
 
-/// How often an operation has met others at work.
-#[derive(Debug, Default)]
-struct Patience(u32);
-
 impl Space {
     /// After an operation has met a busy entry, outside of any section: gets the entry's owner on, or gives it time. What
     /// was [deferred](deferred) stays busy until somebody flushes.
-    fn step_aside(&self, patience: &mut Patience) {
+    fn step_aside(&self, tries: &mut u32) {
         if self.flush_any() {
             return;
         }
-        let Patience(tries) = patience;
         *tries = tries.saturating_add(1);
         match *tries {
             0..64 => std::hint::spin_loop(),

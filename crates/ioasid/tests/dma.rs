@@ -1,15 +1,18 @@
-//! DMA against unmap, with threads.
+//! DMA against unmap and against changes of what is mapped, with threads.
 //!
 //! What a program relies on: when an unmap has returned, no device touches the memory, so that it may be
-//! overwritten or freed; and whoever is next to what is unmapped notices nothing. The devices here are threads that
+//! overwritten or freed; and whoever is next to what is unmapped notices nothing. The same holds for memory that was
+//! mapped before a remap, for rights that a protect has taken away, and for aliases of memory that is released; and
+//! none of these makes a device fault. The devices here are threads that
 //! translate and copy as an IOMMU in software does, through the native table or a derived one.
 
 mod double;
 
-use double::{DERIVED, Double, DoubleTable, NATIVE};
+use double::{DERIVED, Double, DoubleTable, NATIVE, OWN_NATIVE, SMALL, X86};
+use ioasid::pagetable::Native;
 use ioasid::{
-    Account, Attributes, Backing, Bus, CachedWalk, Iova, IovaRange, LateBound, Memory, MemoryGone,
-    Permissions, Rid, Space, Table, Translated, WalkFault, epoch,
+    Account, Attributes, Backing, Bus, CachedWalk, Extent, Iova, IovaRange, LateBound, MappingPolicy, Memory,
+    MemoryGone, Permissions, Rid, Space, Table, Translated, WalkFault, epoch,
 };
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -44,7 +47,8 @@ impl Port {
         Port { table: double.table_of(rid).unwrap(), cache: CachedWalk::new() }
     }
 
-    /// One transfer within a page. `Ok(false)`: the memory was there, but its owner does not give it.
+    /// One transfer within a page. `Ok(false)`: the memory was there, but its owner does not give it, or the leaf does not
+    /// allow it.
     fn transfer(&mut self, iova: u64, transfer: Transfer<'_>) -> Result<bool, WalkFault> {
         let section = epoch::dma();
         let space = self.table.space();
@@ -55,7 +59,13 @@ impl Port {
                 derived.radix().walk_cached(iova, &mut self.cache)?
             }
         };
-        assert!(leaf.attributes.contains(Attributes::READ | Attributes::WRITE));
+        let needed = match transfer {
+            Transfer::FromMemory(_) => Attributes::READ,
+            Transfer::ToMemory(_) => Attributes::WRITE,
+        };
+        if !leaf.attributes.contains(needed) {
+            return Ok(false);
+        }
         // Memory that goes while it is mapped is unmapped first; so what was translated is there.
         match space.memory_at(&section, leaf.output(iova)).unwrap() {
             Translated::Here(here) => match transfer {
@@ -275,6 +285,309 @@ fn a_device_sees_one_memory_or_the_other_and_never_the_former_again() {
             mapped.store(number, Ordering::SeqCst);
         }
     });
+}
+
+/// What memory holds that was mapped once.
+const GONE: u64 = u64::MAX;
+
+#[test]
+fn a_remapped_range_leads_to_the_old_memory_or_the_new_and_never_to_the_old_again() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let space = Space::new(&bus);
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    let account = Account::new("test", None);
+    let backings: Vec<_> = (0..3).map(|_| Backing::anonymous(&bus, M2 + 4 * K4).unwrap()).collect();
+    let memories: Vec<_> =
+        backings.iter().map(|backing| Memory::register(backing, 0, M2 + 4 * K4, &account).unwrap()).collect();
+    let fill = |backing: &Backing, number: u64| {
+        backing.write(0, &number.to_le_bytes().repeat((M2 + 4 * K4) as usize / 8)).unwrap();
+    };
+    fill(&backings[0], 0);
+    space.map(Iova::new(0), &memories[0], 0, M2, RW).unwrap();
+    let stop = AtomicBool::new(false);
+    let (remapped, read) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for rid in [NATIVE, DERIVED] {
+            let (mut port, stop, remapped, read) = (Port::new(&double, rid), &stop, &remapped, &read);
+            scope.spawn(move || {
+                let mut words = [0; 512];
+                for step in 0u64.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let least = remapped.load(Ordering::SeqCst);
+                    let done = port.read(step * 7919 % (M2 / K4) * K4, &mut words);
+                    assert!(done.expect("a device has faulted"));
+                    let number = u64::from_le_bytes(words[..8].try_into().unwrap());
+                    assert_ne!(number, GONE, "a device has reached memory that was mapped once");
+                    assert!(words.chunks(8).all(|word| word == number.to_le_bytes()), "a mixture");
+                    assert!(number >= least, "{number} is gone, {least} was there already");
+                    read.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        for number in 1u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let (old, new) = ((number - 1) as usize % 3, number as usize % 3);
+            fill(&backings[new], number);
+            // In one leaf where it has become one, or cut to pages; as a whole or in two parts.
+            let offset = number / 2 % 3 * K4;
+            if number % 5 == 0 {
+                let half = M2 / 2 + K4;
+                space.remap(Iova::new(0), &memories[new], offset, half, RW).unwrap();
+                space.remap(Iova::new(half), &memories[new], offset + half, M2 - half, RW).unwrap();
+            } else {
+                space.remap(Iova::new(0), &memories[new], offset, M2, RW).unwrap();
+            }
+            remapped.store(number, Ordering::SeqCst);
+            fill(&backings[old], GONE);
+            if offset == 0 && number % 3 == 0 {
+                space.merge(range(0, M2));
+            }
+        }
+    });
+    assert!(read.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");
+    assert!(double.tables().iter().all(|table| table.is_invalidated()));
+}
+
+#[test]
+fn what_was_made_read_only_is_not_written_and_nobody_finds_nothing() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let backing = Backing::anonymous(&bus, M2).unwrap();
+    let ram = Memory::register(&backing, 0, M2, &Account::new("test", None)).unwrap();
+    let space = Space::new(&bus);
+    space.map(Iova::new(0), &ram, 0, M2, RW).unwrap();
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    let stop = AtomicBool::new(false);
+    let written = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for rid in [NATIVE, DERIVED] {
+            let (mut port, stop, written) = (Port::new(&double, rid), &stop, &written);
+            scope.spawn(move || {
+                let mut buffer = [0; 64];
+                for step in 0u64.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let place = step * 7919 % (M2 / K4) * K4;
+                    let done = port.write(place, &FROM_DEVICE).expect("a device has faulted");
+                    written.fetch_add(u64::from(done), Ordering::Relaxed);
+                    assert!(port.read(place, &mut buffer).expect("a device has faulted"), "never forbidden");
+                }
+            });
+        }
+        let end = Instant::now() + PATIENCE;
+        let mut buffer = vec![0; M2 as usize];
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let length = K4 << (round % 10);
+            let first = if length == M2 { 0 } else { round * K4 * 3 % (M2 - length) };
+            let mine = vec![round as u8 & 0x7f; length as usize];
+            assert_eq!(space.protect(range(first, length), Permissions::READ).unwrap(), length);
+            backing.write(first, &mine).unwrap();
+            std::thread::yield_now();
+            let seen = &mut buffer[..length as usize];
+            backing.read(first, seen).unwrap();
+            assert!(*seen == *mine, "a device has written after the protect, round {round}");
+            assert_eq!(space.protect(range(0, M2), RW).unwrap(), M2);
+            if round % 8 == 0 {
+                space.merge(range(0, M2));
+            }
+        }
+    });
+    assert!(written.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");
+    space.merge(IovaRange::ALL);
+    assert_eq!(space.leaves(IovaRange::ALL).len(), 1);
+    assert!(double.tables().iter().all(|table| table.is_invalidated()));
+}
+
+/// Devices that read the first pages of a space for as long as the scope lives, and do not mind faults.
+fn read_along<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    mut port: Port,
+    stop: &'scope AtomicBool,
+    copied: &'scope AtomicU64,
+) {
+    scope.spawn(move || {
+        let mut buffer = [0; K4 as usize];
+        for step in 0u64.. {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            let done = port.read(step % 16 * K4, &mut buffer);
+            copied.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+        }
+    });
+}
+
+#[test]
+fn an_alias_goes_with_the_memory_also_if_it_is_just_being_made() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let account = Account::new("test", None);
+    let (space, other) = (Space::new(&bus), Space::new(&bus));
+    let _devices = [double.attached(NATIVE, &space), double.attached(DERIVED, &other)];
+    let stop = AtomicBool::new(false);
+    let (copied, aliased) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for rid in [NATIVE, DERIVED] {
+            read_along(scope, Port::new(&double, rid), &stop, &copied);
+        }
+        let (source, target, stop, aliased) = (&space, &other, &stop, &aliased);
+        scope.spawn(move || {
+            for round in 0u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                // Nothing there, or something in the way: both happen.
+                let done = source.alias(range(0, 16 * K4), target, Iova::new(round % 3 * K4), RW);
+                aliased.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                if round % 2 == 0 {
+                    target.unmap(range(0, 17 * K4)).unwrap();
+                }
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let pages = Pages::new(16 * K4);
+            // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
+            let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
+            let ram = Memory::register(&backing, 0, 16 * K4, &account).unwrap();
+            space.map(Iova::new(0), &ram, 0, 16 * K4, RW).unwrap();
+            let before = aliased.load(Ordering::Relaxed);
+            let deadline = Instant::now() + Duration::from_millis(2);
+            while aliased.load(Ordering::Relaxed) <= before + round % 2 && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            if round % 3 == 0 {
+                // Only the alias is left of it.
+                space.unmap(range(0, 16 * K4)).unwrap();
+            }
+            drop((ram, backing));
+            // Nobody else maps anything, so there is nothing to copy any more.
+            assert_eq!(space.leaves(IovaRange::ALL), []);
+            assert_eq!(other.leaves(IovaRange::ALL), []);
+            assert_eq!(double.tables()[0].mappings(), []);
+            drop(pages);
+        }
+    });
+    assert!(aliased.load(Ordering::Relaxed) > 0 && copied.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn memory_that_is_just_being_remapped_away_is_not_freed_too_early() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let account = Account::new("test", None);
+    let space = Space::new(&bus);
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &space));
+    let stays = Backing::anonymous(&bus, 16 * K4).unwrap();
+    let stays = Memory::register(&stays, 0, 16 * K4, &account).unwrap();
+    let stop = AtomicBool::new(false);
+    let (copied, remapped) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        for rid in [NATIVE, DERIVED] {
+            read_along(scope, Port::new(&double, rid), &stop, &copied);
+        }
+        let (space, stays, stop, remapped) = (&space, &stays, &stop, &remapped);
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let done = space.remap(Iova::new(0), stays, 0, 16 * K4, RW);
+                remapped.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            let pages = Pages::new(16 * K4);
+            // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
+            let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
+            let ram = Memory::register(&backing, 0, 16 * K4, &account).unwrap();
+            space.unmap(range(0, 16 * K4)).unwrap();
+            space.map(Iova::new(0), &ram, 0, 16 * K4, RW).unwrap();
+            std::thread::yield_now();
+            drop((ram, backing));
+            drop(pages);
+        }
+    });
+    assert!(remapped.load(Ordering::Relaxed) > 0 && copied.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn all_operations_at_once_leave_every_table_in_step() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let policy = MappingPolicy { most: Some(1000), whole_only: false };
+    let spaces = [Space::new(&bus), Space::with_policy(&bus, Native::new(), policy)];
+    let account = Account::new("test", None);
+    let backing = Backing::anonymous(&bus, 8 * M2).unwrap();
+    let ram = Memory::register(&backing, 0, 8 * M2, &account).unwrap();
+    let rids = [[DERIVED, OWN_NATIVE], [X86, SMALL]];
+    let _devices: Vec<_> =
+        (0..2).flat_map(|space| rids[space].map(|rid| double.attached(rid, &spaces[space]))).collect();
+    for round in 0..8u64 {
+        std::thread::scope(|scope| {
+            for worker in 0..3u64 {
+                let (spaces, ram, backing, account) = (&spaces, &ram, &backing, &account);
+                scope.spawn(move || {
+                    let mut state = round * 3 + worker + 1;
+                    for _ in 0..150 {
+                        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        let number = |shift: u32, below: u64| (state >> shift) % below;
+                        let (here, there) =
+                            (&spaces[number(60, 2) as usize], &spaces[number(61, 2) as usize]);
+                        let first = number(20, 4) * M2 + number(24, 3) * K4;
+                        let length = [K4, 3 * K4, M2, M2 + 2 * K4][number(30, 4) as usize];
+                        let (at, part) = (Iova::new(first), range(first, length));
+                        // What is there or in the way is a matter of luck; what happens happens whole.
+                        match number(40, 9) {
+                            0 | 1 => drop(here.map(at, ram, first, length, RW)),
+                            2 => drop(here.unmap(part).unwrap()),
+                            3 => drop(here.protect(part, Permissions::READ).unwrap()),
+                            4 => drop(here.protect(part, RW).unwrap()),
+                            5 => drop(here.remap(at, ram, first, length, RW)),
+                            6 => drop(here.remap(at, ram, K4, length, RW)),
+                            7 => drop(here.alias(part, there, Iova::new(number(50, 4) * M2), RW)),
+                            _ => drop(here.merge(range(0, 8 * M2))),
+                        }
+                        if number(45, 16) == 0 {
+                            let also = Memory::register(backing, first, length, account).unwrap();
+                            drop(here.map(Iova::new(8 * M2 + first), &also, 0, length, RW));
+                        }
+                    }
+                });
+            }
+        });
+        for space in &spaces {
+            for rid in rids.as_flattened() {
+                let table = double.table_of(*rid).unwrap();
+                if Arc::ptr_eq(table.space(), space) {
+                    let table = table.derived().unwrap().as_any().downcast_ref::<DoubleTable>().unwrap();
+                    assert_eq!(table.mappings(), table.expected(space), "round {round}");
+                    assert!(table.is_invalidated());
+                }
+            }
+        }
+        let begin = spaces[1].leaves(IovaRange::ALL).len() as u64;
+        assert!(spaces[1].mapping_count() <= begin);
+        let extents = spaces[1].extents(IovaRange::ALL).filter(|extent| matches!(extent, Extent::Mapped(_)));
+        assert!(spaces[1].mapping_count() <= extents.count() as u64);
+        if round % 2 == 1 {
+            spaces.iter().for_each(|space| drop(space.unmap(IovaRange::ALL).unwrap()));
+            assert_eq!(spaces[1].mapping_count(), 0);
+        }
+    }
+    drop(ram);
+    assert!(spaces.iter().all(|space| space.leaves(IovaRange::ALL).is_empty()));
+    assert_eq!(spaces[1].mapping_count(), 0);
 }
 
 /// Memory behind calls that knows which of them are running, and lets those for one page wait.

@@ -595,3 +595,55 @@ fn dropped_memory_takes_nothing_along_that_came_in_its_place() {
         assert_eq!(space.unmap(range(0, 8 * K4)).unwrap().bytes(), 8 * K4, "round {round}");
     }
 }
+
+/// Threads that ask for places, map at places of their own choice, and unmap, all in the same few pages: whatever they
+/// meet on the way, no place is forgotten, and none is given out twice.
+#[test]
+fn no_place_is_forgotten_however_many_look_for_one() {
+    const PAGES: u64 = 64;
+    let bus = Bus::new();
+    let (space, ram) = (Space::new(&bus), memory(&bus, 8 * K4));
+    space.set_allowed(&[range(K4, PAGES * K4)]).unwrap();
+    for round in 0..20 {
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (space, ram) = (&space, &ram);
+                scope.spawn(move || {
+                    let mut random: u64 = round * 3 + thread + 1;
+                    let mut mine = Vec::new();
+                    for _ in 0..300 {
+                        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        let (choice, page, pages) =
+                            (random >> 60, 1 + (random >> 40) % PAGES, 1 + (random >> 50) % 4);
+                        match choice {
+                            0..6 => match space.map_anywhere(ram, 0, pages * K4, RW) {
+                                Ok(iova) => mine.push(range(iova.get(), pages * K4)),
+                                Err(error) => assert!(matches!(error, MapError::NoHole { .. }), "{error}"),
+                            },
+                            6..10 => match space.map(Iova::new(page * K4), ram, 0, pages * K4, RW) {
+                                Ok(()) => mine.push(range(page * K4, pages * K4)),
+                                Err(error) => {
+                                    assert!(matches!(error, MapError::AlreadyMapped { .. }), "{error}")
+                                }
+                            },
+                            _ => {
+                                if let Some(place) = mine.pop() {
+                                    assert_eq!(space.unmap(place).unwrap().bytes(), place.length().unwrap());
+                                }
+                            }
+                        }
+                    }
+                    for place in mine {
+                        assert_eq!(space.unmap(place).unwrap().bytes(), place.length().unwrap());
+                    }
+                });
+            }
+        });
+        assert_eq!(leaves(&space), []);
+        for page in 1..=PAGES {
+            assert_eq!(space.map_anywhere(&ram, 0, K4, RW).unwrap(), Iova::new(page * K4));
+        }
+        assert!(matches!(space.map_anywhere(&ram, 0, K4, RW), Err(MapError::NoHole { .. })));
+        space.unmap(range(K4, PAGES * K4)).unwrap();
+    }
+}

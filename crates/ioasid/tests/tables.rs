@@ -4,11 +4,12 @@
 mod double;
 
 use double::{
-    Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, SMALL, Stop, WIDE, interrupts, mappings,
+    AMD, AMD_ALL_SIZES, Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, OWN_NATIVE, RISC_V,
+    SMALL, Stop, WIDE, X86, interrupts, mappings,
 };
 use ioasid::{
-    Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Permissions,
-    ReservationOwner, Space, Table, TableError, UnmapError,
+    Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, PageSize, Permissions,
+    ProtectError, RemapError, ReservationOwner, Space, Table, TableError, UnmapError,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,9 +37,10 @@ impl World {
         let account = Account::new("test", None);
         let backing = Backing::anonymous(&bus, 4 * G1).unwrap();
         // The windows are no neighbours on the bus: mappings over their boundaries have several parts.
-        let last = Memory::register(&backing, 3 * G1, K4, &account).unwrap();
+        let backwards =
+            [3, 2, 1].map(|window| Memory::register(&backing, window * G1, K4, &account).unwrap());
         let ram = Memory::register(&backing, 0, 4 * G1, &account).unwrap();
-        drop(last);
+        drop(backwards);
         World { bus, backing, account, ram }
     }
 
@@ -55,7 +57,7 @@ impl World {
     fn state(&self, space: &Space, double: &Double) -> State {
         State {
             mappings: mappings(space),
-            derived: double.tables().iter().map(|table| table.mappings()).collect(),
+            derived: double.tables().iter().map(|table| (table.mappings(), table.is_invalidated())).collect(),
             tables: space.statistics().tables,
             reserved: space.reserved_ranges(),
             attached: [NATIVE, NATIVE_TOO, DERIVED, DERIVED_TOO, SMALL]
@@ -70,7 +72,8 @@ impl World {
 #[derive(Debug, PartialEq)]
 struct State {
     mappings: Vec<Mapping>,
-    derived: Vec<Vec<Mapping>>,
+    /// And whether devices have been told of all that has changed.
+    derived: Vec<(Vec<Mapping>, bool)>,
     tables: usize,
     reserved: Vec<IovaRange>,
     /// By address, which is only compared.
@@ -81,9 +84,9 @@ struct State {
 
 #[track_caller]
 fn assert_in_step(space: &Space, double: &Double) {
-    let native = mappings(space);
     for table in double.tables() {
-        assert_eq!(table.mappings(), native);
+        assert_eq!(table.mappings(), table.expected(space));
+        assert!(table.is_invalidated());
     }
 }
 
@@ -333,6 +336,167 @@ fn an_unmap_that_fails_anywhere_has_not_happened() {
     );
     // In each table, at each end, before and after the leaves are taken.
     assert_eq!(failures, 2 * 8);
+}
+
+#[test]
+fn a_protect_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _devices = [NATIVE, DERIVED, SMALL, AMD, X86, OWN_NATIVE].map(|rid| double.attached(rid, &space));
+    // Two mappings and what is between them; a part of a large leaf, cut at both ends.
+    space.map(Iova::new(2 * G1 + 3 * M2), &world.ram, 9 * K4, K4, Permissions::READ).unwrap();
+    let middle = range(2 * G1 + 3 * M2, K4);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || space.protect(middle, RW),
+        |bytes| {
+            assert_eq!(bytes, K4);
+            assert_eq!(space.protect(middle, Permissions::READ).unwrap(), K4);
+        },
+    );
+    assert_eq!(failures, 2 * 5);
+    // Several runs, whose rights differ.
+    let wide = range(K4, 3 * G1 - K4);
+    space.protect(range(2 * K4, K4), Permissions::WRITE).unwrap();
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || space.protect(wide, Permissions::READ),
+        |bytes| {
+            assert_eq!(bytes, 3 * K4 + G1);
+            space.protect(wide, RW).unwrap();
+            space.protect(range(2 * K4, K4), Permissions::WRITE).unwrap();
+            space.protect(middle, Permissions::READ).unwrap();
+        },
+    );
+    assert_eq!(failures, 2 * 2 * 5);
+}
+
+#[test]
+fn a_remap_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    let space = world.space();
+    let _devices = [NATIVE, DERIVED, SMALL, X86, OWN_NATIVE].map(|rid| double.attached(rid, &space));
+    // Over two mappings in a row, of other rights; to memory in two pieces, for which leaves have to be cut.
+    space.map(Iova::new(3 * G1), &world.ram, 8 * M2, 4 * K4, Permissions::READ).unwrap();
+    let (first, length) = (3 * G1 - M2, M2 + 4 * K4);
+    let failures = fail_everywhere(
+        &world,
+        &space,
+        &double,
+        || space.remap(Iova::new(first), &world.ram, G1 - 3 * K4, length, Permissions::WRITE),
+        |()| {
+            space.remap(Iova::new(first), &world.ram, G1 - M2, M2, RW).unwrap();
+            space.remap(Iova::new(3 * G1), &world.ram, 8 * M2, 4 * K4, Permissions::READ).unwrap();
+        },
+    );
+    assert_eq!(failures, 2 * 2 * 4);
+    // Not all of it is mapped.
+    let before = world.state(&space, &double);
+    let error = space.remap(Iova::new(first), &world.ram, 0, length + K4, RW);
+    assert!(matches!(error, Err(RemapError::NotMapped { at }) if at == first + length), "{error:?}");
+    let error = space.remap(Iova::new(5 * G1), &world.ram, 0, K4, RW);
+    assert!(matches!(error, Err(RemapError::NotMapped { at }) if at == 5 * G1), "{error:?}");
+    assert_eq!(world.state(&space, &double), before);
+}
+
+#[test]
+fn an_alias_that_fails_anywhere_has_not_happened() {
+    let (world, double) = (World::new(), Double::new());
+    let (space, other) = (world.space(), Space::new(&world.bus));
+    let _devices = [NATIVE, DERIVED, SMALL].map(|rid| double.attached(rid, &other));
+    let there = mappings(&space);
+    // Holes are copied as holes: four pieces.
+    let source = range(0, 16 * G1);
+    let failures = fail_everywhere(
+        &world,
+        &other,
+        &double,
+        || space.alias(source, &other, Iova::new(64 * G1), RW),
+        |bytes| {
+            assert_eq!(bytes, 3 * K4 + G1 - K4 + 2 * M2);
+            let moved: Vec<Mapping> = there
+                .iter()
+                .map(|&(iova, length, oa, rights)| (iova + 64 * G1, length, oa, rights))
+                .collect();
+            assert_eq!(mappings(&other), moved);
+            assert_eq!(other.unmap(range(64 * G1, 16 * G1)).unwrap().bytes(), bytes);
+        },
+    );
+    assert_eq!(failures, 2 * 2 * 4);
+    assert_eq!(mappings(&space), there);
+}
+
+#[test]
+fn formats_that_need_a_break_say_so_and_everything_stays() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    space.map(Iova::new(0), &world.ram, 0, 16 * M2, RW).unwrap();
+    let _devices = [DERIVED, RISC_V].map(|rid| double.attached(rid, &space));
+    let before = world.state(&space, &double);
+    // VT-d comes first, and has to go back.
+    let error = space.protect(range(M2, 3 * M2), Permissions::READ);
+    let needs_break =
+        |error: &TableError| matches!(error, TableError::NeedsBreak { at } if *at == M2 || *at == 2 * M2);
+    assert!(matches!(error, Err(ProtectError::Table(error)) if needs_break(&error)));
+    assert_eq!(world.state(&space, &double), before);
+    let error = space.remap(Iova::new(2 * M2), &world.ram, 4 * M2, 2 * M2, RW);
+    assert!(matches!(error, Err(RemapError::Table(error)) if needs_break(&error)));
+    assert_eq!(world.state(&space, &double), before);
+
+    // A leaf of AMD's that has several entries, or that would have to be cut.
+    let (space, double) = (Space::new(&world.bus), Double::new());
+    let _device = double.attached(AMD_ALL_SIZES, &space);
+    space.map(Iova::new(0), &world.ram, 0, 16 * M2, RW).unwrap();
+    let before = world.state(&space, &double);
+    assert!(matches!(
+        space.remap(Iova::new(0), &world.ram, 16 * M2, 16 * M2, RW),
+        Err(RemapError::Table(TableError::NeedsBreak { .. }))
+    ));
+    assert!(matches!(
+        space.protect(range(K4, K4), Permissions::READ),
+        Err(ProtectError::Table(TableError::CannotCut { .. }))
+    ));
+    assert_eq!(world.state(&space, &double), before);
+    // As a whole its permissions can change, and a break does the rest.
+    assert_eq!(space.protect(range(0, 16 * M2), Permissions::READ).unwrap(), 16 * M2);
+    assert_in_step(&space, &double);
+}
+
+#[test]
+fn blocks_plugged_one_by_one_and_merged_are_large_leaves_again() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let rids = [DERIVED, X86, OWN_NATIVE, SMALL, AMD];
+    let _devices = rids.map(|rid| double.attached(rid, &space));
+    let plug = |block: u64| space.map(Iova::new(4 * G1 + block * M2), &world.ram, block * M2, M2, RW);
+    // Every other block first; one of them is mapped page by page.
+    for block in (0..512).step_by(2).chain((1..512).step_by(2)) {
+        if block == 77 {
+            for page in 0..512 {
+                let offset = block * M2 + page * K4;
+                space.map(Iova::new(4 * G1 + offset), &world.ram, offset, K4, RW).unwrap();
+            }
+        } else {
+            plug(block).unwrap();
+        }
+    }
+    assert_eq!(space.statistics().leaves.len(), 2);
+    assert!(space.merge(range(4 * G1, G1)) > 0);
+    assert_eq!(space.statistics().leaves, [(PageSize::SIZE_1G, 1)]);
+    let sizes: Vec<Vec<(u64, usize)>> =
+        double.tables().iter().map(|table| table.leaf_sizes().into_iter().collect()).collect();
+    let one = vec![(G1, 1)];
+    // Without leaves of a GiB, and without live changes of size.
+    let (small, amd) = (vec![(M2, 512)], vec![(K4, 512), (M2, 511)]);
+    assert_eq!(sizes, [one.clone(), one.clone(), one, small, amd]);
+    assert_in_step(&space, &double);
+    // There is nothing left to merge, and nobody is told anything.
+    assert_eq!(space.merge(IovaRange::ALL), 0);
+    assert_in_step(&space, &double);
 }
 
 #[test]

@@ -31,8 +31,6 @@ pub trait AtomicEntry: Send + Sync + Sized + 'static {
     fn swap(&self, value: u64) -> u64;
     /// Adds and returns the former value; wraps.
     fn fetch_add(&self, value: u64) -> u64;
-    /// Subtracts and returns the former value; wraps.
-    fn fetch_sub(&self, value: u64) -> u64;
 }
 
 use core::sync::atomic::Ordering;
@@ -112,11 +110,6 @@ macro_rules! atomic_entry {
             fn fetch_add(&self, value: u64) -> u64 {
                 $order::exchanged();
                 <$atomic>::fetch_add(self, value, Ordering::SeqCst)
-            }
-            #[inline(always)]
-            fn fetch_sub(&self, value: u64) -> u64 {
-                $order::exchanged();
-                <$atomic>::fetch_sub(self, value, Ordering::SeqCst)
             }
         }
     };

@@ -135,6 +135,9 @@ bitflags::bitflags! {
         const SIZE = 1 << 0;
         /// The permissions of a leaf.
         const PERMISSIONS = 1 << 1;
+        /// Where a leaf of one entry leads, together with its permissions and its memory type: until the invalidation
+        /// walkers use the old entry or the new.
+        const OUTPUT = 1 << 2;
     }
 }
 
@@ -183,6 +186,10 @@ pub struct TableLayout {
 pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// Its name in benchmarks and messages.
     const NAME: &'static str;
+
+    /// A bit that no hardware looks at in a link. A link has it for the moment in which it is not certain yet that the
+    /// table in which it stands will stay.
+    const TENTATIVE: u64;
 
     /// Levels at which a root may stand. More than one: the table grows a level when an address asks for it.
     fn top_levels(&self) -> RangeInclusive<u8>;
@@ -245,7 +252,8 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// The bits of a leaf at `level` that no hardware looks at. Operations that change a leaf keep them.
     fn software_bits(&self, level: u8) -> u64;
 
-    /// Only [`Entry::Table`]s of `level` pass, and those that [`table_entry`](Self::table_entry) writes do.
+    /// Only [`Entry::Table`]s of `level` pass that are not [tentative](Self::TENTATIVE), and those that
+    /// [`table_entry`](Self::table_entry) writes do.
     fn table_pattern(&self, level: u8) -> Pattern;
 
     /// Only [`Entry::Leaf`]s of one entry at `level`, of its own size, pass; those of reading and writing do.

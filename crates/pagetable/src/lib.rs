@@ -44,7 +44,7 @@
 //! A [`Radix`] is a table of one format in memory.
 //! [`map`](Radix::map) uses the largest leaves that fit, [`unmap`](Radix::unmap) takes away exactly what it was asked to: a leaf
 //! that reaches over the edge is [cut](Radix::cut) into smaller ones while walkers run. What was cut can be
-//! [merged](Radix::merge). [`protect`](Radix::protect) changes permissions in place.
+//! [merged](Radix::merge). [`protect`](Radix::protect) changes permissions in place, [`remap`](Radix::remap) outputs.
 //! [`read_and_clear_dirty`](Radix::read_and_clear_dirty) tells what was written.
 //! [`walk`](Radix::walk) translates, [`cursor`](Radix::cursor) shows leaves and holes.
 //!
@@ -60,7 +60,8 @@
 //! - *Exclusive* operations ([`Radix::map`], [`Radix::unmap`] and all others but those named below) rely on the caller
 //!   to have arbitrated: nobody else works in the same range. They write leaves with plain stores.
 //! - *Claiming* operations ([`Radix::claim`], [`publish`](Radix::publish), [`retract`](Radix::retract),
-//!   [`release`](Radix::release), [`hold`](Radix::hold), [`let_go`](Radix::let_go), [`cut_claimed`](Radix::cut_claimed),
+//!   [`release`](Radix::release), [`hold`](Radix::hold), [`let_go`](Radix::let_go), [`hold_all`](Radix::hold_all),
+//!   [`hold_exactly`](Radix::hold_exactly), [`let_go_all`](Radix::let_go_all), [`cut_claimed`](Radix::cut_claimed),
 //!   [`merge_claimed`](Radix::merge_claimed)) arbitrate between each other, entry by entry, with a busy bit of the
 //!   [native format](ClaimFormat).
 //!
@@ -100,6 +101,6 @@ pub use gather::{Gather, RetiredTable, Runs};
 pub use memory::HeapTables;
 pub use memory::{OutOfTables, TableMemory};
 pub use radix::{
-    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RetractError, SharedWalk,
-    Span, UnmapError, WalkFault,
+    CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RemapError, RetractError,
+    SharedWalk, Span, UnmapError, WalkFault,
 };

@@ -26,8 +26,12 @@
 //! it is `DEAD`, he takes his entry back, takes the link away himself rather than wait for somebody who may be asleep,
 //! and goes again from above. Either the filler sees the mark, or step 2 sees the entry: that takes an exchange
 //! followed by an ordered load on both sides (claiming mode, which exchanges anyway), or an asymmetric fence
-//! (exclusive mode, which only stores). A link cannot be taken back once others have gone through it, so whoever
-//! links a table *pins* its parent before, which takes a mark away, and a pinned table cannot be marked.
+//! (exclusive mode, which only stores).
+//!
+//! A link is filled in the same way, but could not be taken back once others have filled something behind it. So it is
+//! *tentative* at first, by a bit that no hardware looks at. Whoever meets such a link on the way to fill or empty
+//! something makes sure himself that the table in which it stands is not going away; if it is, he goes again from above.
+//! Nobody but the one who put it there changes a tentative link, so that a store makes it a plain one.
 //!
 //! Two removals that empty the last two entries at the same moment may each take the other's for filled still. Then
 //! the empty table stays until the next removal there, which is harmless.
@@ -58,9 +62,11 @@ mod claim;
 mod cursor;
 mod cut;
 mod dirty;
+mod held;
 mod map;
 mod merge;
 mod protect;
+mod remap;
 mod retire;
 mod unmap;
 mod walk;
@@ -70,6 +76,7 @@ pub use cursor::{Cursor, Span};
 pub use cut::CutError;
 pub use map::MapError;
 pub use protect::ProtectError;
+pub use remap::RemapError;
 pub use unmap::UnmapError;
 pub use walk::{CachedWalk, Leaf, SharedWalk, WalkFault};
 
@@ -79,12 +86,8 @@ const DEAD: u64 = 1 << 63;
 const DYING: u64 = 1 << 62;
 /// The table was empty once and is one of those that may stay.
 const KEPT: u64 = 1 << 61;
-/// One more `DYING`. Below are the pins.
-const DEATH: u64 = 1 << 24;
-/// How many operations are about to link a table in this one.
-const PINS: u64 = DEATH - 1;
-/// The numbers of deaths, between the pins and the marks; they wrap.
-const DEATHS: u64 = KEPT - DEATH;
+/// The numbers of deaths, below the marks; they wrap.
+const DEATHS: u64 = KEPT - 1;
 /// How many empty tables may stay linked in one radix.
 const KEPT_LIMIT: u64 = 64;
 /// No format has more levels; ways down are unrolled up to here.
@@ -397,7 +400,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     /// At the end of an operation: makes sure that walkers which do not snoop see the links on the ways to both ends of its
-    /// range. Only those can be others' work, and whoever links a table holds a pin until his link can be seen.
+    /// range. Only those can be others' work, and a link is tentative until it can be seen.
     #[inline(always)]
     fn clean_ways(&self, range: IovaRange) {
         if !M::COHERENT {
@@ -410,8 +413,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         let Some(mut node) = self.root().filter(|root| self.reaches(root.level, iova)) else { return };
         while node.level > 1 {
             let entry = self.entry(node, self.index(node.level, iova));
-            let Entry::Table(address) = self.format.decode(node.level, entry.load()) else { return };
-            if self.state(node).load() & PINS != 0 {
+            let value = entry.load();
+            let Entry::Table(address) = self.format.decode(node.level, value) else { return };
+            if value & F::TENTATIVE != 0 {
                 self.clean(core::slice::from_ref(entry));
             }
             node = self.child(node, address);
@@ -560,6 +564,11 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             let decoded = self.format.decode(node.level, value);
             let slot = Slot { node, entry, value, decoded, first: at, last: (at | low).min(last) };
             let next = match decoded {
+                Entry::Table(_)
+                    if value & F::TENTATIVE != 0 && visitor.gather().is_some() && !self.confirm(node) =>
+                {
+                    return Err(Stop::Stale(at));
+                }
                 Entry::Table(address) if node.level > 1 => {
                     let child = self.child(node, address);
                     let whole = slot.first & low == 0 && slot.last & low == low;

@@ -47,6 +47,7 @@ const DIRTY: u64 = 1 << 57;
 
 impl Format for Tiny {
     const NAME: &'static str = "tiny";
+    const TENTATIVE: u64 = 1 << 58;
 
     fn top_levels(&self) -> RangeInclusive<u8> {
         2..=self.highest
@@ -85,7 +86,7 @@ impl Format for Tiny {
     }
 
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(Self::PRESENT | TABLE, 0)
+        Pattern::new(Self::PRESENT | TABLE, Self::TENTATIVE)
     }
 
     fn leaf_pattern(&self, _level: u8) -> Pattern {
@@ -170,7 +171,7 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         Ok(table)
     }
 
-    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, _empty: bool) {
+    unsafe fn free(&self, table: NonNull<AtomicU64>, _layout: TableLayout, empty: bool) {
         // The lock must be free again where loom may change threads.
         let freed = |owned: &mut Owned| std::mem::replace(&mut owned.freed, true);
         let twice = self.0.lock().unwrap().get_mut(&self.address(table)).is_none_or(freed);
@@ -178,7 +179,9 @@ unsafe impl TableMemory<AtomicU64> for Pages {
         for index in 0..4 {
             let nonsense = Tiny::PRESENT | READ | ADDRESS & !0xfff;
             // SAFETY: the page stays allocated.
-            unsafe { table.add(index).as_ref() }.store(nonsense, Ordering::Relaxed);
+            let entry = unsafe { table.add(index).as_ref() };
+            assert!(!empty || entry.load(Ordering::Relaxed) == 0, "not as empty as it was said to be");
+            entry.store(nonsense, Ordering::Relaxed);
         }
     }
 
@@ -309,7 +312,7 @@ fn leaves(radix: &Table) -> Vec<(u64, u64)> {
     found
 }
 
-/// Counts the linked tables. None of them is dead or pinned.
+/// Counts the linked tables. None of them is dead, and no link is tentative any more.
 fn linked(radix: &Table, memory: &Pages) -> u64 {
     fn below(format: &Tiny, memory: &Pages, table: NonNull<AtomicU64>, level: u8) -> u64 {
         let mut tables = 1;
@@ -317,6 +320,11 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
             // SAFETY: all threads of the model have ended.
             let value = unsafe { table.add(index).as_ref() }.load(Ordering::Acquire);
             if let Entry::Table(address) = format.decode(level, value) {
+                assert_eq!(
+                    value & Tiny::TENTATIVE,
+                    0,
+                    "the link in a table at level {level} stayed tentative"
+                );
                 // SAFETY: the address stands in a link.
                 let table = unsafe { memory.pointer(address) };
                 tables += below(format, memory, table, level - 1);
@@ -324,7 +332,6 @@ fn linked(radix: &Table, memory: &Pages) -> u64 {
         }
         // SAFETY: as above.
         let state = unsafe { memory.state(table, format.table_layout(level)) }.load(Ordering::Acquire);
-        assert_eq!(state & 0xff_ffff, 0, "a table at level {level} is still pinned");
         assert_eq!(state >> 63, 0, "a dead table is linked");
         tables
     }
@@ -931,6 +938,62 @@ fn two_links_against_retirement() {
         assert_eq!(leaves(&radix), [(20, 1), (24, 1)]);
         assert_eq!((output(&radix, 20), output(&radix, 24)), (Some(HIGH), Some(LOW)));
         finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// Two fill one new table, of which the link may have to be taken back because a third retires the table above.
+#[test]
+fn two_behind_one_link_against_retirement() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(16, 1), LOW);
+        let unmapper = spawn(&radix, |radix| unmap(radix, pages(16, 1)));
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(21, 1), LOW));
+        let gather = map_gathered(&radix, pages(20, 1), HIGH);
+        let other = unmapper.join().unwrap();
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (21, 1)]);
+        assert_eq!((output(&radix, 20), output(&radix, 21)), (Some(HIGH), Some(LOW)));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A table that somebody has linked a moment ago, and not filled yet, is empty again because of another.
+#[test]
+fn unmap_behind_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = without_allowance(3);
+        map(&radix, pages(48, 1), LOW);
+        let mapper = spawn(&radix, |radix| map_gathered(radix, pages(20, 1), HIGH));
+        let gather = map_gathered(&radix, pages(24, 1), LOW);
+        let other = unmap(&radix, pages(24, 1));
+        let third = mapper.join().unwrap();
+        assert_eq!(leaves(&radix), [(20, 1), (48, 1)]);
+        assert_eq!(output(&radix, 20), Some(HIGH));
+        finish(radix, &memory, [gather, other, third]);
+    });
+}
+
+/// A large leaf takes the place of a table that somebody has linked a moment ago, or that is merged into one.
+#[test]
+fn large_claim_and_merge_over_a_tentative_link() {
+    check(|| {
+        let (radix, memory) = table(3);
+        map(&radix, pages(48, 1), LOW);
+        let small = spawn(&radix, |radix| {
+            let mut gather = Gather::new();
+            (claim_and_publish(radix, pages(20, 1), HIGH, &mut gather), gather)
+        });
+        let mut gather = Gather::new();
+        let large_won = claim_and_publish(&radix, pages(16, 16), LOW, &mut gather);
+        radix.merge_claimed(pages(16, 16), &mut gather);
+        let (small_won, other) = small.join().unwrap();
+        assert!(!(large_won && small_won));
+        let expected = |page: u64| if large_won { Some(LOW + ((page - 16) << 12)) } else { None };
+        let found: Vec<_> = [16, 21, 31].map(|page| output(&radix, page)).into();
+        assert_eq!(found, [16, 21, 31].map(expected));
+        assert_eq!(output(&radix, 20), if small_won { Some(HIGH) } else { expected(20) });
+        finish(radix, &memory, [gather, other]);
     });
 }
 

@@ -58,6 +58,7 @@ const BITS: [(Attributes, u64); 4] = [
 
 impl Format for Sixteen {
     const NAME: &'static str = "sixteen";
+    const TENTATIVE: u64 = 1 << 58;
 
     fn top_levels(&self) -> RangeInclusive<u8> {
         2..=4
@@ -96,7 +97,7 @@ impl Format for Sixteen {
     }
 
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(Self::PRESENT | TABLE, 0)
+        Pattern::new(Self::PRESENT | TABLE, Self::TENTATIVE)
     }
 
     fn leaf_pattern(&self, _level: u8) -> Pattern {

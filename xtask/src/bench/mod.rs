@@ -11,6 +11,7 @@
 //! the machine does, so every program is started anew for each round and format, in turn, and medians are compared.
 
 mod comparison;
+mod engine;
 mod programs;
 mod report;
 mod rows;
@@ -41,6 +42,11 @@ enum What {
     /// All programs run on one core, which nothing else should use meanwhile. Compare only rows of one run.
     #[command(after_long_help = GUIDE)]
     Pagetable(PageTable),
+    /// The engine: translate, map, register, copy, and what it all weighs; beside what programs use today
+    ///
+    /// Prints a table of medians over the runs, and each goal with what came of it.
+    #[command(after_long_help = engine::GUIDE)]
+    Engine(engine::Engine),
 }
 
 const GUIDE: &str = "\
@@ -104,7 +110,10 @@ struct PageTable {
 
 /// The chore.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let What::Pagetable(arguments) = &arguments.what;
+    let arguments = match &arguments.what {
+        What::Pagetable(arguments) => arguments,
+        What::Engine(arguments) => return engine::run(arguments),
+    };
     if arguments.check && arguments.peers.is_empty() && !arguments.two_threads {
         bail!("without --peer or --two-threads there is no goal to check");
     }

@@ -33,6 +33,14 @@ pub(crate) fn pin(cpu: Option<usize>) -> Result<usize> {
     Ok(cpu)
 }
 
+/// Builds a benchmark as `cargo bench` does.
+pub(crate) fn build(package: &str, bench: &str) -> Result<PathBuf> {
+    let mut cargo = workspace::cargo();
+    cargo.args(["bench", "--package", package, "--bench", bench, "--no-run"]);
+    let messages = command::output(cargo.args(["--message-format", "json-render-diagnostics"]))?;
+    executable(&messages, bench).with_context(|| format!("cargo built no benchmark `{bench}`"))
+}
+
 /// The benchmark `rows` of ioasid-pagetable.
 pub(crate) struct OurRows {
     program: PathBuf,
@@ -41,12 +49,8 @@ pub(crate) struct OurRows {
 }
 
 impl OurRows {
-    /// Builds it as `cargo bench` does.
     pub(crate) fn build(op: &str, memory: &str) -> Result<OurRows> {
-        let mut cargo = workspace::cargo();
-        cargo.args(["bench", "--package", "ioasid-pagetable", "--bench", "rows", "--no-run"]);
-        let messages = command::output(cargo.args(["--message-format", "json-render-diagnostics"]))?;
-        let program = executable(&messages, "rows").context("cargo built no benchmark `rows`")?;
+        let program = build("ioasid-pagetable", "rows")?;
         Ok(OurRows { program, op: op.to_owned(), memory: memory.to_owned() })
     }
 

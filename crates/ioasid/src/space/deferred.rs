@@ -247,7 +247,10 @@ impl Space {
         let mut gather = Gather::new();
         {
             let _operation = epoch::operation();
-            ranges.iter().for_each(|range| self.native.release(*range, &mut gather));
+            for range in ranges {
+                self.native.release(*range, &mut gather);
+                self.propose_again(*range);
+            }
         }
         epoch::retire(gather.retired);
     }

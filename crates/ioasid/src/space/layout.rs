@@ -8,7 +8,7 @@
 //! happen the copy finds an equal leaf. A table joins in two such steps, so that at no time an operation maps in it
 //! what another one, running beside it, does not know to unmap there.
 
-use super::{Patience, Space};
+use super::Space;
 use crate::epoch;
 use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
 use crate::table::Table;
@@ -94,10 +94,34 @@ impl Layout {
         self.undecided.iter().any(|undecided| undecided.overlaps(&range))
     }
 
-    /// Where mappings may be placed.
-    pub(super) fn windows(&self) -> &[IovaRange] {
-        const EVERYWHERE: &[IovaRange] = &[IovaRange::ALL];
-        if self.allowed.is_empty() { EVERYWHERE } else { &self.allowed }
+    /// Asks `find` for a place in each range in which mappings may be placed, lowest first.
+    pub(super) fn find_place<T>(&self, mut find: impl FnMut(IovaRange) -> Option<T>) -> Option<T> {
+        // Nothing that is allowed is reserved.
+        if self.allowed.is_empty() {
+            self.usable().find_map(find)
+        } else {
+            self.allowed.iter().find_map(|allowed| find(*allowed))
+        }
+    }
+
+    /// What is not reserved, ascending.
+    fn usable(&self) -> impl Iterator<Item = IovaRange> + '_ {
+        let mut next = Some(0u64);
+        let mut reserved = self.reserved.iter();
+        std::iter::from_fn(move || {
+            loop {
+                let first = next?;
+                let Some((taken, _)) = reserved.next() else {
+                    next = None;
+                    return IovaRange::new(first, u64::MAX);
+                };
+                next = taken.last().checked_add(1).map(|end| end.max(first));
+                let hole = taken.first().checked_sub(1).and_then(|last| IovaRange::new(first, last));
+                if hole.is_some() {
+                    return hole;
+                }
+            }
+        })
     }
 
     /// The tables from which mappings are removed.
@@ -206,18 +230,7 @@ impl Space {
 
     /// The addresses that are not reserved, ascending.
     pub fn usable_ranges(&self) -> Vec<IovaRange> {
-        let layout = self.layout.load();
-        let mut usable = Vec::new();
-        let mut next = Some(0u64);
-        for (reserved, _) in &layout.reserved {
-            let Some(first) = next else { break };
-            if let Some(hole) = reserved.first().checked_sub(1).and_then(|last| IovaRange::new(first, last)) {
-                usable.push(hole);
-            }
-            next = reserved.last().checked_add(1).map(|end| end.max(first));
-        }
-        usable.extend(next.and_then(|first| IovaRange::new(first, u64::MAX)));
-        usable
+        self.layout.load().usable().collect()
     }
 
     /// Something in the range that is mapped or being mapped. Inside an operation.
@@ -228,19 +241,6 @@ impl Space {
             ControlFlow::Break(())
         });
         found
-    }
-
-    /// The same, together with what follows it without a gap, however far that reaches. Inside an operation.
-    pub(super) fn occupied_run(&self, range: IovaRange) -> Option<IovaRange> {
-        let mut run = self.occupied_in(range)?;
-        self.native.occupied(IovaRange::new(run.first(), u64::MAX)?, |occupied| {
-            if occupied.first() > run.last().saturating_add(1) {
-                return ControlFlow::Break(());
-            }
-            run = IovaRange::new(run.first(), run.last().max(occupied.last())).unwrap_or(run);
-            ControlFlow::Continue(())
-        });
-        Some(run)
     }
 
     /// The table that devices of a class share, if there is one. One that is just going away does not count.
@@ -292,7 +292,7 @@ impl Space {
     /// Copies all leaves into a new table, while operations go on.
     fn fill(&self, table: &dyn DerivedTable) -> Result<(), TableError> {
         let mut first = Some(0);
-        let mut tries = Patience::default();
+        let mut tries = 0;
         while let Some(range) = first.and_then(|first| IovaRange::new(first, u64::MAX)) {
             let operation = epoch::operation();
             match self.native.hold(range) {
@@ -302,7 +302,7 @@ impl Space {
                     self.native.let_go(&leaf);
                     result?;
                     first = leaf.range().last().checked_add(1);
-                    tries = Patience::default();
+                    tries = 0;
                 }
                 Err(RetractError::Contended { at }) => {
                     drop(operation);

@@ -12,15 +12,15 @@
 //! starts again.
 
 use super::layout::Layout;
-use super::{Patience, Permissions, Space};
+use super::{Permissions, Space};
 use crate::epoch;
 use crate::iommu::TableError;
-use crate::iova::find_hole;
 use crate::memory::Memory;
 use ioasid_pagetable::{
-    Attributes, ClaimError, Gather, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
+    Attributes, ClaimError, Gather, HeapTables, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
 };
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 /// Why nothing was mapped.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +71,12 @@ pub enum MapError {
     /// The memory stands on another bus than the space.
     #[error("memory and space belong to different buses")]
     OtherBus,
+    /// The space has as many mappings as its [policy](super::MappingPolicy) allows.
+    #[error("the space may not have more than {most} mappings")]
+    TooManyMappings {
+        /// How many are allowed.
+        most: u64,
+    },
     /// No memory for a table.
     #[error("no memory for another table page")]
     OutOfTables,
@@ -80,7 +86,7 @@ pub enum MapError {
 }
 
 /// What one try came to.
-enum Try {
+pub(super) enum Try {
     Failed(MapError),
     /// Another operation was at work in the range.
     Contended,
@@ -108,28 +114,59 @@ impl From<ClaimError> for Try {
 
 /// Memory of consecutive output addresses, and where it shall be mapped.
 #[derive(Clone, Copy)]
-struct Part {
-    range: IovaRange,
-    oa: Oa,
+pub(super) struct Part {
+    pub(super) range: IovaRange,
+    pub(super) oa: Oa,
+    pub(super) attributes: Attributes,
+}
+
+/// What shall be mapped: parts that ascend within a range, the same each time they are asked for.
+pub(super) trait Parts {
+    fn range(&self) -> IovaRange;
+
+    fn parts(&self) -> impl Iterator<Item = Part>;
 }
 
 /// A mapping as it was asked for, checked.
-struct Request<'a> {
-    range: IovaRange,
+pub(super) struct Request<'a> {
+    pub(super) range: IovaRange,
     memory: &'a Memory,
     offset: u64,
     length: u64,
     attributes: Attributes,
 }
 
-impl Request<'_> {
-    fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+impl<'a> Request<'a> {
+    /// Checks what can be known before anything is tried.
+    pub(super) fn new(
+        space: &Space,
+        iova: Iova,
+        memory: &'a Memory,
+        offset: u64,
+        length: u64,
+        permissions: Permissions,
+    ) -> Result<Request<'a>, MapError> {
+        let range = IovaRange::with_length(iova.get(), length).ok_or(MapError::NoRange { iova, length })?;
+        space.check(memory, offset, length, permissions)?;
+        if !range.is_aligned(space.granule()) {
+            return Err(MapError::Misaligned { granule: space.granule() });
+        }
+        Ok(Request { range, memory, offset, length, attributes: permissions.attributes() })
+    }
+}
+
+impl Parts for Request<'_> {
+    fn range(&self) -> IovaRange {
+        self.range
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part> {
         let mut first = self.range.first();
         let pieces = self.memory.pieces(self.offset, self.length).into_iter().flatten();
         pieces.filter_map(move |piece| {
             let range = IovaRange::with_length(first, piece.length)?;
             first = first.wrapping_add(piece.length);
-            Some(Part { range, oa: piece.oa })
+            Some(Part { range, oa: piece.oa, attributes: self.attributes })
         })
     }
 }
@@ -147,14 +184,9 @@ impl Space {
         length: u64,
         permissions: Permissions,
     ) -> Result<(), MapError> {
-        let range = IovaRange::with_length(iova.get(), length).ok_or(MapError::NoRange { iova, length })?;
-        self.check(memory, offset, length, permissions)?;
-        if !range.is_aligned(self.granule()) {
-            return Err(MapError::Misaligned { granule: self.granule() });
-        }
-        memory.note_mapped(self, range);
-        let request = Request { range, memory, offset, length, attributes: permissions.attributes() };
-        let mut tries = Patience::default();
+        let request = Request::new(self, iova, memory, offset, length, permissions)?;
+        memory.note_mapped(self, request.range);
+        let mut tries = 0;
         loop {
             match self.try_map(&request) {
                 Ok(()) => return Ok(()),
@@ -182,31 +214,24 @@ impl Space {
         let granule = self.granule().bytes();
         let alignment = length.checked_next_power_of_two().unwrap_or(largest).clamp(granule, largest);
         loop {
-            let aligned = self.find_free(length, alignment);
-            let found = aligned.or_else(|| self.find_free(length, granule));
-            let Some(iova) = found else {
+            let Some(place) = self.propose(length, &[alignment, granule]) else {
                 // Addresses that were unmapped and not flushed yet are free in a moment.
                 if self.flush_any() {
                     continue;
                 }
                 return Err(MapError::NoHole { length });
             };
+            let iova = Iova::new(place.first());
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),
-                // Somebody else was faster; there are other places.
-                Err(MapError::AlreadyMapped { .. } | MapError::Reserved { .. }) => {}
-                Err(error) => return Err(error),
+                // Somebody else has mapped there; there are other places.
+                Err(MapError::AlreadyMapped { .. } | MapError::Reserved { .. }) => self.learn(place),
+                Err(error) => {
+                    self.propose_again(place);
+                    return Err(error);
+                }
             }
         }
-    }
-
-    fn find_free(&self, length: u64, alignment: u64) -> Option<Iova> {
-        let _operation = epoch::operation();
-        let layout = self.layout.load();
-        let conflict = |candidate| layout.reserved_in(candidate).or_else(|| self.occupied_run(candidate));
-        let above_zero = IovaRange::new(1, u64::MAX)?;
-        let windows = layout.windows().iter().filter_map(|window| window.intersection(&above_zero));
-        windows.filter_map(|window| find_hole(window, length, alignment, conflict)).map(Iova::new).next()
     }
 
     fn check(
@@ -232,20 +257,24 @@ impl Space {
         Ok(())
     }
 
-    fn try_map(&self, request: &Request<'_>) -> Result<(), Try> {
+    /// Maps all parts, or none. Everything that must not go meanwhile is the caller's to keep.
+    #[inline]
+    pub(super) fn try_map(&self, request: &impl Parts) -> Result<(), Try> {
         let operation = epoch::operation();
         let layout = self.layout.load();
-        if let Some(range) = layout.reserved_in(request.range) {
+        let range = request.range();
+        if let Some(range) = layout.reserved_in(range) {
             return Err(Try::Failed(MapError::Reserved { range }));
         }
-        if layout.is_undecided(request.range) {
+        if layout.is_undecided(range) {
             return Err(Try::Contended);
         }
+        let counted = self.count_in(request)?;
         let mut gather = Gather::new();
         let mut result = self.claim_parts(request, &mut gather);
         if result.is_ok() {
             match self.fill_followers(request, &layout) {
-                Ok(()) => self.native.publish(request.range),
+                Ok(()) => request.parts().for_each(|part| self.native.publish(part.range)),
                 Err(error) => {
                     drop(layout);
                     drop(operation);
@@ -254,48 +283,68 @@ impl Space {
                     epoch::wait_for_dma();
                     self.sleeping.wait();
                     let _operation = epoch::operation();
-                    self.native.release(request.range, &mut gather);
+                    request.parts().for_each(|part| self.native.release(part.range, &mut gather));
                     result = Err(Try::Failed(error.into()));
                 }
             }
         }
+        if result.is_err() {
+            self.mappings.count_out(counted);
+        }
         epoch::retire(gather.retired);
+        if result.is_err() {
+            self.propose_again(request.range());
+        }
         result
+    }
+
+    /// Counts the mappings that are about to be made, if the space counts them.
+    #[inline]
+    fn count_in(&self, request: &impl Parts) -> Result<u64, Try> {
+        let Some(most) = self.policy.most else { return Ok(0) };
+        let mut end = None;
+        let begin = |part: &Part| end.replace(part.range.last().wrapping_add(1)) != Some(part.range.first());
+        let count = request.parts().filter(begin).count() as u64;
+        if self.mappings.count_in(count, most) {
+            Ok(count)
+        } else {
+            Err(Try::Failed(MapError::TooManyMappings { most }))
+        }
     }
 
     /// Claims the native entries of all parts, or of none.
     fn claim_parts(
         &self,
-        request: &Request<'_>,
-        gather: &mut Gather<ioasid_pagetable::HeapTables, std::sync::atomic::AtomicU64>,
+        request: &impl Parts,
+        gather: &mut Gather<HeapTables, AtomicU64>,
     ) -> Result<(), Try> {
-        for part in request.parts() {
-            if let Err(error) = self.native.claim(part.range, part.oa, request.attributes, gather) {
-                let claimed = part.range.first().checked_sub(1);
-                if let Some(range) = claimed.and_then(|last| IovaRange::new(request.range.first(), last)) {
-                    self.native.release(range, gather);
-                }
+        let mut end = None;
+        for (number, part) in request.parts().enumerate() {
+            let Part { range, oa, attributes } = part;
+            if let Err(error) = self.native.claim(range, oa, attributes, gather) {
+                request.parts().take(number).for_each(|part| self.native.release(part.range, gather));
                 return Err(error.into());
             }
+            if end == Some(range.first()) {
+                // Memory in several pieces is one mapping all the same.
+                self.native.set_beginning(range.first(), false);
+            }
+            end = range.last().checked_add(1);
         }
         Ok(())
     }
 
     /// Maps the claimed range in every derived table, or in none; then DMA that has used it may still be running.
-    fn fill_followers(&self, request: &Request<'_>, layout: &Layout) -> Result<(), TableError> {
+    fn fill_followers(&self, request: &impl Parts, layout: &Layout) -> Result<(), TableError> {
         for (position, table) in layout.filling().enumerate() {
-            for part in request.parts() {
-                let Err(error) = table.map(part.range, part.oa, request.attributes) else { continue };
-                let mapped = part.range.first().checked_sub(1);
-                let here = mapped.and_then(|last| IovaRange::new(request.range.first(), last));
+            for (number, part) in request.parts().enumerate() {
+                let Err(error) = table.map(part.range, part.oa, part.attributes) else { continue };
                 let mut visible = Runs::default();
-                visible.push(request.range);
-                if let Some(range) = here {
-                    table.unmap(range);
-                }
+                request.parts().for_each(|part| visible.push(part.range));
+                request.parts().take(number).for_each(|part| table.unmap(part.range));
                 table.invalidate(&visible);
                 for earlier in layout.filling().take(position) {
-                    earlier.unmap(request.range);
+                    request.parts().for_each(|part| earlier.unmap(part.range));
                     earlier.invalidate(&visible);
                 }
                 return Err(error);

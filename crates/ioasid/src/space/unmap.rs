@@ -20,8 +20,8 @@
 //! back at once; then it shuts out changes of the layout, starts again, and keeps what it gets, so that it ends
 //! even if others never stop mapping and unmapping small pieces of a large range.
 
+use super::Space;
 use super::layout::Layout;
-use super::{Patience, Space};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::Piece;
@@ -69,6 +69,12 @@ pub enum UnmapError {
         range: IovaRange,
         /// The granule of the space.
         granule: PageSize,
+    },
+    /// The space keeps [mappings whole](super::MappingPolicy), and an end of the range lies in one.
+    #[error("{mapping} is a mapping that would be cut, and is unmapped whole or not at all")]
+    CutsMapping {
+        /// The mapping.
+        mapping: IovaRange,
     },
     /// No memory for the tables that a cut needs.
     #[error("no memory for another table page")]
@@ -168,7 +174,7 @@ impl Space {
         }
         let mut gather = Gather::new();
         let mut rest = range;
-        let mut tries = Patience::default();
+        let mut tries = 0;
         let mut unchanging = None;
         // Asked before anything is retracted, so that devices notice nothing of an unmap that fails.
         let mut recalled = self.recall(range, manner)?;
@@ -236,7 +242,9 @@ impl Space {
         layout: &Layout,
         gather: &mut Gather<HeapTables, AtomicU64>,
     ) -> Result<(), Step> {
+        let whole = wanted.is_none() && self.policy.whole_only;
         if gather.runs.is_empty() {
+            self.refuse_to_cut(whole, range)?;
             self.native.cut_claimed(range)?;
             self.cut_unowned(range, layout)?;
         }
@@ -255,6 +263,10 @@ impl Space {
         if wanted.is_none() && self.came_behind_us(range, &gather.runs) {
             return Err(Step::Overtaken);
         }
+        // What stood at the ends may be another mapping by now; from here on it stays. To name it takes another look.
+        if whole && self.cut_by(range).is_some() {
+            return Err(Step::Overtaken);
+        }
         // The tables may have changed since, and what was a hole may not be one any more. The outermost ends of what was
         // retracted are all that a leaf can reach over, and they are ours.
         let ends = (gather.runs.iter().next(), gather.runs.iter().next_back());
@@ -264,6 +276,14 @@ impl Space {
             }
         }
         Ok(())
+    }
+
+    /// Refuses to cut a mapping in a space that keeps them whole.
+    fn refuse_to_cut(&self, whole: bool, range: IovaRange) -> Result<(), Step> {
+        match whole.then(|| self.cut_by(range)).flatten() {
+            Some(mapping) => Err(Step::Failed(UnmapError::CutsMapping { mapping })),
+            None => Ok(()),
+        }
     }
 
     /// Cuts the derived tables at the ends of a range before anything is retracted, so that an unmap which cannot be
@@ -337,12 +357,14 @@ impl Space {
                     table.invalidate(&gather.runs);
                 }
             }
+            self.count_out_runs(&gather.runs);
             if layout.table_count() > 0 {
                 drop(layout);
                 drop(operation);
                 if manner == Manner::Deferred {
                     if self.defer(&gather.runs) {
                         epoch::retire(std::mem::take(&mut gather.retired));
+                        self.begin_behind_runs(&gather.runs);
                         return;
                     }
                     self.invalidate(&gather.runs);
@@ -355,9 +377,11 @@ impl Space {
         let runs = gather.runs.clone();
         for run in runs.iter() {
             self.native.release(run, gather);
+            self.propose_again(run);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
         drop(operation);
+        self.begin_behind_runs(&runs);
     }
 
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
@@ -366,7 +390,7 @@ impl Space {
         // Devices may still reach what was unmapped without waiting for them.
         self.flush();
         let mut unknown = vec![hull];
-        let mut tries = Patience::default();
+        let mut tries = 0;
         while !unknown.is_empty() {
             let (found, busy) = self.leading_to(&unknown, pieces);
             for range in found.iter() {
@@ -393,23 +417,21 @@ impl Space {
         let (mut found, mut busy) = (Runs::default(), Vec::new());
         let _operation = epoch::operation();
         for range in ranges {
-            self.native.occupied(*range, |occupied| {
-                let mut seen = 0u64;
-                self.native.leaves(occupied, |leaf| {
-                    seen = seen.saturating_add(leaf.size.bytes());
-                    for piece in pieces_under(&leaf, pieces) {
-                        // The part of the leaf that leads into the piece.
-                        let part = |oa: u64| leaf.iova + (oa - leaf.oa.get());
-                        let first = piece.oa.get().max(leaf.oa.get());
-                        let last = piece.last().min(leaf.oa.get() + (leaf.size.bytes() - 1));
-                        if let Some(range) = IovaRange::new(part(first), part(last)) {
-                            found.push(range);
-                        }
-                    }
-                    ControlFlow::Continue(())
-                });
-                if occupied.length().is_none_or(|length| seen < length) {
+            self.native.settled(*range, |occupied, leaf| {
+                // A leaf that somebody owns may lead elsewhere in a moment, or have led elsewhere a moment ago, so that
+                // devices still go there.
+                let Some(leaf) = leaf else {
                     busy.push(occupied);
+                    return ControlFlow::Continue(());
+                };
+                for piece in pieces_under(&leaf, pieces) {
+                    // The part of the leaf that leads into the piece.
+                    let part = |oa: u64| leaf.iova + (oa - leaf.oa.get());
+                    let first = piece.oa.get().max(leaf.oa.get());
+                    let last = piece.last().min(leaf.oa.get() + (leaf.size.bytes() - 1));
+                    if let Some(range) = IovaRange::new(part(first), part(last)) {
+                        found.push(range);
+                    }
                 }
                 ControlFlow::Continue(())
             });
@@ -437,8 +459,10 @@ impl Space {
             let block = u64::MAX >> (first ^ last).leading_zeros().min(63);
             let block = if first & block == 0 && last & block == block { block << 1 | 1 } else { block };
             (first, last) = (first & !block, last | block);
+            // Whatever the space's policy is.
+            let all = Some::<&dyn Fn(&Leaf) -> bool>(&|_| true);
             if IovaRange::new(first, last)
-                .is_none_or(|range| self.unmap_wanted(range, None, Manner::AtAnyPrice).is_ok())
+                .is_none_or(|range| self.unmap_wanted(range, all, Manner::AtAnyPrice).is_ok())
             {
                 return;
             }

@@ -1,12 +1,13 @@
 //! An IOMMU for tests: it does what a real one does, checks that the engine keeps its side of the contract, and
 //! fails, sleeps or blocks on request.
 //!
-//! Its derived tables are VT-d second-stage tables. Every call is checked: no two at the same time for one address
-//! (except cuts), no mapping over a mapping, no unmap whose ends were not cut before.
+//! Its derived tables are VT-d second-stage tables, unless a device asks for another format. Every call is checked: no two
+//! at the same time for one address (except cuts), no mapping over a mapping, no unmap whose ends were not cut before, no
+//! change that is not invalidated.
 
 #![allow(dead_code, reason = "every test program uses its own part of it")]
 
-use ioasid::pagetable::{Native, VtdSecondStage};
+use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::{
     AttachError, Attributes, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable, Requirements, Rid,
     Runs, Space, Table, TableClass, TableError,
@@ -41,6 +42,28 @@ fn join(leaves: impl IntoIterator<Item = Leaf>) -> Vec<Mapping> {
     joined
 }
 
+/// A derived table whose entries can be looked at.
+trait Observed: DerivedTable {
+    fn leaves(&self, range: IovaRange) -> Vec<Leaf>;
+
+    fn leaf_at(&self, iova: u64) -> Option<Leaf>;
+}
+
+impl<F: Format> Observed for RadixTable<F> {
+    fn leaves(&self, range: IovaRange) -> Vec<Leaf> {
+        let mut leaves = Vec::new();
+        self.radix().leaves(range, |leaf| {
+            leaves.push(leaf);
+            ControlFlow::Continue(())
+        });
+        leaves
+    }
+
+    fn leaf_at(&self, iova: u64) -> Option<Leaf> {
+        self.radix().walk(iova).ok()
+    }
+}
+
 /// What is mapped in the space, by its native table.
 pub(crate) fn mappings(space: &Space) -> Vec<Mapping> {
     join(space.leaves(IovaRange::ALL))
@@ -54,17 +77,20 @@ pub(crate) enum Call {
     Map,
     Fill,
     Cut,
+    Protect,
+    Remap,
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 5] = [Call::NewTable, Call::Attach, Call::Map, Call::Fill, Call::Cut];
+    pub(crate) const ALL: [Call; 7] =
+        [Call::NewTable, Call::Attach, Call::Map, Call::Fill, Call::Cut, Call::Protect, Call::Remap];
 }
 
 /// What the double shall do wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Switches {
     /// Calls of each kind until one fails: 1 is the next; 0: none fails.
-    countdown: [AtomicI64; 5],
+    countdown: [AtomicI64; 7],
     /// A call that fails does its work first and undoes it.
     pub(crate) late: AtomicBool,
     /// Leaves cannot be cut.
@@ -152,10 +178,19 @@ fn refused() -> TableError {
 /// A derived table under observation.
 #[derive(Debug)]
 pub(crate) struct DoubleTable {
-    inner: RadixTable<VtdSecondStage>,
+    inner: Box<dyn Observed>,
+    /// What a leaf in it says that was made with these attributes.
+    says: fn(Attributes) -> Attributes,
+    /// Changed, and not invalidated yet.
+    changed: Mutex<Vec<IovaRange>>,
+    /// A change was refused once.
+    refused: AtomicBool,
     switches: Arc<Switches>,
     /// The ranges of the calls that are running, other than cuts.
     running: Mutex<Vec<IovaRange>>,
+    /// What was unmapped and not invalidated since: hardware may still be using it.
+    stale: Mutex<Vec<IovaRange>>,
+    invalidations: AtomicU64,
 }
 
 /// A call that is running.
@@ -178,36 +213,144 @@ impl DoubleTable {
         Running(self, range)
     }
 
+    /// Whether something that was unmapped has not been invalidated yet.
+    pub(crate) fn is_stale(&self) -> bool {
+        !self.stale.lock().unwrap().is_empty()
+    }
+
+    /// How often anything was invalidated.
+    pub(crate) fn invalidations(&self) -> u64 {
+        self.invalidations.load(Ordering::SeqCst)
+    }
+
+    /// Hardware that still remembers the former translation would use it in place of a new one.
+    fn assert_fresh(&self, range: IovaRange) {
+        let stale = self.stale.lock().unwrap();
+        let before = stale.iter().find(|stale| stale.overlaps(&range));
+        assert!(before.is_none(), "{range} is mapped, but {} was not invalidated", before.unwrap());
+    }
+
     /// What is mapped in it.
     pub(crate) fn mappings(&self) -> Vec<Mapping> {
-        let mut leaves = Vec::new();
-        self.inner.radix().leaves(IovaRange::ALL, |leaf| {
-            leaves.push(leaf);
-            ControlFlow::Continue(())
-        });
-        join(leaves)
+        join(self.inner.leaves(IovaRange::ALL))
+    }
+
+    /// What should be mapped in it, by the native table.
+    pub(crate) fn expected(&self, space: &Space) -> Vec<Mapping> {
+        let leaves = space.leaves(IovaRange::ALL).into_iter();
+        join(leaves.map(|leaf| Leaf { attributes: (self.says)(leaf.attributes), ..leaf }))
+    }
+
+    /// Whether devices have been told of everything that has changed.
+    pub(crate) fn is_invalidated(&self) -> bool {
+        self.changed.lock().unwrap().is_empty()
+    }
+
+    /// The sizes of its leaves, and how many there are of each.
+    pub(crate) fn leaf_sizes(&self) -> std::collections::BTreeMap<u64, usize> {
+        let mut sizes = std::collections::BTreeMap::new();
+        for leaf in self.inner.leaves(IovaRange::ALL) {
+            *sizes.entry(leaf.size.bytes()).or_default() += 1;
+        }
+        sizes
+    }
+
+    /// Puts leaves back that were there before a change of the range.
+    fn put_back(&self, range: IovaRange, before: &[Leaf]) {
+        for (iova, length, oa, attributes) in join(before.iter().copied()) {
+            let part = IovaRange::with_length(iova, length).unwrap().intersection(&range).unwrap();
+            let oa = Oa::new(oa + (part.first() - iova));
+            self.inner.remap(part, oa, attributes).unwrap();
+        }
     }
 
     /// The table for a walker of its own.
     pub(crate) fn radix(&self) -> &ioasid::pagetable::Radix<VtdSecondStage> {
-        self.inner.radix()
+        self.inner.as_any().downcast_ref::<RadixTable<VtdSecondStage>>().unwrap().radix()
     }
 
     /// The translation of one address.
     pub(crate) fn walk(&self, iova: u64) -> Option<(u64, Attributes)> {
-        let leaf = self.inner.radix().walk(iova).ok()?;
+        let leaf = self.inner.leaf_at(iova)?;
         Some((leaf.output(iova).get(), leaf.attributes & (Attributes::READ | Attributes::WRITE)))
+    }
+
+    fn mappings_in(&self, range: IovaRange) -> Vec<Mapping> {
+        join(self.inner.leaves(range))
+    }
+
+    fn note(&self, call: Call, result: Result<(), TableError>) -> Result<(), TableError> {
+        if result.is_err() {
+            self.refused.store(true, Ordering::SeqCst);
+            // What follows is the way back, which cannot fail.
+            self.switches.countdown[call as usize].store(0, Ordering::SeqCst);
+        }
+        result
+    }
+
+    fn try_protect(&self, range: IovaRange, permissions: Attributes) -> Result<(), TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Protect);
+        if fails && !self.switches.late.load(Ordering::SeqCst) {
+            return Err(refused());
+        }
+        self.refuse_cuts(range)?;
+        let before = self.inner.leaves(range);
+        self.changed.lock().unwrap().push(range);
+        self.inner.protect(range, permissions)?;
+        if fails {
+            for leaf in before {
+                let part = leaf.range().intersection(&range).unwrap();
+                self.inner.protect(part, leaf.attributes).unwrap();
+            }
+            return Err(refused());
+        }
+        Ok(())
+    }
+
+    fn try_remap(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Remap);
+        if fails && !self.switches.late.load(Ordering::SeqCst) {
+            return Err(refused());
+        }
+        self.refuse_cuts(range)?;
+        let before = self.inner.leaves(range);
+        if self.switches.uncuttable.load(Ordering::SeqCst) {
+            let output = |leaf: &Leaf| oa.get().wrapping_add(leaf.iova.wrapping_sub(range.first()));
+            if let Some(leaf) = before.iter().find(|leaf| output(leaf) & (leaf.size.bytes() - 1) != 0) {
+                return Err(TableError::NeedsBreak { at: leaf.iova });
+            }
+        }
+        self.changed.lock().unwrap().push(range);
+        self.inner.remap(range, oa, attributes)?;
+        if fails {
+            self.put_back(range, &before);
+            return Err(refused());
+        }
+        Ok(())
+    }
+
+    /// Refuses to change a range at whose ends a leaf would have to be cut, if leaves cannot be cut.
+    fn refuse_cuts(&self, range: IovaRange) -> Result<(), TableError> {
+        let mut ends = std::iter::once(range.first()).chain(range.last().checked_add(1));
+        let uncuttable = self.switches.uncuttable.load(Ordering::SeqCst);
+        match ends.find(|at| uncuttable && self.across(*at).is_some()) {
+            Some(at) => Err(TableError::CannotCut { at }),
+            None => Ok(()),
+        }
     }
 
     /// The leaf that reaches over a boundary.
     fn across(&self, at: u64) -> Option<Leaf> {
-        self.inner.radix().walk(at).ok().filter(|leaf| leaf.iova < at)
+        self.inner.leaf_at(at).filter(|leaf| leaf.iova < at)
     }
 }
 
 impl DerivedTable for DoubleTable {
     fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let _running = self.run(range);
+        self.assert_fresh(range);
         let fails = self.switches.fails(Call::Map);
         if fails && !self.switches.late.load(Ordering::SeqCst) {
             return Err(refused());
@@ -222,6 +365,7 @@ impl DerivedTable for DoubleTable {
 
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let _running = self.run(range);
+        self.assert_fresh(range);
         let fails = self.switches.fails(Call::Fill);
         if !fails || self.switches.late.load(Ordering::SeqCst) {
             self.inner.fill(range, oa, attributes)?;
@@ -251,12 +395,41 @@ impl DerivedTable for DoubleTable {
             assert!(self.across(at).is_none(), "unmap of {range} across a leaf at {at:#x}");
         }
         self.inner.unmap(range);
+        self.stale.lock().unwrap().push(range);
+    }
+
+    fn protect(&self, range: IovaRange, permissions: Attributes) -> Result<(), TableError> {
+        self.note(Call::Protect, self.try_protect(range, permissions))
+    }
+
+    fn remap(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
+        self.note(Call::Remap, self.try_remap(range, oa, attributes))
+    }
+
+    fn merge(&self, range: IovaRange) -> u64 {
+        let _running = self.run(range);
+        let before = self.mappings_in(range);
+        let merged = self.inner.merge(range);
+        assert_eq!(self.mappings_in(range), before, "merging {range} has changed a translation");
+        if merged > 0 {
+            self.changed.lock().unwrap().push(range);
+        }
+        merged
     }
 
     fn invalidate(&self, runs: &Runs) {
         assert!(!runs.is_empty(), "nothing to invalidate");
+        self.invalidations.fetch_add(1, Ordering::SeqCst);
+        self.stale.lock().unwrap().retain(|stale| !runs.iter().any(|run| run.covers(stale)));
         for run in runs.iter() {
-            self.inner.radix().leaves(run, |leaf| panic!("{leaf:?} is to be invalidated but still mapped"));
+            let mut changed = self.changed.lock().unwrap();
+            let before = changed.len();
+            changed.retain(|range| !run.covers(range));
+            // After a refusal the engine cannot know how far the table had got.
+            if changed.len() == before && !self.refused.load(Ordering::SeqCst) {
+                let leaves = self.inner.leaves(run);
+                assert!(leaves.is_empty(), "{leaves:?} are to be invalidated but still mapped");
+            }
         }
     }
 
@@ -290,6 +463,23 @@ pub(crate) const SMALL: Rid = Rid(0x20);
 /// A device with a derived table of yet another kind, that reserves nothing.
 pub(crate) const WIDE: Rid = Rid(0x30);
 
+/// Devices with derived tables of other formats, which reserve nothing.
+pub(crate) const AMD: Rid = Rid(0x40);
+pub(crate) const AMD_ALL_SIZES: Rid = Rid(0x41);
+pub(crate) const X86: Rid = Rid(0x50);
+pub(crate) const RISC_V: Rid = Rid(0x60);
+pub(crate) const OWN_NATIVE: Rid = Rid(0x70);
+
+/// What a format says that cannot forbid reading what may be written.
+fn readable(attributes: Attributes) -> Attributes {
+    if attributes.contains(Attributes::WRITE) { attributes | Attributes::READ } else { attributes }
+}
+
+/// What sign-extended tables can translate on this side of the gap.
+fn lower_half() -> IovaRange {
+    IovaRange::new(0, (1 << 47) - 1).unwrap()
+}
+
 /// The interrupt window of x86.
 pub(crate) fn interrupts() -> IovaRange {
     IovaRange::new(0xfee0_0000, 0xfeef_ffff).unwrap()
@@ -319,12 +509,23 @@ impl Double {
             reserved: vec![interrupts()],
             coherent: true,
         };
+        let of_format = |format, variant| Requirements {
+            class: TableClass::Derived { iommu: 1, format, variant },
+            aperture: lower_half(),
+            reserved: Vec::new(),
+            coherent: true,
+        };
         let devices = [
             (NATIVE, native.clone()),
             (NATIVE_TOO, native),
             (DERIVED, of_variant(0)),
             (DERIVED_TOO, of_variant(0)),
             (WIDE, Requirements { aperture: IovaRange::ALL, reserved: Vec::new(), ..of_variant(2) }),
+            (AMD, of_format("amdv1", 0)),
+            (AMD_ALL_SIZES, of_format("amdv1", 1)),
+            (X86, of_format("x86_64", 0)),
+            (RISC_V, of_format("riscv", 0)),
+            (OWN_NATIVE, of_format("native", 0)),
             (SMALL, Requirements { reserved: vec![interrupts(), also_reserved()], ..of_variant(1) }),
         ];
         Arc::new(Double {
@@ -366,13 +567,28 @@ impl Iommu for Double {
         if self.switches.fails(Call::NewTable) {
             return Err(TableError::OutOfTables.into());
         }
-        let TableClass::Derived { variant, .. } = class else { panic!("asked for a native table") };
-        let format = VtdSecondStage::new(4).unwrap();
-        let format = if variant == 0 { format } else { format.with_large_pages(2 << 20) };
+        let TableClass::Derived { format, variant, .. } = class else { panic!("asked for a native table") };
+        let plain: fn(Attributes) -> Attributes = |attributes| attributes;
+        let vtd = VtdSecondStage::new(4).unwrap();
+        let single = AmdV1::new().with_leaf_sizes(1 << 12 | 1 << 21 | 1 << 30);
+        let (inner, says): (Box<dyn Observed>, _) = match format {
+            "amdv1" if variant == 0 => (Box::new(RadixTable::new(single)), plain),
+            "amdv1" => (Box::new(RadixTable::new(AmdV1::new())), plain),
+            "x86_64" => (Box::new(RadixTable::new(X86_64::new(4).unwrap())), readable),
+            "riscv" => (Box::new(RadixTable::new(RiscV::new(4).unwrap())), readable),
+            "native" => (Box::new(RadixTable::new(Native::new())), plain),
+            _ if variant == 0 => (Box::new(RadixTable::new(vtd)), plain),
+            _ => (Box::new(RadixTable::new(vtd.with_large_pages(2 << 20))), plain),
+        };
         let table = Arc::new(DoubleTable {
-            inner: RadixTable::new(format),
+            inner,
+            says,
+            changed: Mutex::default(),
+            refused: AtomicBool::new(false),
             switches: self.switches.clone(),
             running: Mutex::default(),
+            stale: Mutex::default(),
+            invalidations: AtomicU64::new(0),
         });
         self.tables.lock().unwrap().push(Arc::downgrade(&table));
         Ok(table)

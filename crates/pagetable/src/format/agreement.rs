@@ -211,6 +211,9 @@ impl Check for Writing {
                 prop_assert!(format.table_pattern(level).matches(table), "{:#x} of {:?}", table, format);
                 prop_assert_eq!(format.table_address(table), address);
                 prop_assert_eq!(format.decode(level, table), Entry::Table(address));
+                let tentative = table | F::TENTATIVE;
+                prop_assert!(table & F::TENTATIVE == 0 && !format.table_pattern(level).matches(tentative));
+                prop_assert_eq!(format.decode(level, tentative), Entry::Table(address), "{:?}", format);
             }
             for size in sizes(format, level) {
                 let oa = output(format, self.bits, size.log2());

@@ -49,7 +49,8 @@
 //!   of tables and encrypted pages have to carry it, and this format takes it for a part of the address.
 //!
 //! The entries of a leaf cannot be replaced all at once, and the specification's text on replacing even one by a
-//! table was not at hand; what changes size is made absent first. Permissions may be stored, then invalidated.
+//! table was not at hand; what changes size is made absent first. Permissions, and the output of a
+//! leaf of one entry, may be stored, then invalidated.
 //!
 //! # With a granule of 2 KiB
 //!
@@ -169,6 +170,7 @@ impl Default for AmdV1 {
 
 impl<const FINER: u32> Format for AmdV1<FINER> {
     const NAME: &'static str = "amdv1";
+    const TENTATIVE: u64 = 1 << 1;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -204,7 +206,7 @@ impl<const FINER: u32> Format for AmdV1<FINER> {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::PERMISSIONS
+        LiveChanges::PERMISSIONS | LiveChanges::OUTPUT
     }
 
     #[inline(always)]
@@ -225,7 +227,7 @@ impl<const FINER: u32> Format for AmdV1<FINER> {
         let next_level = (u64::from(level) - 1) << NEXT_LEVEL_SHIFT;
         Pattern::new(
             PRESENT | READ | WRITE | next_level,
-            (NEXT_LEVEL & !next_level) | self.reserved_in_tables(),
+            (NEXT_LEVEL & !next_level) | Self::TENTATIVE | self.reserved_in_tables(),
         )
     }
 

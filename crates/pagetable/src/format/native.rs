@@ -9,7 +9,8 @@
 //! | 4     | WRITE   | 0     | devices may write |
 //! | 5     | SNOOP   | 0     | accesses are forced to snoop |
 //! | 6     | TABLE   | 1     | 0 |
-//! | 10:7  | zero    | 0     | 0 |
+//! | 7     | NEW     | for a moment | 0 |
+//! | 10:8  | zero    | 0     | 0 |
 //! | 55:11 | address | table | output address |
 //! | 63:56 | zero    | 0     | 0 |
 //!
@@ -72,6 +73,7 @@ impl Default for Native {
 
 impl Format for Native {
     const NAME: &'static str = "native";
+    const TENTATIVE: u64 = 1 << 7;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -101,7 +103,7 @@ impl Format for Native {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+        LiveChanges::all()
     }
 
     #[inline(always)]
@@ -120,7 +122,7 @@ impl Format for Native {
 
     #[inline(always)]
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(Self::PRESENT | TABLE, 0)
+        Pattern::new(Self::PRESENT | TABLE, Self::TENTATIVE)
     }
 
     #[inline(always)]

@@ -114,6 +114,7 @@ impl RiscV {
 
 impl Format for RiscV {
     const NAME: &'static str = "riscv64";
+    const TENTATIVE: u64 = 1 << 8;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -177,7 +178,8 @@ impl Format for RiscV {
     #[inline(always)]
     fn table_pattern(&self, _level: u8) -> Pattern {
         let leaf = READ | WRITE | EXECUTE;
-        Pattern::new(VALID, leaf | USER | ACCESSED | DIRTY | RESERVED | MEMORY_TYPE | NAPOT)
+        let reserved = USER | ACCESSED | DIRTY | RESERVED | MEMORY_TYPE | NAPOT;
+        Pattern::new(VALID, leaf | reserved | Self::TENTATIVE)
     }
 
     #[inline(always)]

@@ -115,6 +115,7 @@ impl VtdSecondStage {
 
 impl Format for VtdSecondStage {
     const NAME: &'static str = "vtdss";
+    const TENTATIVE: u64 = 1 << 52;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -150,7 +151,7 @@ impl Format for VtdSecondStage {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+        LiveChanges::all()
     }
 
     #[inline(always)]
@@ -168,7 +169,8 @@ impl Format for VtdSecondStage {
 
     #[inline(always)]
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(READ | WRITE, PAGE_SIZE | SNOOP | RESERVED | (ADDRESS & !self.address_mask))
+        let reserved = SNOOP | RESERVED | (ADDRESS & !self.address_mask);
+        Pattern::new(READ | WRITE, PAGE_SIZE | reserved | Self::TENTATIVE)
     }
 
     #[inline(always)]

@@ -196,6 +196,7 @@ const _: () = {
 
 impl Format for X86_64 {
     const NAME: &'static str = "x86_64";
+    const TENTATIVE: u64 = 1 << 11;
 
     #[inline(always)]
     fn top_levels(&self) -> RangeInclusive<u8> {
@@ -237,7 +238,7 @@ impl Format for X86_64 {
     }
 
     fn live_changes(&self) -> LiveChanges {
-        LiveChanges::SIZE | LiveChanges::PERMISSIONS
+        LiveChanges::all()
     }
 
     #[inline(always)]
@@ -255,7 +256,8 @@ impl Format for X86_64 {
 
     #[inline(always)]
     fn table_pattern(&self, _level: u8) -> Pattern {
-        Pattern::new(PRESENT | WRITE | USER, PAGE_SIZE | EXECUTE_DISABLE | self.reserved())
+        let absent = PAGE_SIZE | EXECUTE_DISABLE | Self::TENTATIVE | self.reserved();
+        Pattern::new(PRESENT | WRITE | USER, absent)
     }
 
     #[inline(always)]

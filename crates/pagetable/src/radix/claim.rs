@@ -9,6 +9,7 @@
 //! | map fails | [`release`](Radix::release): busy to absent. Nobody ever translated through it. |
 //! | unmap     | [`retract`](Radix::retract): present to busy. Derived tables are emptied, everything is invalidated. [`release`](Radix::release). |
 //! | unmap fails | [`publish`](Radix::publish): busy to present again. |
+//! | change  | [`hold_exactly`](Radix::hold_exactly): present to present and busy. Derived tables are changed. [`remap_held`](Radix::remap_held) or [`protect_held`](Radix::protect_held): one store for each leaf. [`let_go_all`](Radix::let_go_all). |
 //! | fill a new table | [`hold`](Radix::hold): present to present and busy. The leaf is copied. [`let_go`](Radix::let_go). |
 //!
 //! Nothing here ever waits. An operation that meets a busy leaf says so (*contended*), and the caller decides:
@@ -221,7 +222,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for LetGo<
     }
 }
 
-fn software_bits<F: ClaimFormat>() -> SoftwareBits {
+pub(super) fn software_bits<F: ClaimFormat>() -> SoftwareBits {
     SoftwareBits { busy: F::BUSY, first: F::FIRST }
 }
 

@@ -176,18 +176,18 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
         let link = self.format.table_entry(level, self.memory.address(child.table));
         self.clean(entries);
-        // A table with a leaf in it does not go away. The pin is for those who would take the link for one that walkers
-        // see.
-        let pinned = !M::COHERENT && self.pin(slot.node);
-        if slot.entry.compare_exchange(slot.value, link).is_err() {
+        // A table with a leaf in it does not go away; but others would take the link for one that walkers see.
+        let tentative = if M::COHERENT { 0 } else { F::TENTATIVE };
+        if slot.entry.compare_exchange(slot.value, link | tentative).is_err() {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
-        } else {
-            self.clean(core::slice::from_ref(slot.entry));
-            gather.tables_changed = true;
+            return Ok(());
         }
-        if pinned {
-            self.unpin(slot.node);
+        self.clean(core::slice::from_ref(slot.entry));
+        gather.tables_changed = true;
+        if tentative != 0 {
+            // It fails if the leaf was one that had to be taken back.
+            let _ = slot.entry.compare_exchange(link | tentative, link);
         }
         Ok(())
     }

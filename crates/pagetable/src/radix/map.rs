@@ -128,6 +128,11 @@ impl Mapping {
         Mapping { range, oa: oa.get(), attributes, possible: aligned & fits }
     }
 
+    /// What of it lies in a range that it covers.
+    fn part(&self, range: IovaRange) -> Mapping {
+        Mapping::new(range, Oa::new(self.output(range.first())), self.attributes)
+    }
+
     #[inline(always)]
     fn output(&self, iova: u64) -> u64 {
         self.oa + (iova - self.range.first())
@@ -294,9 +299,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 let decoded = Entry::Absent;
                 let slot = Slot { node, entry, value, decoded, first: range.first(), last: range.last() };
                 let made = if at - 1 == level {
-                    self.link_filled_table(&slot, mapping, claim)
+                    self.link_filled_table(&slot, mapping, claim, gather)
                 } else {
-                    self.link_table(&slot).map(|()| false)
+                    self.link_table(&slot, gather).map(|()| false)
                 };
                 match made {
                     Ok(true) => return Ok(true),
@@ -501,9 +506,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     /// Puts an empty table into an absent entry, or finds that somebody else did.
     #[cold]
-    fn link_table(&self, slot: &Slot<'_, A>) -> Result<(), Stop<OutOfTables>> {
+    fn link_table(&self, slot: &Slot<'_, A>, gather: &mut Gather<M, A>) -> Result<(), Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
-        self.link(slot, child).map(drop)
+        self.link(slot, child, gather).map(drop)
     }
 
     /// Puts a table with a mapping in it into an absent entry. `false`: somebody else has put one there.
@@ -513,6 +518,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         slot: &Slot<'_, A>,
         mapping: &Mapping,
         claim: Option<ClaimBits>,
+        gather: &mut Gather<M, A>,
     ) -> Result<bool, Stop<OutOfTables>> {
         let child = self.allocate(slot.node.level - 1).map_err(Stop::Error)?;
         if let Some(entries) = self.covered_entries(child, mapping.range) {
@@ -528,29 +534,41 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                     }
                 }
             }
-            return self.link(slot, child);
+            let linked = self.link(slot, child, gather);
+            if linked.is_err() && claim.is_none() {
+                // They will be mapped again; if not, this is how the caller gets to know that they have been visible.
+                gather.removed(mapping.range, size, entries.len() as u64);
+            }
+            return linked;
         }
         // It does not begin or end with an entry. The long way takes the table as it is.
-        self.link(slot, child).map(|_| false)
+        self.link(slot, child, gather).map(|_| false)
     }
 
     /// Puts a table that nobody has seen into an absent entry, or gives it back if somebody else has put one there.
-    fn link(&self, slot: &Slot<'_, A>, child: Node<A>) -> Result<bool, Stop<OutOfTables>> {
+    fn link(
+        &self,
+        slot: &Slot<'_, A>,
+        child: Node<A>,
+        gather: &mut Gather<M, A>,
+    ) -> Result<bool, Stop<OutOfTables>> {
         let link = self.format.table_entry(slot.node.level, self.memory.address(child.table));
         self.clean(self.all_entries(child));
-        if !self.pin(slot.node) {
+        if slot.entry.compare_exchange(slot.value, link | F::TENTATIVE).is_err() {
             // SAFETY: never linked.
             unsafe { self.discard(child) };
-            return Err(Stop::Stale(slot.first));
+            return Ok(false);
         }
-        let linked = slot.entry.compare_exchange(slot.value, link).is_ok();
-        if !linked {
-            // SAFETY: never linked.
-            unsafe { self.discard(child) };
-        }
-        // As long as the pin is there, others take the link for one that walkers may not see.
         self.clean(core::slice::from_ref(slot.entry));
-        self.unpin(slot.node);
-        Ok(linked)
+        if self.stays(slot.node) {
+            // Until now nobody else has changed the link.
+            slot.entry.store(link);
+            return Ok(true);
+        }
+        // Nor has anybody filled an entry behind it: the table in which it stands has been empty ever since it died.
+        slot.entry.store(0);
+        self.clean(core::slice::from_ref(slot.entry));
+        self.retire_with_contents(gather, child);
+        Err(Stop::Stale(slot.first))
     }
 }

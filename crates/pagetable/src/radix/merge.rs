@@ -28,6 +28,8 @@ struct Merge<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
 struct ClaimBits {
     busy: u64,
     first: u64,
+    /// Mappings that continue each other become one.
+    join: bool,
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Merge<'_, F, M, A> {
@@ -65,7 +67,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Merge<'_, F
 
     fn left(&mut self, slot: &Slot<'_, A>, child: Node<A>, whole: bool) -> Result<(), CutError> {
         let radix = self.radix;
-        if !whole || radix.merged_leaf(slot, child, self.claim).is_none() {
+        let tentative = slot.value & F::TENTATIVE != 0;
+        if !whole || tentative || radix.merged_leaf(slot, child, self.claim).is_none() {
             return Ok(());
         }
         let piece = PageSize(radix.format.shift(child.level) as u8);
@@ -152,7 +155,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
                 && (like ^ attributes).difference(Attributes::USED).is_empty()
                 && value & format.software_bits(child.level) == kept
                 // A mapping that begins inside stays a mapping of its own.
-                && claim.is_none_or(|bits| value & bits.first == 0)
+                && claim.is_none_or(|bits| bits.join || value & bits.first == 0)
         });
         if !continues {
             return None;
@@ -169,7 +172,17 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// The same beside other operations, in claiming mode: leaves that somebody else owns are left as they are, and so
     /// are mappings, of which one begins where another ends. How many tables went.
     pub fn merge_claimed(&self, range: IovaRange, gather: &mut Gather<M, A>) -> u64 {
-        let claim = Some(ClaimBits { busy: F::BUSY, first: F::FIRST });
+        self.merge_as(range, false, gather)
+    }
+
+    /// The same, but mappings that continue each other and allow the same become one on the way: nobody can tell any more
+    /// where the second began.
+    pub fn merge_joining(&self, range: IovaRange, gather: &mut Gather<M, A>) -> u64 {
+        self.merge_as(range, true, gather)
+    }
+
+    fn merge_as(&self, range: IovaRange, join: bool, gather: &mut Gather<M, A>) -> u64 {
+        let claim = Some(ClaimBits { busy: F::BUSY, first: F::FIRST, join });
         let mut merge = Merge { radix: self, claim, merged: 0, gather };
         // Of the native kind all may be merged.
         let _ = self.run(&mut merge, range);

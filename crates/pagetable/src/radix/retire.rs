@@ -3,9 +3,7 @@
 //! The protocol is described in the [module above](super). Here are its steps, and a visitor that looks for empty
 //! tables where no removal has come by.
 
-use super::{
-    DEAD, DEATH, DEATHS, DYING, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, PINS, Radix, Slot, Stop, Visitor,
-};
+use super::{DEAD, DEATHS, DYING, GENERATIONS, KEPT, KEPT_LIMIT, Next, Node, Radix, Slot, Stop, Visitor};
 use crate::address::IovaRange;
 use crate::atomic::AtomicEntry;
 use crate::format::{Entry, Format};
@@ -80,15 +78,12 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         }
     }
 
-    /// Announces that a table is about to be linked in `node`; `false` if that is going away.
-    pub(super) fn pin(&self, node: Node<A>) -> bool {
-        // A mark has to go: without the pin the word would be again what the marker wrote, and he has looked already.
-        // Pinning a dead table does no harm.
-        self.state(node).fetch_add(1) & (DYING | DEAD) == 0 || self.revive(node)
-    }
-
-    pub(super) fn unpin(&self, node: Node<A>) {
-        self.state(node).fetch_sub(1);
+    /// After a tentative link was found in `node`: whether it will stay. `false`: the table is going away.
+    #[cold]
+    pub(super) fn confirm(&self, node: Node<A>) -> bool {
+        // An exchange, though it changes nothing: either the one who marks the table later sees the link, as this
+        // operation has, or this sees his mark.
+        self.state(node).fetch_add(0) & (DYING | DEAD) == 0 || self.revive(node)
     }
 
     /// Whether a table from which the entries `index..index + count` have been emptied may have to go. The first look is
@@ -129,7 +124,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         whole: bool,
         filling: Filling,
     ) {
-        if !all_absent(self.all_entries(child)) {
+        // Who has linked it a moment ago is about to fill it.
+        if slot.value & F::TENTATIVE != 0 || !all_absent(self.all_entries(child)) {
             return;
         }
         if !whole {
@@ -176,10 +172,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub(super) fn bury(&self, node: Node<A>, filling: Filling) -> bool {
         let state = self.state(node);
         let word = state.load();
-        if word & (DEAD | PINS) != 0 {
+        if word & DEAD != 0 {
             return false;
         }
-        let dying = (word & KEPT) | DYING | (word.wrapping_add(DEATH) & DEATHS);
+        let dying = (word & KEPT) | DYING | (word.wrapping_add(1) & DEATHS);
         if state.compare_exchange(word, dying).is_err() {
             return false;
         }

@@ -153,6 +153,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Remove<'_, 
     }
 
     fn link(&mut self, slot: &Slot<'_, A>, child: Node<A>) -> Option<Next> {
+        if slot.value & F::TENTATIVE != 0 {
+            return None;
+        }
         slot.entry.compare_exchange(slot.value, 0).ok()?;
         self.radix.clean(core::slice::from_ref(slot.entry));
         self.gather_leaves(child, slot.first);

@@ -179,13 +179,19 @@ impl<F: Format, L: Fn(u8, u64) -> Option<u64>> Inspector<'_, F, L> {
             used = true;
             let first = self.address(base + ((index as u64) << self.format.shift(level)));
             match (self.link)(level, value) {
-                Some(child) => self.table(child, level - 1, first),
+                Some(child) => {
+                    assert_eq!(
+                        value & F::TENTATIVE,
+                        0,
+                        "the level {level} link at {first:#x} is tentative still"
+                    );
+                    self.table(child, level - 1, first);
+                }
                 None => self.found.entries.push(RawEntry { first, level, value }),
             }
         }
         // SAFETY: as above.
         let state = unsafe { HeapTables.state(table, layout) }.load(Ordering::Acquire);
-        assert_eq!(state & 0xff_ffff, 0, "the level {level} table for {base:#x} is still pinned");
         assert_eq!(state >> 62, 0, "a dead or dying table is linked for {base:#x}");
         self.found.empty += u64::from(!used);
         self.found.idle += u64::from(before == self.found.entries.len());

@@ -1,9 +1,10 @@
-//! Operations that leave what is mapped where it is: merging, protecting, and marks of use.
+//! Operations on what is mapped already: merging, protecting, remapping, and marks of use.
 
 use crate::pair::{Pair, report_of};
 use crate::plain::{Model, ModelLeaf, Report, log2, page_size};
 use ioasid_pagetable::{
-    Attributes, CutError, DirtyBitmap, Format, Gather, IovaRange, PageSize, ProtectError, WalkFault,
+    Attributes, CutError, DirtyBitmap, Format, Gather, IovaRange, Oa, PageSize, ProtectError, RemapError,
+    WalkFault,
 };
 
 /// A table that could be one leaf.
@@ -40,7 +41,7 @@ pub(crate) fn joined(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
 
 impl Model {
     /// The table under the entry of `level` at `first`, if all its leaves continue each other.
-    fn mergeable(&self, level: u8, first: u64) -> Option<Mergeable> {
+    fn mergeable(&self, level: u8, first: u64, join: bool) -> Option<Mergeable> {
         let entry = self.specification.level(level).entry;
         let last = first | ((1 << entry) - 1);
         let head = *self.leaves.get(&first)?;
@@ -53,7 +54,7 @@ impl Model {
             let follows = expected == Some(at) && leaf.oa.checked_sub(head.oa) == Some(at - first);
             if self.specification.level_of(size) != level - 1
                 || !(like && follows && leaf.present && !leaf.busy)
-                || leaf.first && at != first
+                || leaf.first && at != first && !join
             {
                 return None;
             }
@@ -73,7 +74,7 @@ impl Model {
     }
 
     /// All that could be merged in a range at one level.
-    fn all_mergeable(&self, range: IovaRange, level: u8) -> Vec<Mergeable> {
+    fn all_mergeable(&self, range: IovaRange, level: u8, join: bool) -> Vec<Mergeable> {
         let entry = self.specification.level(level).entry;
         let low = (1u64 << entry) - 1;
         let sizes = self.specification.level(level).sizes;
@@ -88,7 +89,7 @@ impl Model {
             if first | low > range.last() {
                 break;
             }
-            found.extend(self.mergeable(level, first));
+            found.extend(self.mergeable(level, first, join));
             at = (first | low).checked_add(1);
         }
         found
@@ -96,10 +97,15 @@ impl Model {
 
     /// From the lowest level upwards.
     pub(crate) fn merge(&mut self, range: IovaRange) -> Result<Merged, CutError> {
+        self.merge_mappings(range, false)
+    }
+
+    /// The same; mappings that continue each other become one or do not.
+    pub(crate) fn merge_mappings(&mut self, range: IovaRange, join: bool) -> Result<Merged, CutError> {
         let mut merged = Merged::default();
         let mut refused: Option<Mergeable> = None;
         for level in 2..=self.top {
-            for table in self.all_mergeable(range, level) {
+            for table in self.all_mergeable(range, level, join) {
                 if !self.specification.live_sizes {
                     // The first one whose end comes by.
                     refused = refused.filter(|other| other.last <= table.last).or(Some(table));
@@ -154,6 +160,60 @@ impl Model {
         Ok(report)
     }
 
+    /// Lets leaves lead elsewhere that are small enough, after those that are not were cut. `None`: more leaves than a test
+    /// can afford.
+    fn remap(
+        &mut self,
+        range: IovaRange,
+        oa: u64,
+        attributes: Attributes,
+    ) -> Option<Result<Report, RemapError>> {
+        if let Some(error) = self.refuses(range, oa, attributes) {
+            return Some(Err(error.into()));
+        }
+        if let Err(error) = self.cut_ends(range) {
+            return Some(Err(error.into()));
+        }
+        let said = self.said(attributes);
+        let mut changed = Vec::new();
+        let mut at = Some(range.first());
+        while let Some(from) = at.filter(|at| *at <= range.last()) {
+            let Some((&first, _)) = self.leaves.range(from..=range.last()).next() else { break };
+            let leaf = self.leaves[&first];
+            let output = oa + (first - range.first());
+            let fits = output & (leaf.last - first) == 0;
+            // Which of a leaf's entries hardware has marked does not make it another one.
+            let differs =
+                leaf.oa != output || !(leaf.attributes ^ said).difference(Attributes::USED).is_empty();
+            at = leaf.last.checked_add(1);
+            if !differs {
+                continue;
+            }
+            if !self.specification.live_outputs || self.entries_of(first, leaf.last) != 1 {
+                let size = page_size(first, leaf.last);
+                return Some(Err(RemapError::NeedsBreak { at: first, size }));
+            }
+            if fits {
+                changed.push((first, output));
+                continue;
+            }
+            if let Err(error) = self.cut_once(first, leaf) {
+                return Some(Err(error.into()));
+            }
+            if !self.may_cut() {
+                return None;
+            }
+            at = Some(first);
+        }
+        let mut report = Report::default();
+        for (first, output) in changed {
+            let leaf = self.leaves.get_mut(&first).unwrap();
+            (leaf.oa, leaf.attributes) = (output, said);
+            report.leaf(first, leaf.last);
+        }
+        Some(Ok(report))
+    }
+
     /// The dirty leaves that have an address in the range.
     fn dirty(&self, range: IovaRange) -> Vec<(u64, u64)> {
         let firsts = self.firsts(range).into_iter();
@@ -196,6 +256,21 @@ impl<F: Format> Pair<F> {
             "protecting {range} with {permissions:?}"
         );
         assert_eq!(gather.tables_changed, self.model.leaves.len() != before, "tables, protecting {range}");
+        self.settle(&mut gather);
+    }
+
+    pub(crate) fn remap(&mut self, range: IovaRange, oa: u64, attributes: Attributes) {
+        let before = self.model.clone();
+        let Some(expected) = self.model.remap(range, oa, attributes) else {
+            self.model = before;
+            return;
+        };
+        let mut gather = Gather::new();
+        let result = self.radix.remap(range, Oa::new(oa), attributes, &mut gather);
+        assert_eq!(result, expected.clone().map(|_| ()), "remapping {range} to {oa:#x}");
+        assert_eq!(report_of(&gather), expected.unwrap_or_default(), "remapping {range} to {oa:#x}");
+        let cut = self.model.leaves.len() != before.leaves.len();
+        assert_eq!(gather.tables_changed, cut, "tables, remapping {range}");
         self.settle(&mut gather);
     }
 

@@ -4,12 +4,14 @@ use crate::accounting::inspect;
 use crate::changes::joined;
 use crate::operations::{Extent, Output, Place, attributes, extent, output, place};
 use crate::pair::{Pair, report_of};
-use crate::plain::Report;
+use crate::plain::{Report, log2};
 use crate::specification::Specification;
 use ioasid_pagetable::{
-    Attributes, ClaimError, ClaimFormat, Gather, IovaRange, Leaf, MapError, Native, Oa, RetractError,
+    Attributes, ClaimError, ClaimFormat, Gather, IovaRange, Leaf, MapError, Native, Oa, PageSize,
+    RetractError,
 };
 use proptest::prelude::*;
+use std::ops::ControlFlow;
 
 #[derive(Clone, Debug)]
 pub(crate) enum ClaimOperation {
@@ -24,6 +26,16 @@ pub(crate) enum ClaimOperation {
     LetGo(usize),
     Merge(Place, Extent),
     MergeAll,
+    /// Mappings that continue each other become one.
+    MergeJoining(Place, Extent),
+    /// Leaves as they are.
+    HoldAll(Place, Extent),
+    /// Exactly the range, in leaves that fit this output; then what is held gets these permissions, and if all of the
+    /// range is, this output and these attributes.
+    Change(Place, Extent, Output, Attributes, Attributes),
+    LetGoAll(usize),
+    /// Says that a mapping begins with a leaf that is held, or does not.
+    Begin(usize, bool),
     /// Maps an entry of a level in one piece or in two that continue each other, cuts it, and merges, with a leaf held
     /// meanwhile or not.
     Regroup(Place, u8, Option<u64>, u64, bool),
@@ -43,6 +55,15 @@ pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
         1 => Just(ClaimOperation::MergeAll),
         4 => (place(), 2..4u8, any::<Option<u64>>(), any::<u64>(), any::<bool>())
             .prop_map(|(place, level, split, cut, held)| ClaimOperation::Regroup(place, level, split, cut, held)),
+        2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::MergeJoining(place, extent)),
+        2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::HoldAll(place, extent)),
+        5 => (place(), extent(), output(), attributes(), attributes()).prop_map(
+            |(place, extent, output, attributes, permissions)| {
+                ClaimOperation::Change(place, extent, output, attributes, permissions)
+            }
+        ),
+        3 => any::<usize>().prop_map(ClaimOperation::LetGoAll),
+        1 => (any::<usize>(), any::<bool>()).prop_map(|(run, begins)| ClaimOperation::Begin(run, begins)),
         2 => (place(), extent()).prop_map(|(place, extent)| ClaimOperation::Hold(place, extent)),
         2 => any::<usize>().prop_map(ClaimOperation::LetGo),
     ]
@@ -53,6 +74,8 @@ pub(crate) fn operation() -> impl Strategy<Value = ClaimOperation> {
 pub(crate) struct Owned {
     ranges: Vec<IovaRange>,
     held: Vec<Leaf>,
+    /// Leaves that are held range by range.
+    runs: Vec<IovaRange>,
 }
 
 fn take<T>(from: &mut Vec<T>, number: usize) -> Option<T> {
@@ -154,10 +177,130 @@ impl Pair<Native> {
         owned.ranges.extend(gather.runs.iter());
     }
 
-    fn merge_claimed(&mut self, range: IovaRange) {
-        let expected = self.model.merge(range).unwrap();
+    /// Holds all leaves of a range, or exactly those parts of them that lie in it and are no larger than `largest`.
+    fn hold_range(&mut self, range: IovaRange, largest: Option<u32>, owned: &mut Owned) {
+        let mut expected = Report::default();
+        let mut result = Ok(());
+        let mut at = Some(range.first());
+        let next = |model: &crate::plain::Model, at: u64| {
+            model.firsts(range).into_iter().find(|&first| model.leaves[&first].last >= at)
+        };
+        while let Some(first) = at.and_then(|at| next(&self.model, at)) {
+            let leaf = self.model.leaves[&first];
+            if leaf.busy {
+                result = Err(RetractError::Contended { at: first.max(range.first()) });
+                break;
+            }
+            let outside = first < range.first() || leaf.last > range.last();
+            if largest.is_some_and(|largest| outside || log2(first, leaf.last) > largest) {
+                self.model.cut_once(first, leaf).unwrap();
+                continue;
+            }
+            self.model.leaves.get_mut(&first).unwrap().busy = true;
+            expected.leaf(first, leaf.last);
+            at = leaf.last.checked_add(1);
+        }
         let mut gather = Gather::new();
-        assert_eq!(self.radix.merge_claimed(range, &mut gather), expected.tables, "merging {range}");
+        let held = match largest {
+            Some(largest) => {
+                self.radix.hold_exactly(range, PageSize::from_log2(largest).unwrap(), &mut gather)
+            }
+            None => self.radix.hold_all(range, &mut gather),
+        };
+        assert_eq!(held, result, "holding {range}");
+        assert_eq!(report_of(&gather), expected, "holding {range}");
+        assert!(gather.retired.is_empty());
+        owned.runs.extend(gather.runs.iter());
+    }
+
+    fn change(
+        &mut self,
+        range: IovaRange,
+        oa: u64,
+        attributes: Attributes,
+        permissions: Attributes,
+        owned: &mut Owned,
+    ) {
+        if self.model.refuses(range, oa, attributes).is_some() {
+            return;
+        }
+        // As small as the output asks for, but not smaller than the test can afford.
+        let largest = (range.first() ^ oa).trailing_zeros().min(63);
+        let leaves = range.length().map_or(u64::MAX, |length| length >> largest);
+        let mut ours = Owned::default();
+        self.hold_range(range, Some(if leaves > 2000 { 63 } else { largest }), &mut ours);
+        for run in &ours.runs {
+            self.radix.protect_held(*run, permissions);
+            for first in self.model.firsts(*run) {
+                let leaf = self.model.leaves[&first];
+                let attributes = leaf.attributes.difference(Attributes::PERMISSIONS)
+                    | permissions & Attributes::PERMISSIONS;
+                self.model.leaves.get_mut(&first).unwrap().attributes = self.model.said(attributes);
+            }
+        }
+        if ours.runs == [range] && leaves <= 2000 {
+            self.radix.remap_held(range, Oa::new(oa), attributes);
+            for first in self.model.firsts(range) {
+                let said = self.model.said(attributes);
+                let leaf = self.model.leaves.get_mut(&first).unwrap();
+                (leaf.oa, leaf.attributes) = (oa + (first - range.first()), said);
+            }
+        }
+        owned.runs.extend(ours.runs);
+    }
+
+    fn let_go_all(&mut self, run: IovaRange) {
+        self.radix.let_go_all(run);
+        for first in self.model.firsts(run) {
+            self.model.leaves.get_mut(&first).unwrap().busy = false;
+        }
+    }
+
+    /// What can be asked about owners and about where mappings begin.
+    fn check_owners(&self, range: IovaRange) {
+        let leaves: Vec<_> =
+            self.model.firsts(range).into_iter().map(|at| (at, self.model.leaves[&at])).collect();
+        let mut shown = leaves.iter();
+        self.radix.settled(range, |span, leaf| {
+            let (first, expected) = shown.next().expect("more than the model has");
+            let whole = IovaRange::new(*first, expected.last).unwrap();
+            let clipped = whole.intersection(&range);
+            assert_eq!(Some(span), if expected.present { Some(whole) } else { clipped });
+            assert_eq!(leaf.map(|leaf| leaf.iova), (!expected.busy).then_some(*first));
+            ControlFlow::Continue(())
+        });
+        assert!(shown.next().is_none());
+        let mut present = leaves.iter().filter(|(_, leaf)| leaf.present);
+        self.radix.mapped(range, |leaf, begins| {
+            let (first, expected) = present.next().expect("more than the model has");
+            assert_eq!((leaf.iova, begins), (*first, expected.first));
+            ControlFlow::Continue(())
+        });
+        assert!(present.next().is_none());
+        let begin = leaves.iter().filter(|(first, leaf)| leaf.first && range.contains(*first)).count();
+        assert_eq!(self.radix.beginnings(range), begin as u64);
+        for at in [range.first(), range.last() & !(self.model.granule() - 1)] {
+            let leaf = self.model.at(at);
+            // In the middle of what is owned and absent nobody can say.
+            if leaf.is_none_or(|(first, leaf)| leaf.present || first == at) {
+                let continues = leaf.is_some_and(|(first, leaf)| first != at || !leaf.first);
+                assert_eq!(self.radix.continues(at), continues, "at {at:#x}");
+            }
+        }
+    }
+
+    fn merge_claimed(&mut self, range: IovaRange) {
+        self.merge_mappings(range, false);
+    }
+
+    fn merge_mappings(&mut self, range: IovaRange, join: bool) {
+        let expected = self.model.merge_mappings(range, join).unwrap();
+        let mut gather = Gather::new();
+        let merged = match join {
+            true => self.radix.merge_joining(range, &mut gather),
+            false => self.radix.merge_claimed(range, &mut gather),
+        };
+        assert_eq!(merged, expected.tables, "merging {range}");
         assert_eq!(joined(report_of(&gather).runs), expected.runs, "merging {range}");
         assert_eq!(gather.retired.len() as u64, expected.tables);
         self.settle(&mut gather);
@@ -258,6 +401,37 @@ impl Pair<Native> {
                 self.merge_claimed(IovaRange::ALL);
                 IovaRange::ALL
             }
+            ClaimOperation::MergeJoining(place, extent) => {
+                let range = self.range(place, extent);
+                self.merge_mappings(range, true);
+                range
+            }
+            ClaimOperation::HoldAll(place, extent) => {
+                let range = self.range(place, extent);
+                self.hold_range(range, None, owned);
+                range
+            }
+            ClaimOperation::Change(place, extent, output, attributes, permissions) => {
+                let range = self.range(place, extent);
+                if self.model.may_cut() {
+                    let oa = self.output(output, range.first());
+                    self.change(range, oa, attributes, permissions, owned);
+                }
+                range
+            }
+            ClaimOperation::LetGoAll(number) => {
+                let Some(run) = take(&mut owned.runs, number) else { return IovaRange::ALL };
+                self.let_go_all(run);
+                run
+            }
+            ClaimOperation::Begin(number, begins) => {
+                let Some(number) = number.checked_rem(owned.runs.len()) else { return IovaRange::ALL };
+                let run = owned.runs[number];
+                self.radix.set_beginning(run.last(), begins);
+                let (first, _) = self.model.at(run.last()).unwrap();
+                self.model.leaves.get_mut(&first).unwrap().first = begins;
+                run
+            }
             ClaimOperation::CutClaimed(place, extent) => {
                 let range = self.range(place, extent);
                 if self.model.may_cut() {
@@ -297,9 +471,13 @@ pub(crate) fn agree(format: Native, specification: Specification, operations: &[
         pair.check_ends(range);
         pair.check();
         pair.check_claims();
+        pair.check_owners(range);
     }
     for held in owned.held {
         pair.let_go(&held);
+    }
+    for run in owned.runs {
+        pair.let_go_all(run);
     }
     for range in owned.ranges {
         pair.end(range, true);

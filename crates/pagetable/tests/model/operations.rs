@@ -46,6 +46,9 @@ pub(crate) enum Operation {
     UnmapLeaves(usize, usize),
     Cut(Place),
     Protect(Place, Extent, Attributes),
+    Remap(Place, Extent, Output, Attributes),
+    /// The n-th leaf and some behind it.
+    RemapLeaves(usize, usize, Output, Attributes),
     Merge(Place, Extent),
     MergeAll,
     /// Cuts the n-th leaf at a place in it, does something to a part, and merges.
@@ -158,6 +161,12 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => place().prop_map(Operation::Cut),
         3 => (place(), extent(), permissions())
             .prop_map(|(place, extent, permissions)| Operation::Protect(place, extent, permissions)),
+        3 => mapping().prop_map(|(place, extent, output, attributes)| {
+            Operation::Remap(place, extent, output, attributes)
+        }),
+        3 => (any::<usize>(), 1..4usize, output(), attributes()).prop_map(|(leaf, count, output, attributes)| {
+            Operation::RemapLeaves(leaf, count, output, attributes)
+        }),
         3 => (place(), extent()).prop_map(|(place, extent)| Operation::Merge(place, extent)),
         1 => Just(Operation::MergeAll),
         4 => (any::<usize>(), any::<u64>(), tampering())
@@ -400,6 +409,28 @@ impl<F: Format> Pair<F> {
                 let range = self.range(place, extent);
                 if self.model.may_cut() {
                     self.protect(range, permissions);
+                }
+                range
+            }
+            Operation::Remap(place, extent, output, attributes) => {
+                let range = self.range(place, extent);
+                if self.model.may_cut() {
+                    self.remap(range, self.output(output, range.first()), attributes);
+                }
+                range
+            }
+            Operation::RemapLeaves(number, count, output, attributes) => {
+                let Some(number) = number.checked_rem(self.model.leaves.len()) else {
+                    return IovaRange::ALL;
+                };
+                let mut leaves = self.model.leaves.iter().skip(number).take(count);
+                let (&first, leaf) = leaves.next().unwrap();
+                let last = leaves.next_back().map_or(leaf.last, |(_, leaf)| leaf.last);
+                // Not over the gap of a table that has one.
+                let last = last.min(self.model.specification.end_of_piece(first));
+                let range = IovaRange::new(first, last).unwrap();
+                if self.model.may_cut() {
+                    self.remap(range, self.output(output, range.first()), attributes);
                 }
                 range
             }

@@ -192,25 +192,31 @@ impl Model {
             if leaf.busy {
                 return Err(CutError::Contended { at });
             }
-            let size = log2(first, leaf.last);
-            let level = self.specification.level_of(size);
-            // A leaf of one entry becomes a table of leaves of one entry, or nothing.
-            let smaller = level.checked_sub(1).filter(|&level| level > 0);
-            let smaller = smaller.map(|level| self.specification.level(level));
-            let smaller = smaller.filter(|level| {
-                self.specification.live_sizes
-                    && self.entries_of(first, leaf.last) == 1
-                    && level.sizes >> level.entry & 1 != 0
-            });
-            let Some(smaller) = smaller.map(|level| level.entry) else {
-                return Err(CutError::NeedsBreak { at: first, size: page_size(first, leaf.last) });
-            };
-            for piece in 0..1u64 << (size - smaller) {
-                let offset = piece << smaller;
-                let last = (first + offset) | ((1 << smaller) - 1);
-                let piece = ModelLeaf { last, oa: leaf.oa + offset, first: leaf.first && piece == 0, ..leaf };
-                self.leaves.insert(first + offset, piece);
-            }
+            self.cut_once(first, leaf)?;
+        }
+        Ok(())
+    }
+
+    /// Makes leaves of the next lower level of one.
+    pub(crate) fn cut_once(&mut self, first: u64, leaf: ModelLeaf) -> Result<(), CutError> {
+        let size = log2(first, leaf.last);
+        let level = self.specification.level_of(size);
+        // A leaf of one entry becomes a table of leaves of one entry, or nothing.
+        let smaller = level.checked_sub(1).filter(|&level| level > 0);
+        let smaller = smaller.map(|level| self.specification.level(level));
+        let smaller = smaller.filter(|level| {
+            self.specification.live_sizes
+                && self.entries_of(first, leaf.last) == 1
+                && level.sizes >> level.entry & 1 != 0
+        });
+        let Some(smaller) = smaller.map(|level| level.entry) else {
+            return Err(CutError::NeedsBreak { at: first, size: page_size(first, leaf.last) });
+        };
+        for piece in 0..1u64 << (size - smaller) {
+            let offset = piece << smaller;
+            let last = (first + offset) | ((1 << smaller) - 1);
+            let piece = ModelLeaf { last, oa: leaf.oa + offset, first: leaf.first && piece == 0, ..leaf };
+            self.leaves.insert(first + offset, piece);
         }
         Ok(())
     }

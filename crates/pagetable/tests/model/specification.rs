@@ -35,6 +35,8 @@ pub(crate) struct Specification {
     pub(crate) live_sizes: bool,
     /// A leaf can get other permissions while walkers run.
     pub(crate) live_permissions: bool,
+    /// A leaf of one entry can lead elsewhere while walkers run.
+    pub(crate) live_outputs: bool,
     /// Hardware sets accessed and dirty bits in this table.
     pub(crate) hardware_marks: bool,
     /// What a leaf that is written with these attributes says, but for the memory type.
@@ -189,6 +191,7 @@ pub(crate) fn native(granule: u32, largest: u32) -> Specification {
         output_bits: 56,
         live_sizes: true,
         live_permissions: true,
+        live_outputs: true,
         hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP),
         memory_types: &[],
@@ -245,6 +248,7 @@ pub(crate) fn vtd_second_stage(levels: u8, large: u64, types: bool) -> Specifica
         output_bits: 52,
         live_sizes: true,
         live_permissions: true,
+        live_outputs: true,
         hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
         memory_types: if types {
@@ -313,6 +317,7 @@ pub(crate) fn x86_64(levels: u8, sign_extended: bool, execute: bool) -> Specific
         output_bits: 52,
         live_sizes: true,
         live_permissions: true,
+        live_outputs: true,
         hardware_marks: true,
         // What is present can be read.
         says: if execute {
@@ -371,6 +376,7 @@ pub(crate) fn amd_v1(granule: u32, tops: RangeInclusive<u8>, sizes: u64) -> Spec
         output_bits: 40 + granule,
         live_sizes: false,
         live_permissions: true,
+        live_outputs: true,
         hardware_marks: false,
         says: |attributes| attributes & (READ_WRITE | Attributes::FORCE_SNOOP | Attributes::USED),
         memory_types: &[],
@@ -423,6 +429,7 @@ pub(crate) fn risc_v(levels: u8, napot: bool) -> Specification {
         output_bits: 56,
         live_sizes: true,
         live_permissions: false,
+        live_outputs: false,
         hardware_marks: false,
         says: preset,
         memory_types: &[MemoryType::Uncached, MemoryType::WriteCombining],

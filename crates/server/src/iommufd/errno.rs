@@ -8,7 +8,7 @@ pub(super) fn map_errno(error: MapError) -> Errno {
     match error {
         MapError::AlreadyMapped { .. } => Errno::EXIST,
         MapError::Reserved { .. } => Errno::ADDRINUSE,
-        MapError::NoHole { .. } => Errno::NOSPC,
+        MapError::NoHole { .. } | MapError::TooManyMappings { .. } => Errno::NOSPC,
         MapError::OutOfTables => Errno::NOMEM,
         MapError::Table(error) => table_errno(&error),
         MapError::NoRange { .. }
@@ -24,7 +24,7 @@ pub(super) fn unmap_errno(error: UnmapError) -> Errno {
     match error {
         UnmapError::OutOfTables => Errno::NOMEM,
         UnmapError::Table(error) => table_errno(&error),
-        UnmapError::Misaligned { .. } => Errno::INVAL,
+        UnmapError::Misaligned { .. } | UnmapError::CutsMapping { .. } => Errno::INVAL,
         UnmapError::Borrowed(_) => Errno::BUSY,
     }
 }
@@ -52,7 +52,7 @@ pub(crate) fn attach_errno(error: &AttachError) -> Errno {
 fn table_errno(error: &TableError) -> Errno {
     match error {
         TableError::OutOfTables => Errno::NOMEM,
-        TableError::CannotCut { .. } => Errno::BUSY,
+        TableError::CannotCut { .. } | TableError::NeedsBreak { .. } => Errno::BUSY,
         TableError::DoesNotFit { .. } => Errno::INVAL,
         TableError::Refused(_) => Errno::IO,
     }

@@ -199,7 +199,7 @@ impl Ioas {
             Placement::Fixed(iova) => self.check_fixed(&state, iova, length)?,
             Placement::Anywhere => {
                 let start = slices.first().ok_or(Errno::INVAL)?.start();
-                placement::find_room(&self.space, &state.areas, start, length, alignment)?
+                placement::find_room(&self.space, &mut state.areas, start, length, alignment)?
             }
         };
 

@@ -10,7 +10,7 @@ use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format};
 use crate::gather::{Gather, Runs};
-use crate::memory::TableMemory;
+use crate::memory::{OutOfTables, TableMemory};
 use crate::radix::retire::{Filling, Sweep, all_absent};
 use crate::radix::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 
@@ -108,7 +108,9 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
         // First a look, so that a table which has to be made again is not taken away.
         let is_unused = |entry: &A| match (entry.load(), radix.format.decode(node.level, entry.load())) {
             (0, _) => true,
-            (_, Entry::Table(address)) => node.level > 1 && radix.is_unused(radix.child(node, address)),
+            (value, Entry::Table(address)) => {
+                value & F::TENTATIVE == 0 && node.level > 1 && radix.is_unused(radix.child(node, address))
+            }
             _ => false,
         };
         if !entries.iter().all(is_unused) {
@@ -121,7 +123,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
             let decoded = radix.format.decode(node.level, value);
             if let Entry::Table(address) = decoded {
                 let child = radix.child(node, address);
-                if !self.bury_unused(child, first, last) {
+                if value & F::TENTATIVE != 0 || !self.bury_unused(child, first, last) {
                     return false;
                 }
                 radix.unlink(self.gather, &Slot { node, entry, value, decoded, first, last }, child);
@@ -143,6 +145,25 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Install<'_, F, M, A> {
             let _ = radix.visit(&mut sweep, child, first, last);
         }
         radix.bury(child, filling)
+    }
+
+    /// Puts a table into an absent entry. If all leaves of the mapping that go through it stand in it, they are there
+    /// before anybody can see it, and need not be installed one by one.
+    fn link_table(&mut self, slot: &Slot<'_, A>) -> Result<Next, Stop<OutOfTables>> {
+        let radix = self.radix;
+        let part = IovaRange::new(slot.first, slot.last).map(|range| self.mapping.part(range));
+        let level = slot.node.level - 1;
+        let Some(part) = part.filter(|part| radix.leaf_level(level + 1, part) == Some(level)) else {
+            return radix.link_table(slot, self.gather).map(|()| Next::Again);
+        };
+        let begins = slot.first == self.mapping.range.first();
+        let claim = self.claim.map(|bits| if begins { bits } else { ClaimBits { first: 0, ..bits } });
+        Ok(if radix.link_filled_table(slot, &part, claim, self.gather)? {
+            self.installed.push(part.range);
+            Next::After(slot.last)
+        } else {
+            Next::Again
+        })
     }
 
     /// Writes down what was installed.
@@ -225,8 +246,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
                 let range = self.mapping.range;
                 return Err(Stop::Error(MapError::OutOfRange { range }.into()));
             }
-            return match radix.link_table(&slot) {
-                Ok(()) => Ok(Next::Again),
+            return match self.link_table(&slot) {
+                Ok(next) => Ok(next),
                 Err(Stop::Stale(at)) => Err(Stop::Stale(at)),
                 Err(Stop::Error(error)) => Err(Stop::Error(MapError::from(error).into())),
             };
@@ -257,7 +278,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             }
             sizes &= size.bytes() - 1;
         };
-        if !self.bury_unused(child, slot.first, slot.last) {
+        if slot.value & F::TENTATIVE != 0 || !self.bury_unused(child, slot.first, slot.last) {
             return None;
         }
         let leaf = self.leaf(slot.node.level, size, slot.first);

@@ -1,0 +1,163 @@
+//! Owning leaves while they go on translating.
+//!
+//! Changing what is mapped in place, copying it and regrouping it all begin alike: the leaves of a range become present
+//! and busy in the native table. Devices use them as before, and nobody else can change them, in any table. [`Held`] is
+//! that ownership; it ends when it is dropped.
+//!
+//! Who meets another operation has to leave its section and wait. As in [unmap](super::unmap) the first time all that is
+//! held is let go; then changes of the layout are shut out and what has been got is kept, so that this ends even if
+//! others never stop changing small pieces of a large range.
+
+use super::Space;
+use super::layout::Layout;
+use crate::epoch;
+use arc_swap::Guard;
+use ioasid_pagetable::{
+    CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
+};
+use std::ops::ControlFlow;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, MutexGuard};
+
+/// A range whose leaves are to be held.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Portion {
+    pub(super) range: IovaRange,
+    /// Leaves that are larger than this or reach over an end are cut. `None`: they are held as they are.
+    pub(super) largest: Option<PageSize>,
+}
+
+/// An operation's section, and the layout as it is in it.
+struct Stay {
+    _section: epoch::Section,
+    layout: Guard<Arc<Layout>>,
+}
+
+impl Stay {
+    fn begin(space: &Space) -> Stay {
+        let section = epoch::operation();
+        Stay { _section: section, layout: space.layout.load() }
+    }
+}
+
+/// Leaves that this operation owns while they translate.
+pub(super) struct Held<'a> {
+    space: &'a Space,
+    /// `None` only while waiting.
+    stay: Option<Stay>,
+    gather: Gather<HeapTables, AtomicU64>,
+}
+
+impl<'a> Held<'a> {
+    fn nothing(space: &'a Space) -> Held<'a> {
+        Held { space, stay: Some(Stay::begin(space)), gather: Gather::new() }
+    }
+
+    /// The leaves, with all that they map: ascending, neighbours joined.
+    pub(super) fn runs(&self) -> &Runs {
+        &self.gather.runs
+    }
+
+    pub(super) fn native(&self) -> &Radix<Native> {
+        &self.space.native
+    }
+
+    /// The layout that the operation goes by. None while it waits, and it does not do both.
+    pub(super) fn layout(&self) -> Option<&Layout> {
+        self.stay.as_ref().map(|stay| &**stay.layout)
+    }
+
+    /// Owns what is to be held from `from` on.
+    fn take(&mut self, portions: impl Iterator<Item = Portion>, from: u64) -> Result<(), RetractError> {
+        for Portion { range, largest } in portions {
+            let Some(range) = IovaRange::new(range.first().max(from), range.last()) else { continue };
+            match largest {
+                Some(largest) => self.space.native.hold_exactly(range, largest, &mut self.gather)?,
+                None => self.space.native.hold_all(range, &mut self.gather)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether something in the range is mapped that was not when the range was passed.
+    fn misses_something(&self, range: IovaRange) -> bool {
+        let held: u64 = self
+            .runs()
+            .iter()
+            .filter_map(|run| run.intersection(&range))
+            .fold(0, |sum, run| sum.saturating_add(run.length().unwrap_or(u64::MAX)));
+        if Some(held) == range.length() {
+            return false;
+        }
+        let mut mapped = 0u64;
+        self.space.native.leaves(range, |leaf| {
+            let inside = leaf.range().intersection(&range).and_then(|inside| inside.length());
+            mapped = mapped.saturating_add(inside.unwrap_or(u64::MAX));
+            ControlFlow::Continue(())
+        });
+        mapped != held
+    }
+
+    fn let_go(&mut self) {
+        for run in std::mem::take(&mut self.gather.runs).iter() {
+            self.space.native.let_go_all(run);
+        }
+        self.gather.leaves = 0;
+    }
+
+    /// Returns when all DMA that had begun has ended. The leaves are held all the while, but no change of any space's
+    /// layout has to wait for that.
+    pub(super) fn wait_for_dma(&mut self) {
+        if self.layout().is_some_and(|layout| layout.table_count() > 0) {
+            self.stay = None;
+            epoch::wait_for_dma();
+            self.space.sleeping.wait();
+            self.stay = Some(Stay::begin(self.space));
+        }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.let_go();
+        epoch::retire(std::mem::take(&mut self.gather.retired));
+    }
+}
+
+impl Space {
+    /// Owns all that is mapped in these portions, which ascend within `range`, at one moment. Fails only where a leaf
+    /// has to be cut and cannot be.
+    pub(super) fn hold<P: Iterator<Item = Portion>>(
+        &self,
+        range: IovaRange,
+        portions: impl Fn() -> P,
+    ) -> Result<Held<'_>, CutError> {
+        let mut unchanging: Option<MutexGuard<'_, ()>> = None;
+        let mut held = Held::nothing(self);
+        let (mut from, mut tries) = (range.first(), 0);
+        loop {
+            match held.take(portions(), from) {
+                Ok(()) if held.misses_something(range) => {
+                    held.let_go();
+                    from = range.first();
+                }
+                Ok(()) => return Ok(held),
+                Err(RetractError::Contended { at }) => {
+                    from = at.max(from);
+                    let lock = unchanging.is_none() && !held.runs().is_empty();
+                    if lock {
+                        held.let_go();
+                        from = range.first();
+                    }
+                    held.stay = None;
+                    self.step_aside(&mut tries);
+                    if lock {
+                        unchanging = Some(self.changing());
+                    }
+                    held.stay = Some(Stay::begin(self));
+                }
+                Err(RetractError::Cut(error)) => return Err(error),
+            }
+        }
+    }
+}

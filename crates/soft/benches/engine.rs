@@ -1,0 +1,476 @@
+//! The engine beside what else one might use: `cargo xtask bench engine` builds, repeats and judges this.
+//!
+//! Prints a line `op,who,value` for each thing measured: nanoseconds, unless the operation's name says otherwise.
+//! `ioasid` is ours. The others stand for what programs use today:
+//!
+//! - `vm-memory`: the IOTLB of rust-vmm's vm-memory behind a lock, as its users hold it;
+//! - `btree`: a `BTreeMap` of mappings behind a readers-writer lock, which is what most VMMs write for themselves;
+//! - `array`: a two-level array of output addresses without permissions, the shape of SPDK's memory map.
+//!
+//! Nobody's memory is touched except where a copy is measured: the cost of the books is all there is.
+
+use ioasid::{
+    Account, Backing, Bus, CachedWalk, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch,
+};
+use ioasid_soft::dma::DmaPort;
+use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+use vm_memory::{GuestAddress, Permissions as Access, iommu::Iotlb};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+const RW: Permissions = Permissions::READ_WRITE;
+/// Where mappings begin.
+const BASE: u64 = 64 * GIB;
+/// How many pages the translations choose from.
+const PAGES_BITS: u32 = 20;
+const PAGES: u64 = 1 << PAGES_BITS;
+/// How many translations are timed together.
+const LOOK_UPS: u64 = 1 << 20;
+
+// ------------------------------------------------------------------------------------------------- measuring
+
+/// Counts what is allocated, so that the size of everything can be told.
+struct Counting;
+
+static ALLOCATED: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: all work is done by the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.fetch_add(layout.size() as u64, Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.fetch_add(layout.size() as u64, Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        ALLOCATED.fetch_sub(layout.size() as u64, Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The median of some passes, in nanoseconds for each of `calls`.
+fn median(passes: usize, calls: u64, mut pass: impl FnMut() -> Duration) -> f64 {
+    pass();
+    let mut times: Vec<f64> = (0..passes).map(|_| pass().as_nanos() as f64 / calls as f64).collect();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn timed(work: impl FnOnce()) -> Duration {
+    let start = Instant::now();
+    work();
+    start.elapsed()
+}
+
+fn row(op: &str, who: &str, value: f64) {
+    println!("{op},{who},{value:.3}");
+}
+
+/// Pseudo-random numbers, of which the upper bits are good.
+fn next(state: u64) -> u64 {
+    state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407)
+}
+
+// ------------------------------------------------------------------------------------------------- scenes
+
+/// A space with devices, and memory for it.
+struct Scene {
+    space: Arc<Space>,
+    memory: Arc<Memory>,
+    ports: Vec<Arc<Port>>,
+    _devices: Vec<Device>,
+}
+
+impl Scene {
+    fn new(bytes: u64, kinds: &[TableKind]) -> Scene {
+        let bus = Bus::new();
+        let backing = Backing::anonymous(&bus, bytes).unwrap();
+        let memory = Memory::register(&backing, 0, bytes, &Account::new("bench", None)).unwrap();
+        let space = Space::new(&bus);
+        let iommu = SoftIommu::new();
+        let (mut ports, mut devices) = (Vec::new(), Vec::new());
+        for (number, &kind) in kinds.iter().enumerate() {
+            let rid = Rid(number as u16 + 1);
+            ports.push(iommu.add_device(rid, kind).unwrap());
+            let device = Device::new(iommu.clone(), rid).unwrap();
+            device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
+            devices.push(device);
+        }
+        Scene { space, memory, ports, _devices: devices }
+    }
+
+    fn map(&self, iova: u64, offset: u64, length: u64) {
+        self.space.map(Iova::new(iova), &self.memory, offset, length, RW).unwrap();
+    }
+
+    fn unmap(&self, iova: u64, length: u64) {
+        black_box(self.space.unmap(IovaRange::with_length(iova, length).unwrap()).unwrap());
+    }
+}
+
+/// The page of memory behind each page of addresses: no two neighbours continue each other, so that nobody can make
+/// one mapping of them.
+fn behind(page: u64) -> u64 {
+    page ^ 1
+}
+
+/// A mapping as a VMM would write it down.
+#[derive(Clone, Copy)]
+struct Mapping {
+    length: u64,
+    output: u64,
+    writable: bool,
+}
+
+// ------------------------------------------------------------------------------------------------- translating
+
+/// Translates random addresses among the mapped pages. What comes out goes into the next address, or does not.
+#[inline(never)]
+fn translations(dependent: bool, bits: u32, mut translate: impl FnMut(u64) -> u64) -> Duration {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let (mut answer, mut sum) = (0, 0u64);
+    timed(|| {
+        for _ in 0..LOOK_UPS {
+            state = next(state ^ answer);
+            let output = translate(BASE + ((state >> (64 - bits)) * PAGE) + 0x128);
+            sum = sum.wrapping_add(output);
+            if dependent {
+                answer = output;
+            }
+        }
+        black_box(sum);
+    })
+}
+
+fn translate_rows(who: &str, mut translate: impl FnMut(u64) -> u64) {
+    for (op, dependent, bits) in [
+        ("translate_random_1M", false, PAGES_BITS),
+        ("translate_random_1M_dependent", true, PAGES_BITS),
+        ("translate_hot", false, 3),
+    ] {
+        row(op, who, median(5, LOOK_UPS, || translations(dependent, bits, &mut translate)));
+    }
+}
+
+fn translating() {
+    {
+        let scene = Scene::new(PAGES * PAGE, &[TableKind::Native]);
+        for page in 0..PAGES {
+            scene.map(BASE + page * PAGE, behind(page) * PAGE, PAGE);
+        }
+        let mut cache = CachedWalk::new();
+        translate_rows("ioasid", |iova| {
+            let section = epoch::dma();
+            scene.space.walk_for_dma(&section, iova, &mut cache).map_or(0, |leaf| leaf.output(iova).get())
+        });
+    }
+    {
+        let mut iotlb = Iotlb::new();
+        for page in 0..PAGES {
+            let (iova, output) = (GuestAddress(BASE + page * PAGE), GuestAddress(behind(page) * PAGE));
+            iotlb.set_mapping(iova, output, PAGE as usize, Access::ReadWrite).unwrap();
+        }
+        let iotlb = RwLock::new(iotlb);
+        translate_rows("vm-memory", |iova| {
+            let found = Iotlb::lookup(iotlb.read().unwrap(), GuestAddress(iova), 8, Access::Write);
+            found.ok().and_then(|mut pieces| pieces.next()).map_or(0, |piece| piece.base.0)
+        });
+    }
+    {
+        let mapping = |page| Mapping { length: PAGE, output: behind(page) * PAGE, writable: true };
+        let map: BTreeMap<u64, Mapping> =
+            (0..PAGES).map(|page| (BASE + page * PAGE, mapping(page))).collect();
+        let map = RwLock::new(map);
+        translate_rows("btree", |iova| {
+            let map = map.read().unwrap();
+            match map.range(..=iova).next_back() {
+                Some((first, found)) if iova - first < found.length && found.writable => {
+                    found.output + (iova - first)
+                }
+                _ => 0,
+            }
+        });
+    }
+    {
+        // 1 GiB for each entry of the first level.
+        let mut array: Vec<Option<Box<[u64]>>> = (0..1 << 18).map(|_| None).collect();
+        for page in 0..PAGES {
+            let iova = BASE + page * PAGE;
+            let second = array[(iova >> 30) as usize].get_or_insert_with(|| vec![0; 1 << 18].into());
+            second[((iova >> 12) & 0x3_ffff) as usize] = behind(page) * PAGE;
+        }
+        translate_rows("array", |iova| match &array[((iova >> 30) & 0x3_ffff) as usize] {
+            Some(second) => second[((iova >> 12) & 0x3_ffff) as usize] + (iova & (PAGE - 1)),
+            None => 0,
+        });
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- mapping
+
+const PAIRS: u64 = 4096;
+
+/// One page mapped and unmapped again and again.
+fn pairs(scene: &Scene, iova: u64, calls: u64) {
+    for call in 0..calls {
+        let at = iova + (call % 64) * PAGE;
+        scene.map(at, (call % 64) * PAGE, PAGE);
+        scene.unmap(at, PAGE);
+    }
+}
+
+/// Calls `work` while a device does copies of 1 MiB.
+fn beside_copies<T>(port: &Arc<Port>, iova: u64, work: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    let begun = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut buffer = vec![0; MIB as usize];
+            while !stop.load(Relaxed) {
+                port.read(iova, &mut buffer).unwrap();
+                begun.store(true, Relaxed);
+            }
+        });
+        while !begun.load(Relaxed) {
+            std::thread::yield_now();
+        }
+        let result = work();
+        stop.store(true, Relaxed);
+        result
+    })
+}
+
+fn mapping() {
+    for (op, kinds) in [
+        ("map_unmap_4K_no_table", &[][..]),
+        ("map_unmap_4K_native_table", &[TableKind::Native][..]),
+        ("map_unmap_4K_one_derived", &[TableKind::VtdSecondStage][..]),
+    ] {
+        let scene = Scene::new(64 * MIB, kinds);
+        row(op, "ioasid", median(21, PAIRS, || timed(|| pairs(&scene, BASE, PAIRS))));
+    }
+    {
+        let scene = Scene::new(64 * MIB, &[TableKind::VtdSecondStage]);
+        scene.map(BASE - MIB, 32 * MIB, MIB);
+        let time = beside_copies(&scene.ports[0], BASE - MIB, || {
+            median(5, PAIRS, || timed(|| pairs(&scene, BASE, PAIRS)))
+        });
+        row("map_unmap_4K_strict_busy", "ioasid", time);
+    }
+    {
+        let scene = Scene::new(TIB, &[]);
+        let times = median(21, 1, || {
+            let time = timed(|| scene.map(TIB, 0, TIB));
+            scene.unmap(TIB, TIB);
+            time
+        });
+        row("map_1T_as_1G", "ioasid", times);
+    }
+}
+
+/// Separate pages, each registered and mapped by itself.
+fn registering() {
+    let in_order: Vec<u64> = (0..PAGES).collect();
+    let mut random = in_order.clone();
+    let mut state = 1;
+    for index in (1..random.len()).rev() {
+        state = next(state);
+        random.swap(index, ((u128::from(state) * (index as u128 + 1)) >> 64) as usize);
+    }
+    for (op, order) in [("register_map_1M_in_order", &in_order), ("register_map_1M_random", &random)] {
+        let bus = Bus::new();
+        // Every other page, so that no piece continues another.
+        let backing = Backing::anonymous(&bus, 2 * PAGES * PAGE).unwrap();
+        let account = Account::new("bench", None);
+        let space = Space::new(&bus);
+        let mut held = Vec::with_capacity(order.len());
+        let time = timed(|| {
+            for &page in order {
+                let memory = Memory::register(&backing, 2 * page * PAGE, PAGE, &account).unwrap();
+                space.map(Iova::new(BASE + page * PAGE), &memory, 0, PAGE, RW).unwrap();
+                held.push(memory);
+            }
+        });
+        row(op, "ioasid", time.as_nanos() as f64 / PAGES as f64);
+        let mut map = BTreeMap::new();
+        let time = timed(|| {
+            for &page in order {
+                let mapping = Mapping { length: PAGE, output: 2 * page * PAGE, writable: true };
+                map.insert(BASE + page * PAGE, mapping);
+            }
+        });
+        row(op, "btree", time.as_nanos() as f64 / PAGES as f64);
+        drop(black_box(map));
+        // Without the space they need not look for their mappings.
+        drop(space);
+        drop(held);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- two threads
+
+/// Pairs per microsecond of two threads, each with a scene and a base of its own.
+fn two_threads(scenes: [&Scene; 2]) -> f64 {
+    const CALLS: u64 = 100_000;
+    let barrier = std::sync::Barrier::new(2);
+    let work = |scene: &Scene, iova: u64| {
+        barrier.wait();
+        timed(|| pairs(scene, iova, CALLS))
+    };
+    let work = &work;
+    let [one, other] = std::thread::scope(|scope| {
+        let one = scope.spawn(move || work(scenes[0], BASE));
+        let other = scope.spawn(move || work(scenes[1], BASE + GIB));
+        [one.join().unwrap(), other.join().unwrap()]
+    });
+    2.0 * CALLS as f64 / (one.max(other).as_nanos() as f64 / 1000.0)
+}
+
+fn middle(mut ratios: Vec<f64>) -> f64 {
+    ratios.sort_by(f64::total_cmp);
+    ratios[ratios.len() / 2]
+}
+
+fn threads() {
+    let kinds = [TableKind::Native, TableKind::VtdSecondStage];
+    for (op, kinds) in
+        [("one_space_to_two_no_table_ratio", &kinds[..0]), ("one_space_to_two_with_tables_ratio", &kinds[..])]
+    {
+        let scenes = [Scene::new(64 * MIB, kinds), Scene::new(64 * MIB, kinds)];
+        let ratio = |_| two_threads([&scenes[0], &scenes[0]]) / two_threads([&scenes[0], &scenes[1]]);
+        row(op, "ioasid", middle((0..9).map(ratio).collect()));
+    }
+    // What a device loses while somebody maps.
+    let scene = Scene::new(64 * MIB, &[TableKind::Native]);
+    scene.map(BASE - MIB, 32 * MIB, MIB);
+    let copies = |count: u64| {
+        let mut buffer = vec![0; 64 * 1024];
+        timed(|| {
+            for _ in 0..count {
+                scene.ports[0].read(BASE - MIB, &mut buffer).unwrap();
+            }
+        })
+    };
+    let ratio = |_| {
+        let alone = copies(4000);
+        let stop = AtomicBool::new(false);
+        let beside = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Relaxed) {
+                    pairs(&scene, BASE, 64);
+                }
+            });
+            let beside = copies(4000);
+            stop.store(true, Relaxed);
+            beside
+        });
+        alone.as_nanos() as f64 / beside.as_nanos() as f64
+    };
+    row("dma_beside_mapping_to_alone_ratio", "ioasid", middle((0..9).map(ratio).collect()));
+}
+
+// ------------------------------------------------------------------------------------------------- copying
+
+fn copying() {
+    let scene = Scene::new(64 * MIB, &[TableKind::Native]);
+    scene.map(BASE, 0, 64 * MIB);
+    let port = &scene.ports[0];
+    let mut small = [0u8; 64];
+    let time = median(21, 10_000, || {
+        timed(|| {
+            for call in 0..10_000u64 {
+                port.read(BASE + (call % 512) * 64, black_box(&mut small)).unwrap();
+            }
+        })
+    });
+    row("dma_64B_hot", "ioasid", time);
+    let mut large = vec![0u8; MIB as usize];
+    let memory = vec![1u8; MIB as usize];
+    port.write(BASE, &memory).unwrap();
+    let ours = median(101, 1, || timed(|| port.read(BASE, black_box(&mut large)).unwrap()));
+    row("dma_1M", "ioasid", ours);
+    row("dma_1M", "memcpy", median(101, 1, || timed(|| large.copy_from_slice(black_box(&memory)))));
+}
+
+// ------------------------------------------------------------------------------------------------- memory
+
+/// How much more is allocated after `work` than before; its result stays until then.
+fn growth<T>(work: impl FnOnce() -> T) -> (f64, T) {
+    let before = ALLOCATED.load(Relaxed);
+    let result = work();
+    ((ALLOCATED.load(Relaxed) - before) as f64, result)
+}
+
+fn sizes() {
+    for (op, kinds) in [
+        ("dense_1M_native_bytes", &[TableKind::Native][..]),
+        ("dense_1M_one_derived_bytes", &[TableKind::VtdSecondStage][..]),
+    ] {
+        let scene = Scene::new(PAGES * PAGE, kinds);
+        let (bytes, ()) = growth(|| {
+            for page in 0..PAGES {
+                scene.map(BASE + page * PAGE, behind(page) * PAGE, PAGE);
+            }
+        });
+        row(op, "ioasid", bytes / PAGES as f64);
+    }
+    {
+        const TABLES: u64 = 16384;
+        let scene = Scene::new(64 * MIB, &[TableKind::Native]);
+        let (bytes, ()) = growth(|| {
+            for table in 0..TABLES {
+                scene.map(BASE + table * 2 * MIB, PAGE, PAGE);
+            }
+        });
+        row("one_page_per_2M_bytes", "ioasid", bytes / TABLES as f64);
+    }
+    {
+        const SPACES: usize = 1 << 20;
+        let bus = Bus::new();
+        let (bytes, spaces) = growth(|| (0..SPACES).map(|_| Space::new(&bus)).collect::<Vec<_>>());
+        row("empty_space_bytes", "ioasid", bytes / SPACES as f64);
+        drop(spaces);
+    }
+}
+
+const GROUPS: [(&str, fn()); 6] = [
+    ("translate", translating),
+    ("map", mapping),
+    ("register", registering),
+    ("threads", threads),
+    ("copy", copying),
+    // Last: what the allocator keeps for others would otherwise be taken for small.
+    ("memory", sizes),
+];
+
+fn main() {
+    // `cargo bench` says so; `cargo test` only wants to see whether it starts.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    for (name, group) in GROUPS {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            group();
+        }
+    }
+}
