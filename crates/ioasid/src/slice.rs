@@ -81,8 +81,8 @@ pub enum BorrowError {
         /// The first address in question.
         at: Iova,
     },
-    /// Somebody is just taking the translation away. Copies are possible until that is decided.
-    #[error("{range} is about to be unmapped")]
+    /// Somebody is just taking the translation away, or changing it. Copies may be possible until that is decided.
+    #[error("{range} is about to be unmapped or changed")]
     BeingUnmapped {
         /// What was to be borrowed.
         range: IovaRange,
@@ -286,11 +286,21 @@ impl BorrowedSlice {
     fn find_parts(&mut self) -> Result<(), BorrowError> {
         let range = self.pin.range;
         let mut next = Some(range.first());
+        let deadline = Instant::now() + SLICE_PATIENCE;
+        let mut tries = 0;
         while let Some(at) = next.filter(|at| *at <= range.last()) {
             // Leaf and window belong together only within one section; a section for each leaf keeps them short.
             let section = epoch::dma();
-            let leaf =
-                self.space.native().walk(at).map_err(|_| BorrowError::NotMapped { at: Iova::new(at) })?;
+            let leaf = match self.space.settled_leaf(at) {
+                Some(leaf) => leaf.ok_or(BorrowError::NotMapped { at: Iova::new(at) })?,
+                // What an operation that is at work here leaves behind is what counts.
+                None if Instant::now() < deadline => {
+                    drop(section);
+                    self.space.step_aside(&mut tries);
+                    continue;
+                }
+                None => return Err(BorrowError::BeingUnmapped { range }),
+            };
             if !leaf.attributes.contains(self.permissions.attributes()) {
                 return Err(BorrowError::NoPermission { at: Iova::new(at) });
             }

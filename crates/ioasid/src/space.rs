@@ -16,7 +16,9 @@ use crate::epoch;
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
 use arc_swap::ArcSwap;
-use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
+use ioasid_pagetable::{
+    Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
+};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -197,6 +199,24 @@ impl Space {
         self.native.walk(iova.get()).ok()
     }
 
+    /// The leaf that translates an address and that no operation owns. `None`: an operation is at work there; `Some(None)`:
+    /// nothing is mapped. Inside a section of either kind.
+    pub(crate) fn settled_leaf(&self, iova: u64) -> Option<Option<Leaf>> {
+        let mut found = Some(None);
+        self.native.raw_leaves(IovaRange::new(iova, iova)?, |level, _, value| {
+            found = match self.native.format().decode(level, value) {
+                _ if value & Native::BUSY != 0 => None,
+                Entry::Leaf { oa, size, attributes } => {
+                    let first = iova & !(size.bytes() - 1);
+                    Some(Some(Leaf { iova: first, oa: Oa::new(oa), size, attributes }))
+                }
+                _ => Some(None),
+            };
+            ControlFlow::Break(())
+        });
+        found
+    }
+
     /// The leaves that have an address in the range, ascending.
     pub fn leaves(&self, range: IovaRange) -> Vec<Leaf> {
         let _operation = epoch::operation();
@@ -244,7 +264,7 @@ impl std::fmt::Debug for Space {
 impl Space {
     /// After an operation has met a busy entry, outside of any section: gets the entry's owner on, or gives it time. What
     /// was [deferred](deferred) stays busy until somebody flushes.
-    fn step_aside(&self, tries: &mut u32) {
+    pub(crate) fn step_aside(&self, tries: &mut u32) {
         if self.flush_any() {
             return;
         }

@@ -5,7 +5,7 @@ mod double;
 use double::{DERIVED, Double, NATIVE};
 use ioasid::{
     Account, Backing, BorrowError, BorrowedSlice, Bus, Iova, IovaRange, LateBound, Memory, MemoryGone,
-    Permissions, SliceHandle, Space, StillBorrowed, UnmapError,
+    Permissions, ProtectError, RemapError, SliceHandle, Space, StillBorrowed, UnmapError,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -324,4 +324,77 @@ fn an_unmap_and_a_borrower_never_miss_each_other() {
         stop.store(true, Ordering::Relaxed);
     });
     assert!(borrowed.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
+}
+
+#[test]
+fn rights_that_are_borrowed_are_not_taken_away() {
+    let (scene, double) = (Scene::new(), Double::new());
+    let _devices = [NATIVE, DERIVED].map(|rid| double.attached(rid, &scene.space));
+    let space = &scene.space;
+    let (reader, _) = scene.stubborn(0, K4, Permissions::READ);
+    let (writer, asked) = scene.stubborn(M2, K4, Permissions::WRITE);
+    let before = space.leaves(IovaRange::ALL);
+    // What the slices do not need can go.
+    space.protect(range(0, K4), Permissions::READ).unwrap();
+    space.protect(range(0, K4), RW).unwrap();
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+    let refused = space.protect(range(0, 2 * M2), Permissions::READ);
+    assert!(
+        matches!(refused, Err(ProtectError::Borrowed(error)) if error.range == range(M2, K4)),
+        "{refused:?}"
+    );
+    for iova in [0, M2] {
+        let refused = space.remap(Iova::new(iova), &scene.ram, 4 * K4, K4, RW);
+        assert!(
+            matches!(refused, Err(RemapError::Borrowed(error)) if error.range == range(iova, K4)),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+    let joined = |space: &Space| double::mappings(space);
+    assert_eq!(joined(space).len(), 1, "{before:?}");
+    drop((reader, writer));
+    space.remap(Iova::new(M2), &scene.ram, 4 * K4, K4, Permissions::READ).unwrap();
+}
+
+#[test]
+fn a_change_in_place_and_a_borrower_never_miss_each_other() {
+    let (scene, double) = (Scene::new(), Double::new());
+    let _device = double.attached(DERIVED, &scene.space);
+    let stop = AtomicBool::new(false);
+    let (written, space) = (AtomicU64::new(0), &scene.space);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let Ok(polite) = Polite::borrow(space, 0, K4) else { continue };
+                if let Some(slice) = &*polite.0.lock().unwrap() {
+                    slice.write(0, &[1; 8]).unwrap();
+                    written.fetch_add(1, Ordering::Relaxed);
+                };
+            }
+        });
+        let end = Instant::now() + Duration::from_millis(500);
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let place = [0, 8 * K4];
+            // Either way nobody writes there any more through what was borrowed before.
+            let gone = match round % 2 {
+                0 => space.protect(range(0, K4), Permissions::READ).is_ok(),
+                _ => space.remap(Iova::new(0), &scene.ram, place[1], K4, RW).is_ok(),
+            };
+            if gone {
+                let mut bytes = [0; 8];
+                scene.backing.write(0, &[0; 8]).unwrap();
+                std::thread::yield_now();
+                scene.backing.read(0, &mut bytes).unwrap();
+                assert_eq!(bytes, [0; 8], "written although it was taken away, round {round}");
+            }
+            // Back to the beginning; who has borrowed the other page meanwhile is asked.
+            while space.remap(Iova::new(0), &scene.ram, place[0], K4, RW).is_err() {}
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(written.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
 }

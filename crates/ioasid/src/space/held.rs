@@ -10,10 +10,13 @@
 
 use super::Space;
 use super::layout::Layout;
+use super::protect::NativeCut;
+use super::unmap::Manner;
 use crate::epoch;
+use crate::slice::Recalled;
 use arc_swap::Guard;
 use ioasid_pagetable::{
-    CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
+    Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
 use std::sync::atomic::AtomicU64;
@@ -125,6 +128,26 @@ impl Drop for Held<'_> {
 }
 
 impl Space {
+    /// The same for a change that takes rights away or leads elsewhere: with nobody who has borrowed them, and nobody who
+    /// can until the second value is dropped.
+    pub(super) fn hold_unborrowed<P: Iterator<Item = Portion>>(
+        &self,
+        range: IovaRange,
+        rights: Attributes,
+        portions: impl Fn() -> P,
+    ) -> Result<(Held<'_>, Option<Recalled<'_>>), NativeCut> {
+        let mut recalled = self.recall(range, rights, Manner::Strict)?;
+        loop {
+            let held = self.hold(range, &portions)?;
+            // Who borrows from now on meets the held leaves, and waits.
+            if recalled.is_some() || !self.slices.any(range, rights) {
+                return Ok((held, recalled));
+            }
+            drop(held);
+            recalled = self.recall(range, rights, Manner::Strict)?;
+        }
+    }
+
     /// Owns all that is mapped in these portions, which ascend within `range`, at one moment. Fails only where a leaf
     /// has to be cut and cannot be.
     pub(super) fn hold<P: Iterator<Item = Portion>>(

@@ -89,7 +89,7 @@ pub enum UnmapError {
 
 /// Who waits for the DMA that had begun before, and for device models that have borrowed the range.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Manner {
+pub(super) enum Manner {
     /// The unmap itself; it fails if a slice is not given back.
     Strict,
     /// The next flush waits for DMA.
@@ -99,7 +99,7 @@ enum Manner {
 }
 
 /// What an unmap takes away.
-const ALL_RIGHTS: Attributes = Attributes::READ.union(Attributes::WRITE);
+pub(super) const ALL_RIGHTS: Attributes = Attributes::READ.union(Attributes::WRITE);
 
 /// Why a step has to be tried again or given up.
 enum Step {
@@ -177,7 +177,7 @@ impl Space {
         let mut tries = 0;
         let mut unchanging = None;
         // Asked before anything is retracted, so that devices notice nothing of an unmap that fails.
-        let mut recalled = self.recall(range, manner)?;
+        let mut recalled = self.recall(range, ALL_RIGHTS, manner)?;
         loop {
             let operation = epoch::operation();
             let layout = self.layout.load();
@@ -188,7 +188,7 @@ impl Space {
                     drop(layout);
                     drop(operation);
                     drop(unchanging.take());
-                    recalled = self.recall(range, manner)?;
+                    recalled = self.recall(range, ALL_RIGHTS, manner)?;
                 }
                 Ok(()) => {
                     drop(unchanging);
@@ -221,12 +221,18 @@ impl Space {
         }
     }
 
-    /// Gets back what is borrowed of the range, and lets nobody borrow there meanwhile; `None`: there was nothing.
-    fn recall(&self, range: IovaRange, manner: Manner) -> Result<Option<Recalled<'_>>, StillBorrowed> {
-        if !self.slices.any(range, ALL_RIGHTS) {
+    /// Gets back what is borrowed of these rights in the range, and lets nobody borrow them meanwhile; `None`: there was
+    /// nothing. Outside of all sections.
+    pub(super) fn recall(
+        &self,
+        range: IovaRange,
+        rights: Attributes,
+        manner: Manner,
+    ) -> Result<Option<Recalled<'_>>, StillBorrowed> {
+        if !self.slices.any(range, rights) {
             return Ok(None);
         }
-        match self.slices.recall(range, ALL_RIGHTS, Instant::now() + SLICE_PATIENCE) {
+        match self.slices.recall(range, rights, Instant::now() + SLICE_PATIENCE) {
             Ok(recalled) => Ok(Some(recalled)),
             Err((recalled, _)) if manner == Manner::AtAnyPrice => Ok(Some(recalled)),
             Err((_, error)) => Err(error),
