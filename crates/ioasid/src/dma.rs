@@ -10,7 +10,7 @@ use crate::epoch::DmaSection;
 use crate::host_memory::HostMemory;
 use crate::sleeping::SleepingCopy;
 use crate::space::Space;
-use ioasid_pagetable::{CachedWalk, Leaf, Oa, SharedWalk, WalkFault};
+use ioasid_pagetable::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, WalkFault};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -127,15 +127,23 @@ impl Space {
         self.native().walk_cached(iova, cache)
     }
 
-    /// The leaf of the native table to which one of the remembered ways leads; `None` says nothing about the address.
+    /// Translates an address by the native table and one of the remembered ways; see
+    /// [`Radix::translate_remembered`](ioasid_pagetable::Radix::translate_remembered).
     #[inline(always)]
-    pub fn walk_remembered(
+    pub fn translate_remembered(
         &self,
         _section: &DmaSection,
         iova: u64,
+        wanted: u64,
+        needed: Attributes,
         ways: &[SharedWalk<AtomicU64>],
-    ) -> Option<Leaf> {
-        self.native().walk_remembered(iova, ways)
+    ) -> Option<(Oa, u64)> {
+        self.native().translate_remembered(iova, wanted, needed, ways)
+    }
+
+    /// Keeps what [`walk_for_dma`](Self::walk_for_dma) has remembered for all who ask the way.
+    pub fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        self.native().remember(walk, way);
     }
 
     /// The memory at an output address that one of the space's tables has just given, in the same DMA section.

@@ -708,12 +708,13 @@ fn cached_walk_against_retirement() {
 
 /// By the shared way if it leads there, and otherwise from the root; then the way is remembered.
 fn output_shared(radix: &Table, page: u64, way: &SharedWalk<AtomicU64>) -> Option<u64> {
-    if let Some(leaf) = radix.walk_remembered(page << 12, std::slice::from_ref(way)) {
-        return Some(leaf.output(page << 12).get());
+    let needed = READ_WRITE;
+    if let Some((oa, _)) = radix.translate_remembered(page << 12, 1, needed, std::slice::from_ref(way)) {
+        return Some(oa.get());
     }
     let mut walk = CachedWalk::new();
     let seen = output_cached(radix, page, &mut walk);
-    way.store(&walk);
+    radix.remember(&walk, way);
     seen
 }
 

@@ -18,7 +18,7 @@
 
 use ioasid::epoch::DmaSection;
 use ioasid::pagetable::{Format, Radix};
-use ioasid::{CachedWalk, Leaf, SharedWalk, Space, WalkFault};
+use ioasid::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, Space, WalkFault};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// How many sets there are for tables of small pages.
@@ -32,21 +32,28 @@ pub(super) type Ways = [SharedWalk<AtomicU64>; WAYS];
 
 /// A table that a device walks, within a DMA section.
 pub(super) trait WalkedTable {
-    /// See [`Radix::walk_remembered`].
-    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf>;
+    /// See [`Radix::translate_remembered`].
+    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)>;
 
     /// See [`Radix::walk_cached`].
-    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault>;
+    fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault>;
+
+    /// See [`Radix::remember`].
+    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>);
 }
 
 impl<F: Format> WalkedTable for Radix<F> {
     #[inline(always)]
-    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf> {
-        Radix::walk_remembered(self, iova, ways)
+    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)> {
+        self.translate_remembered(iova, wanted, needed, ways)
     }
 
-    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
-        self.walk_cached(iova, way)
+    fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
+        self.walk_cached(iova, walk)
+    }
+
+    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        Radix::remember(self, walk, way);
     }
 }
 
@@ -58,12 +65,16 @@ pub(super) struct NativeTable<'a> {
 
 impl WalkedTable for NativeTable<'_> {
     #[inline(always)]
-    fn walk_remembered(&self, iova: u64, ways: &Ways) -> Option<Leaf> {
-        self.space.walk_remembered(self.section, iova, ways)
+    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)> {
+        self.space.translate_remembered(self.section, iova, wanted, needed, ways)
     }
 
-    fn walk(&self, iova: u64, way: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
-        self.space.walk_for_dma(self.section, iova, way)
+    fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
+        self.space.walk_for_dma(self.section, iova, walk)
+    }
+
+    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        self.space.remember(walk, way);
     }
 }
 
@@ -92,24 +103,30 @@ impl Iotlb {
         &self.small[(span ^ (span >> 6) ^ (span >> 15)) as usize % SETS]
     }
 
-    /// Translates an address by one of the remembered ways.
+    /// Translates an address by one of the remembered ways, as [`Radix::translate_remembered`] does.
     #[inline(always)]
-    pub(super) fn remembered(&self, iova: u64, table: &impl WalkedTable) -> Option<Leaf> {
-        match table.walk_remembered(iova, self.set(iova)) {
-            Some(leaf) => Some(leaf),
-            None => table.walk_remembered(iova, &self.large),
+    pub(super) fn translate(
+        &self,
+        table: &impl WalkedTable,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+    ) -> Option<(Oa, u64)> {
+        match table.translate(iova, wanted, needed, self.set(iova)) {
+            Some(found) => Some(found),
+            None => table.translate(iova, wanted, needed, &self.large),
         }
     }
 
     /// Translates an address from the root, and remembers the way.
     pub(super) fn walk(&self, iova: u64, table: &impl WalkedTable) -> Result<Leaf, WalkFault> {
-        let mut way = CachedWalk::new();
-        let leaf = table.walk(iova, &mut way)?;
+        let mut walk = CachedWalk::new();
+        let leaf = table.walk(iova, &mut walk)?;
         // Two threads may come to the same number: then one of them finds its way a second time later.
         let turn = self.replaced.load(Ordering::Relaxed);
         self.replaced.store(turn.wrapping_add(1), Ordering::Relaxed);
-        let ways = if way.level() == Some(1) { self.set(iova) } else { &self.large };
-        ways[turn % WAYS].store(&way);
+        let ways = if walk.level() == Some(1) { self.set(iova) } else { &self.large };
+        table.remember(&walk, &ways[turn % WAYS]);
         Ok(leaf)
     }
 }

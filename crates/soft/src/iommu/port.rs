@@ -34,8 +34,9 @@ pub use list::{DmaSegment, PartialTransfer};
 
 /// How many bytes are copied within one DMA section.
 const PIECE: u64 = 64 * 1024;
-/// How many leaves are looked at within one DMA section when nothing is copied.
-const LEAVES: u32 = 1024;
+/// How often a table is looked at within one DMA section when nothing is copied; each time that is one table's leaves at
+/// most.
+const LOOKS: u32 = 64;
 
 /// A device's way to memory.
 ///
@@ -101,7 +102,8 @@ impl Access {
 pub struct Translation {
     /// The output address.
     pub oa: Oa,
-    /// How many bytes follow it in the same leaf, this one included.
+    /// How many bytes lead to consecutive addresses, this one included, as far as that is known: all in the same leaf at
+    /// least.
     pub length: u64,
 }
 
@@ -171,7 +173,7 @@ impl Port {
         wanted: Permissions,
     ) -> Result<Translation, DmaFault> {
         let access = Access(wanted.attributes());
-        self.translation(section, self.table(section, iova, access)?, iova, access)
+        self.translation(section, self.table(section, iova, access)?, iova, 1, access)
     }
 
     /// Writes a fault down.
@@ -216,7 +218,7 @@ impl Port {
         let length = transfer.length();
         let section = epoch::dma();
         let table = self.table(&section, iova, access)?;
-        let translation = self.translation(&section, table, iova, access)?;
+        let translation = self.translation(&section, table, iova, length.min(PIECE), access)?;
         if length > PIECE || length > translation.length {
             return Ok(false);
         }
@@ -250,8 +252,9 @@ impl Port {
         loop {
             let section = epoch::dma();
             let table = self.table(&section, at, access)?;
-            for _ in 0..LEAVES {
-                let length = self.translation(&section, table, at, access)?.length;
+            for _ in 0..LOOKS {
+                let length =
+                    self.translation(&section, table, at, (last - at).saturating_add(1), access)?.length;
                 if last - at < length {
                     return Ok(());
                 }
@@ -336,10 +339,12 @@ impl Port {
         wanted: u64,
         access: Access,
     ) -> Result<Reached<'s>, DmaFault> {
-        let Translation { oa, mut length } = self.translation(section, table, iova, access)?;
+        let Translation { oa, mut length } = self.translation(section, table, iova, wanted, access)?;
         while length < wanted {
             // What is not there will be a fault when its turn comes.
-            let Ok(next) = self.translation(section, table, iova + length, access) else { break };
+            let Ok(next) = self.translation(section, table, iova + length, wanted - length, access) else {
+                break;
+            };
             if next.oa.get() != oa.get() + length {
                 break;
             }
@@ -363,25 +368,29 @@ impl Port {
         })
     }
 
-    /// Finds where an address leads and checks what is allowed there.
+    /// Finds where an address leads and checks what is allowed there. How far that goes on is looked for up to `wanted`.
     #[inline(always)]
     fn translation(
         &self,
         section: &DmaSection,
         table: &Table,
         iova: u64,
+        wanted: u64,
         access: Access,
     ) -> Result<Translation, DmaFault> {
         let remembered = match self.attachment.kind {
-            TableKind::Native => self.iotlb.remembered(iova, &NativeTable { space: table.space(), section }),
+            TableKind::Native => {
+                let table = NativeTable { space: table.space(), section };
+                self.iotlb.translate(&table, iova, wanted, access.0)
+            }
             TableKind::VtdSecondStage => match vtd(table) {
-                Some(radix) => self.iotlb.remembered(iova, radix),
+                Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
                 None => None,
             },
         };
         match remembered {
-            Some(leaf) if leaf.attributes.contains(access.0) => Ok(translation(&leaf, iova)),
-            _ => self.translate_from_root(section, table, iova, access),
+            Some((oa, length)) => Ok(Translation { oa, length }),
+            None => self.translate_from_root(section, table, iova, access),
         }
     }
 
