@@ -134,15 +134,21 @@ impl HostMemory {
     /// Four aligned bytes.
     pub(crate) fn atomic_u32(&self, offset: u64) -> Option<&AtomicU32> {
         let word = self.at(offset, 4)?.cast::<AtomicU32>();
+        if !word.is_aligned() {
+            return None;
+        }
         // SAFETY: inside the memory, which lives as long as `self`, and aligned.
-        word.is_aligned().then(|| unsafe { word.as_ref() })
+        Some(unsafe { word.as_ref() })
     }
 
     /// Eight aligned bytes.
     pub(crate) fn atomic_u64(&self, offset: u64) -> Option<&AtomicU64> {
         let word = self.at(offset, 8)?.cast::<AtomicU64>();
+        if !word.is_aligned() {
+            return None;
+        }
         // SAFETY: as above.
-        word.is_aligned().then(|| unsafe { word.as_ref() })
+        Some(unsafe { word.as_ref() })
     }
 }
 

@@ -137,7 +137,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
             Step::FreePart(which, front, back) => {
                 if let Some(whole) = nth(&model.allocated, which) {
                     let (first, last) =
-                        (whole.first() + front * PAGE, whole.last().wrapping_sub(back * PAGE));
+                        (whole.first().wrapping_add(front * PAGE), whole.last().wrapping_sub(back * PAGE));
                     if let Some(part) = IovaRange::new(first, last).filter(|part| whole.covers(part)) {
                         allocator.free(part).unwrap();
                         model.allocated.remove(&whole.first());

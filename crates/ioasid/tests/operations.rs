@@ -383,7 +383,7 @@ impl World {
                 }
             }
             Err(RemapError::Request(error)) => {
-                assert!(matches!(error, MapError::NoRange { .. }) && count == 0)
+                assert!(matches!(error, MapError::NoRange { .. }) && count == 0);
             }
             Err(RemapError::NotMapped { at: hole }) => {
                 assert_eq!(hole, (at + mapped) * PAGE);
@@ -460,7 +460,7 @@ impl World {
             Step::Map { space, at, what, fail } => self.map(space, at, what, fail),
             Step::Unmap { space, pages, fail } => self.unmap(space, pages, fail),
             Step::Protect { space, pages, permissions, fail } => {
-                self.protect(space, pages, permissions, fail)
+                self.protect(space, pages, permissions, fail);
             }
             Step::Remap { space, at, what, fail } => self.remap(space, at, what, fail),
             Step::Alias { space, pages, target, at, permissions, fail } => {

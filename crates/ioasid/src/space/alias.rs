@@ -4,7 +4,8 @@
 //! lifetime rules is an order of steps.
 //!
 //! 1. The objects behind the range are looked up, and their registrations are locked: from here on no memory of theirs is
-//!    registered or released. Nothing is owned while this waits.
+//!    registered or released. Nothing is owned while this waits, and nothing is waited for while they are locked:
+//!    whoever meets another operation unlocks them and begins again.
 //! 2. The leaves of the source are [held](super::held), and nothing but these objects may be behind them; else all begins
 //!    again.
 //! 3. Each object notes that it may be mapped at the target. Whichever of its registrations goes last will look there.
@@ -108,14 +109,16 @@ impl Space {
             let mut registrations: Vec<_> = objects.values().map(|object| object.registering()).collect();
             let portion = Portion { range: source, largest: None };
             // Nothing is cut, so nothing can fail.
-            if let Ok(held) = self.hold(source, || std::iter::once(portion)) {
+            if let Ok(Some(mut held)) = self.try_hold(source, || std::iter::once(portion)) {
                 let copy = Copy { held: &held, source, target: range, permissions };
                 if self.are_all_behind(&copy, &objects) {
                     let bytes = copy.check(granule)?;
                     for notes in &mut registrations {
                         MappedIn::note(notes, target, range);
                     }
-                    match target.try_map(&copy) {
+                    // The map has a section of its own, and may have to wait outside of it.
+                    held.leave();
+                    match target.try_map(&Copy { held: &held, source, target: range, permissions }) {
                         Ok(()) => return Ok(bytes),
                         Err(Try::Failed(error)) => return Err(error.into()),
                         Err(Try::Contended) => {}

@@ -30,7 +30,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// How many ranges of a space wait for a flush at most.
-pub const DEFERRED_RANGES: usize = 256;
+pub const DEFERRED_RANGES: usize = 512;
 /// How long a range waits for a flush at most, not counting what the flush itself has to wait for.
 pub const DEFERRED_TIME: Duration = Duration::from_millis(10);
 
@@ -119,7 +119,7 @@ impl Drop for UnmapBatch<'_> {
 }
 
 impl Space {
-    /// Begins a batch of unmaps that waits for DMA once, at its end. Each of them happens whole or not at all by itself,
+    /// Begins a batch of unmaps that waits for DMA once, at its end, or once for every 64 ranges if there are more. Each of them happens whole or not at all by itself,
     /// and until the end all of them are as [deferred](Self::unmap_deferred).
     ///
     /// ```

@@ -46,7 +46,7 @@ impl Stay {
 /// Leaves that this operation owns while they translate.
 pub(super) struct Held<'a> {
     space: &'a Space,
-    /// `None` only while waiting.
+    /// `None` while waiting, and after it was left.
     stay: Option<Stay>,
     gather: Gather<HeapTables, AtomicU64>,
 }
@@ -65,7 +65,7 @@ impl<'a> Held<'a> {
         &self.space.native
     }
 
-    /// The layout that the operation goes by. None while it waits, and it does not do both.
+    /// The layout that the operation goes by, as long as it is in its section.
     pub(super) fn layout(&self) -> Option<&Layout> {
         self.stay.as_ref().map(|stay| &**stay.layout)
     }
@@ -101,6 +101,11 @@ impl<'a> Held<'a> {
         mapped != held
     }
 
+    /// Ends the section. The leaves stay held; what they are can be asked in a section of the caller's own.
+    pub(super) fn leave(&mut self) {
+        self.stay = None;
+    }
+
     fn let_go(&mut self) {
         for run in std::mem::take(&mut self.gather.runs).iter() {
             self.space.native.let_go_all(run);
@@ -122,13 +127,16 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
+        if self.stay.is_none() {
+            self.stay = Some(Stay::begin(self.space));
+        }
         self.let_go();
         epoch::retire(std::mem::take(&mut self.gather.retired));
     }
 }
 
 impl Space {
-    /// The same for a change that takes rights away or leads elsewhere: with nobody who has borrowed them, and nobody who
+    /// Like [`hold`](Self::hold), for a change that takes rights away or leads elsewhere: with nobody who has borrowed them, and nobody who
     /// can until the second value is dropped.
     pub(super) fn hold_unborrowed<P: Iterator<Item = Portion>>(
         &self,
@@ -145,6 +153,21 @@ impl Space {
             }
             drop(held);
             recalled = self.recall(range, rights, Manner::Strict)?;
+        }
+    }
+
+    /// Like [`hold`](Self::hold), but never waits. `None`: another operation is at work in the range.
+    pub(super) fn try_hold<P: Iterator<Item = Portion>>(
+        &self,
+        range: IovaRange,
+        portions: impl Fn() -> P,
+    ) -> Result<Option<Held<'_>>, CutError> {
+        let mut held = Held::nothing(self);
+        match held.take(portions(), range.first()) {
+            Ok(()) if held.misses_something(range) => Ok(None),
+            Ok(()) => Ok(Some(held)),
+            Err(RetractError::Contended { .. }) => Ok(None),
+            Err(RetractError::Cut(error)) => Err(error),
         }
     }
 

@@ -120,10 +120,17 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Change
 }
 
 /// Calls back for every entry that is not empty, whoever owns it: its whole span, its value, and the leaf in it.
-struct Owners<C>(C);
+struct Owners<'a, F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry, C> {
+    radix: &'a Radix<F, M, A>,
+    callback: C,
+}
 
-impl<M, A: AtomicEntry, C: FnMut(IovaRange, u64, Option<Leaf>) -> ControlFlow<()>> Visitor<M, A>
-    for Owners<C>
+impl<F, M, A, C> Visitor<M, A> for Owners<'_, F, M, A, C>
+where
+    F: ClaimFormat,
+    M: TableMemory<A>,
+    A: AtomicEntry,
+    C: FnMut(IovaRange, u64, Option<Leaf>) -> ControlFlow<()>,
 {
     type Error = ();
 
@@ -131,15 +138,16 @@ impl<M, A: AtomicEntry, C: FnMut(IovaRange, u64, Option<Leaf>) -> ControlFlow<()
         if slot.value == 0 {
             return Ok(Next::After(slot.last));
         }
-        // All that an entry of this kind of format is about is the span of one entry.
+        // A leaf of this kind of format is one entry.
+        let size = PageSize(self.radix.format.shift(slot.node.level) as u8);
+        let (first, last) = leaf_span(slot.first, size);
         let leaf = match slot.decoded {
             Entry::Leaf { oa, size, attributes } => {
-                Some(Leaf { iova: leaf_span(slot.first, size).0, oa: Oa::new(oa), size, attributes })
+                Some(Leaf { iova: first, oa: Oa::new(oa), size, attributes })
             }
             _ => None,
         };
-        let span = leaf.map(|leaf| leaf.range()).or_else(|| IovaRange::new(slot.first, slot.last));
-        match span.map(|span| (self.0)(span, slot.value, leaf)) {
+        match IovaRange::new(first, last).map(|span| (self.callback)(span, slot.value, leaf)) {
             Some(ControlFlow::Break(())) => Err(Stop::Error(())),
             _ => Ok(Next::After(slot.last)),
         }
@@ -192,8 +200,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     }
 
     /// Shows what is not free to be mapped in `range`, ascending: the span of each leaf, and the leaf itself. `None`: an
-    /// operation owns it, and nobody else can say what becomes of it; if it is not present its span is shown as far as it
-    /// lies in the range.
+    /// operation owns it, and nobody else can say what becomes of it.
     pub fn settled(
         &self,
         range: IovaRange,
@@ -201,8 +208,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     ) {
         let show =
             |span, value: u64, leaf: Option<Leaf>| callback(span, leaf.filter(|_| value & F::BUSY == 0));
-        // The only error is the callback's wish to end.
-        let _ = self.run(&mut Owners(show), range);
+        self.owners(range, show);
     }
 
     /// Shows the present leaves that have an address in `range`, ascending, and whether a mapping begins with each.
@@ -211,7 +217,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             Some(leaf) => callback(leaf, value & F::FIRST != 0),
             None => ControlFlow::Continue(()),
         };
-        let _ = self.run(&mut Owners(show), range);
+        self.owners(range, show);
     }
 
     /// How many mappings begin in the range, whoever owns their leaves.
@@ -221,7 +227,7 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             count += u64::from(value & F::FIRST != 0 && range.contains(span.first()));
             ControlFlow::Continue(())
         };
-        let _ = self.run(&mut Owners(show), range);
+        self.owners(range, show);
         count
     }
 
@@ -230,16 +236,21 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub fn continues(&self, at: u64) -> bool {
         let mut continues = false;
         if let Some(range) = IovaRange::new(at, at) {
-            let low = |span: IovaRange| span.first();
-            let show = |span: IovaRange, value: u64, leaf: Option<Leaf>| {
-                // What is owned and not present has only the address asked for in its span; its size is unknown, but an
-                // operation that owns such leaves has cut them where its own range begins.
-                continues = value & F::FIRST == 0 || leaf.is_some() && low(span) != at;
+            self.owners(range, |span, value, _| {
+                continues = value & F::FIRST == 0 || span.first() != at;
                 ControlFlow::Break(())
-            };
-            let _ = self.run(&mut Owners(show), range);
+            });
         }
         continues
+    }
+
+    fn owners(
+        &self,
+        range: IovaRange,
+        callback: impl FnMut(IovaRange, u64, Option<Leaf>) -> ControlFlow<()>,
+    ) {
+        // The only error is the callback's wish to end.
+        let _ = self.run(&mut Owners { radix: self, callback }, range);
     }
 
     /// Says whether a mapping begins at the caller's busy leaf in which `at` lies.

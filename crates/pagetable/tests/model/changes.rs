@@ -162,7 +162,7 @@ impl Model {
 
     /// Lets leaves lead elsewhere that are small enough, after those that are not were cut. `None`: more leaves than a test
     /// can afford.
-    fn remap(
+    pub(crate) fn remap(
         &mut self,
         range: IovaRange,
         oa: u64,

@@ -5,7 +5,7 @@ use crate::pair::{Pair, report_of};
 use crate::plain::{Plan, Report};
 use crate::specification::Specification;
 use ioasid_pagetable::{
-    Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, OutOfTables, ProtectError,
+    Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, OutOfTables, ProtectError, RemapError,
 };
 use std::ops::ControlFlow;
 
@@ -30,6 +30,10 @@ pub(crate) fn survive<F: Format>(format: F, specification: Specification, operat
             Operation::Protect(place, extent, permissions) if pair.model.may_cut() => {
                 let range = pair.range(place, extent);
                 pair.protect_at_last(range, permissions);
+            }
+            Operation::Remap(place, extent, output, attributes) if pair.model.may_cut() => {
+                let range = pair.range(place, extent);
+                pair.remap_at_last(range, pair.output(output, range.first()), attributes);
             }
             Operation::Cut(place) if pair.model.may_cut() => {
                 let at = pair.address(place);
@@ -120,6 +124,31 @@ impl<F: Format> Pair<F> {
             let report = report_of(&gather);
             self.settle(&mut gather);
             if result != Err(ProtectError::Cut(CutError::OutOfTables(OutOfTables))) {
+                assert_eq!(result, expected.clone().map(|_| ()));
+                assert_eq!(report, expected.unwrap_or_default());
+                self.model = model;
+                return self.check();
+            }
+            assert_eq!(report, Report::default());
+            self.adopt_cuts();
+            self.check();
+        }
+    }
+
+    fn remap_at_last(&mut self, range: IovaRange, oa: u64, attributes: Attributes) {
+        for allocations in 0.. {
+            let mut gather = Gather::new();
+            let mut model = self.model.clone();
+            let Some(expected) = model.remap(range, oa, attributes) else { return };
+            // Of so many tables not each one's failure is tried.
+            let allocations =
+                if model.leaves.len() > self.model.leaves.len() + 1500 { 100 } else { allocations };
+            self.memory.fail_after(Some(allocations));
+            let result = self.radix.remap(range, Oa::new(oa), attributes, &mut gather);
+            self.memory.fail_after(None);
+            let report = report_of(&gather);
+            self.settle(&mut gather);
+            if result != Err(RemapError::Cut(CutError::OutOfTables(OutOfTables))) {
                 assert_eq!(result, expected.clone().map(|_| ()));
                 assert_eq!(report, expected.unwrap_or_default());
                 self.model = model;
