@@ -1,55 +1,76 @@
 //! Objects that memory comes from.
 //!
 //! A [`Backing`] is something whose pages have an identity of their own: a memfd, the private memory of one process,
-//! a piece of this process. It knows which of its pages are registered, who pays for them, and at which output
+//! a piece of this process. One module below for each kind says how its bytes are reached. The backing knows which of its pages are registered, who pays for them, and at which output
 //! addresses they stand. Registering is [`Memory`](crate::Memory)'s part; the books are kept here, because two
 //! registrations of the same page must find each other.
 //!
 //! Memory that this process can reach by pointer is copied directly. Everything else is *late-bound*
 //! ([`LateBound`]): the bytes are fetched by calls at the time of the access, which fail cleanly when the memory
 //! is gone.
+//!
+//! # Revoking
+//!
+//! The owner of an object can take it back from everybody ([`Backing::revoke`]), as the exporter of a dma-buf does. Each
+//! window of the object on the bus has a flag for that, which every DMA reads anyway on its way, so the memory is out
+//! of reach at once and in every table, software's or hardware's, before anything has been unmapped. Only then
+//! the spaces in which the memory is known to be are gone through. From the flag on nothing can be registered, mapped
+//! or grown, so there is nothing to race with: what was under way is waited for, and then what it left is unmapped.
 
-use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, SMALLEST_WINDOW_BITS, Window};
+use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, Identity, SMALLEST_WINDOW_BITS, Window};
 use crate::coverage::Coverage;
 use crate::epoch::Replaced;
 use crate::host_memory::HostMemory;
 use crate::ledger::{Account, OverLimit};
-use crate::memory::MappedIn;
+use crate::memory::Registrations;
+use file::MappedFile;
 use ioasid_pagetable::Oa;
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::ptr::NonNull;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+mod anonymous;
+mod file;
+#[cfg(feature = "vm-memory")]
+mod guest;
+mod host;
+mod late;
+mod resident;
+mod revoke;
+
+pub use file::FileError;
+#[cfg(feature = "vm-memory")]
+pub use guest::RegionError;
+pub use late::{LateBound, MemoryGone};
+pub use resident::{Residency, ResidencyError};
 
 /// Pages are what is held and charged: 4 KiB, whatever the granule of a space.
 pub(crate) const PAGE_BITS: u32 = 12;
 
-/// The memory is not there (any more): the process has ended, the file was truncated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the memory at offset {offset:#x} of its object is gone")]
-pub struct MemoryGone {
-    /// Where in the object, in bytes.
-    pub offset: u64,
-}
-
-/// Memory that is not mapped in this process and is reached by copying calls, which may block.
-///
-/// After an unmap has returned, no call for the unmapped bytes is running.
-pub trait LateBound: Send + Sync + fmt::Debug {
-    /// Copies `buffer.len()` bytes from `offset` on; all of them, or it is an error.
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone>;
-
-    /// Copies `bytes` to `offset`. On an error some of them may have been written.
-    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone>;
-}
-
-/// Where the bytes are.
+/// Where the bytes of a window are.
 #[derive(Debug)]
 pub(crate) enum Source {
     Host(HostMemory),
     Late(Arc<dyn LateBound>),
+}
+
+/// Where the bytes of an object are.
+#[derive(Debug)]
+enum Bytes {
+    /// In one place.
+    Whole {
+        source: Arc<Source>,
+        /// For an object that never grows.
+        length: Option<u64>,
+    },
+    /// In a file that is mapped window by window.
+    File {
+        file: Arc<MappedFile>,
+        /// What reaches them if plain copies would be at somebody's mercy.
+        calls: Option<Arc<Source>>,
+    },
 }
 
 /// An object whose pages have an identity.
@@ -57,13 +78,14 @@ pub(crate) enum Source {
 pub struct Backing {
     itself: Weak<Backing>,
     bus: Arc<Bus>,
-    source: Arc<Source>,
-    /// For an object that never grows.
-    length: Option<u64>,
+    bytes: Bytes,
+    /// What finds it on the bus, so that the same object is never made twice.
+    identity: Option<Identity>,
+    /// Set for ever, under the lock of the books.
+    revoked: AtomicBool,
     /// Held while memory is registered or released, so that a page that is just being unmapped for its last
-    /// registration is not registered and mapped anew before that has happened. Guards where pages may be mapped
-    /// on behalf of registrations that are gone.
-    registering: Mutex<Vec<MappedIn>>,
+    /// registration is not registered and mapped anew before that has happened. Guards where its pages may be mapped.
+    registering: Mutex<Registrations>,
     books: Mutex<Books>,
 }
 
@@ -73,15 +95,8 @@ struct Books {
     holds: Coverage,
     /// The same for each account that pays for some of them.
     charges: HashMap<u64, Coverage>,
-    /// The windows in use, by number of the chunk of the object.
-    windows: BTreeMap<u64, PlacedWindow>,
-}
-
-#[derive(Debug)]
-struct PlacedWindow {
-    oa: Oa,
-    /// How many registrations reach into it.
-    registrations: u64,
+    /// The windows in use, by number of the chunk of the object: those in which a page is held.
+    windows: BTreeMap<u64, Oa>,
 }
 
 /// Why nothing was held.
@@ -89,6 +104,10 @@ struct PlacedWindow {
 pub(crate) enum HoldError {
     OverLimit(OverLimit),
     BusFull,
+    /// The object was taken back.
+    Revoked,
+    /// The file could not be mapped.
+    Unreachable(io::Error),
 }
 
 impl From<BusFull> for HoldError {
@@ -98,38 +117,21 @@ impl From<BusFull> for HoldError {
 }
 
 impl Backing {
-    fn new(bus: &Arc<Bus>, source: Source, length: Option<u64>) -> Arc<Backing> {
-        let books = Mutex::new(Books::default());
+    fn new(bus: &Arc<Bus>, bytes: Bytes, identity: Option<Identity>) -> Arc<Backing> {
         Arc::new_cyclic(|itself| Backing {
             itself: itself.clone(),
             bus: bus.clone(),
-            source: Arc::new(source),
-            length,
+            bytes,
+            identity,
+            revoked: AtomicBool::new(false),
             registering: Mutex::default(),
-            books,
+            books: Mutex::default(),
         })
     }
 
-    /// An object that is reached by calls; it has no end.
-    pub fn late_bound(bus: &Arc<Bus>, access: Arc<dyn LateBound>) -> Arc<Backing> {
-        Backing::new(bus, Source::Late(access), None)
-    }
-
-    /// `length` bytes of fresh zeroed memory of this process. Its pages come when they are touched.
-    pub fn anonymous(bus: &Arc<Bus>, length: u64) -> io::Result<Arc<Backing>> {
-        Ok(Backing::new(bus, Source::Host(HostMemory::anonymous(length)?), Some(length)))
-    }
-
-    /// `length` bytes of this process's memory that belong to the caller.
-    ///
-    /// # Safety
-    ///
-    /// The memory stays valid for reads and writes until the backing and all that was registered of it are
-    /// dropped. As long as a device can reach it, nobody holds a Rust reference to it.
-    pub unsafe fn host(bus: &Arc<Bus>, pointer: NonNull<u8>, length: u64) -> Arc<Backing> {
-        // SAFETY: passed on to the caller.
-        let memory = unsafe { HostMemory::new(pointer, length) };
-        Backing::new(bus, Source::Host(memory), Some(length))
+    /// An object whose bytes are all in one place.
+    fn whole(bus: &Arc<Bus>, source: Source, length: Option<u64>) -> Arc<Backing> {
+        Backing::new(bus, Bytes::Whole { source: Arc::new(source), length }, None)
     }
 
     /// The bus on which its pages stand.
@@ -137,24 +139,63 @@ impl Backing {
         &self.bus
     }
 
-    /// The size in bytes of an object that has one.
+    /// The size in bytes of an object that has one; of a file, when somebody last looked.
     pub fn length(&self) -> Option<u64> {
-        self.length
+        match &self.bytes {
+            Bytes::Whole { length, .. } => *length,
+            Bytes::File { file, .. } => Some(file.size()),
+        }
+    }
+
+    /// The size in bytes of the pages that its memory consists of: 4 KiB, or that of the huge pages of a hugetlb file.
+    pub fn page_size(&self) -> u64 {
+        match &self.bytes {
+            Bytes::Whole { .. } => 1 << PAGE_BITS,
+            Bytes::File { file, .. } => file.page_size(),
+        }
+    }
+
+    /// Whether DMA copies its bytes directly. If not, each access is a call that may block and that fails cleanly.
+    pub fn is_direct(&self) -> bool {
+        match &self.bytes {
+            Bytes::Whole { source, .. } => matches!(&**source, Source::Host(_)),
+            Bytes::File { calls, .. } => calls.is_none(),
+        }
+    }
+
+    /// Whether it has this byte. Looks whether a file has grown, if it matters.
+    pub(crate) fn reaches(&self, last: u64) -> io::Result<bool> {
+        match &self.bytes {
+            Bytes::Whole { length, .. } => Ok(length.is_none_or(|length| last < length)),
+            Bytes::File { file, .. } => file.reaches(last),
+        }
     }
 
     /// Reads as the CPU does, past all tables.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
-        match &*self.source {
-            Source::Host(memory) => memory.read(offset, buffer).ok_or(MemoryGone { offset }),
-            Source::Late(access) => access.read(offset, buffer),
+        if self.is_revoked() {
+            return Err(MemoryGone { offset });
+        }
+        match &self.bytes {
+            Bytes::Whole { source, .. } => match &**source {
+                Source::Host(memory) => memory.read(offset, buffer).ok_or(MemoryGone { offset }),
+                Source::Late(access) => access.read(offset, buffer),
+            },
+            Bytes::File { file, calls } => file.read(offset, buffer, calls.is_some()),
         }
     }
 
     /// Writes as the CPU does, past all tables.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
-        match &*self.source {
-            Source::Host(memory) => memory.write(offset, bytes).ok_or(MemoryGone { offset }),
-            Source::Late(access) => access.write(offset, bytes),
+        if self.is_revoked() {
+            return Err(MemoryGone { offset });
+        }
+        match &self.bytes {
+            Bytes::Whole { source, .. } => match &**source {
+                Source::Host(memory) => memory.write(offset, bytes).ok_or(MemoryGone { offset }),
+                Source::Late(access) => access.write(offset, bytes),
+            },
+            Bytes::File { file, calls } => file.write(offset, bytes, calls.is_some()),
         }
     }
 
@@ -168,18 +209,28 @@ impl Backing {
     }
 
     /// Takes the right to register or release.
-    pub(crate) fn registering(&self) -> MutexGuard<'_, Vec<MappedIn>> {
+    pub(crate) fn registering(&self) -> MutexGuard<'_, Registrations> {
         self.registering.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logarithm of the bytes that one window of this object has.
     pub(crate) fn window_bits(&self) -> u32 {
-        match self.length {
-            Some(length) if length <= 1 << CHUNK_BITS => {
-                length.max(1).next_power_of_two().trailing_zeros().max(SMALLEST_WINDOW_BITS)
-            }
-            _ => CHUNK_BITS,
+        match &self.bytes {
+            Bytes::Whole { length, .. } => window_bits(*length),
+            Bytes::File { file, .. } => file.window_bits(),
         }
+    }
+
+    /// What stands at the bus in the window of a chunk.
+    fn window(&self, chunk: u64) -> Result<Window, HoldError> {
+        let start = chunk << self.window_bits();
+        let (source, offset) = match &self.bytes {
+            Bytes::Whole { source, .. } => (source.clone(), start),
+            Bytes::File { calls: Some(calls), .. } => (calls.clone(), start),
+            Bytes::File { file, calls: None } => (file.window(chunk).map_err(HoldError::Unreachable)?, 0),
+        };
+        let backing = self.itself.clone();
+        Ok(Window { source, backing, start, offset, revoked: AtomicBool::new(false) })
     }
 
     /// Charges pages that the account does not pay for yet, holds all of them, and gives each chunk its place on
@@ -191,6 +242,9 @@ impl Backing {
             return Err(HoldError::BusFull);
         }
         let mut books = self.books();
+        if self.is_revoked() {
+            return Err(HoldError::Revoked);
+        }
         let Books { charges, windows, holds } = &mut *books;
         let charge = charges.entry(account.id()).or_default();
         let unpaid = charge.held_exactly(held.clone(), 0).map(|part| part.end - part.start).sum();
@@ -203,30 +257,25 @@ impl Backing {
         charge.hold(held.clone());
         let mut places = Vec::new();
         for chunk in needed.clone() {
-            let placed = match windows.get_mut(&chunk) {
-                Some(window) => {
-                    window.registrations += 1;
-                    Ok(window.oa)
-                }
-                None => {
-                    let (source, backing) = (self.source.clone(), self.itself.clone());
-                    let window = Window { source, backing, offset: chunk << bits };
-                    self.bus.add_window(bits, window).inspect(|&oa| {
-                        windows.insert(chunk, PlacedWindow { oa, registrations: 1 });
-                    })
-                }
+            let placed = match windows.get(&chunk) {
+                Some(&oa) => Ok(oa),
+                None => self.window(chunk).and_then(|window| {
+                    let oa = self.bus.add_window(bits, window)?;
+                    windows.insert(chunk, oa);
+                    Ok(oa)
+                }),
             };
             match placed {
                 Ok(oa) => places.push(oa),
                 Err(error) => {
                     let placed = needed.start..needed.start + places.len() as u64;
-                    Replaced::drop_all(self.leave_windows(windows, placed));
+                    Replaced::drop_all(self.leave_windows(windows, holds, placed));
                     charge.release(held);
                     if charge.is_empty() {
                         charges.remove(&account.id());
                     }
                     account.credit(unpaid);
-                    return Err(error.into());
+                    return Err(error);
                 }
             }
         }
@@ -265,7 +314,7 @@ impl Backing {
             }
             account.credit(paid);
         }
-        let gone = self.leave_windows(windows, chunks(&held, self.window_bits()));
+        let gone = self.leave_windows(windows, holds, chunks(&held, self.window_bits()));
         let others = !holds.is_empty();
         drop(books);
         // All mappings have gone before, but who asks for an address that no table gave is no reason to touch memory
@@ -274,22 +323,42 @@ impl Backing {
         others
     }
 
-    /// Gives back the windows that nobody needs any more.
+    /// Gives back the windows in which nothing is held any more.
     fn leave_windows(
         &self,
-        windows: &mut BTreeMap<u64, PlacedWindow>,
+        windows: &mut BTreeMap<u64, Oa>,
+        holds: &Coverage,
         chunks: Range<u64>,
     ) -> Vec<Replaced<Window>> {
         let mut gone = Vec::new();
+        let shift = self.window_bits() - PAGE_BITS;
         for chunk in chunks {
-            let Some(window) = windows.get_mut(&chunk) else { continue };
-            window.registrations -= 1;
-            if window.registrations == 0 {
-                gone.extend(self.bus.remove_window(window.oa));
-                windows.remove(&chunk);
+            // Pages are numbered below 2^52, so the end of the last chunk does not overflow.
+            if holds.is_free(chunk << shift..(chunk + 1) << shift) {
+                if let Some(oa) = windows.remove(&chunk) {
+                    gone.extend(self.bus.remove_window(oa));
+                }
             }
         }
         gone
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        if let Some(identity) = &self.identity {
+            self.bus.forget(identity);
+        }
+    }
+}
+
+/// Logarithm of the bytes that one window has of an object of a length for ever, or of one that may grow.
+fn window_bits(length: Option<u64>) -> u32 {
+    match length {
+        Some(length) if length <= 1 << CHUNK_BITS => {
+            length.max(1).next_power_of_two().trailing_zeros().max(SMALLEST_WINDOW_BITS)
+        }
+        _ => CHUNK_BITS,
     }
 }
 

@@ -15,12 +15,18 @@
 //! windows do not need: objects are either large, and whole chunks are all alike, or small and of few sizes.
 //!
 //! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
-//! in it any more, after all mappings of that memory are gone.
+//! in it any more, after all mappings of that memory are gone. It can be closed before, for ever: then nothing is
+//! found there, whatever tables say, but the addresses stay taken as long as tables may say so.
+//!
+//! The bus also knows the objects that have an identity outside of this program, such as files, so that nobody makes a
+//! second object of the same memory.
 
 use crate::backing::{Backing, Source};
 use crate::epoch::{self, DmaSection, Protected, Replaced};
 use ioasid_pagetable::Oa;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 /// Logarithm of the largest window and of the size of a chunk.
 pub(crate) const CHUNK_BITS: u32 = 30;
@@ -41,6 +47,18 @@ pub struct Bus {
     /// Chunks by the upper and the lower half of their number.
     directory: Directory<Directory<Chunk>>,
     free: Mutex<Free>,
+    /// Holds nothing alive.
+    objects: Mutex<HashMap<Identity, Weak<Backing>>>,
+}
+
+/// What makes an object the same object, whoever brings it. It stays true as long as the object is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Identity {
+    /// A file.
+    File { device: u64, inode: u64 },
+    /// A mapped region of a guest's memory, by the address of its description.
+    #[cfg(feature = "vm-memory")]
+    Region(usize),
 }
 
 /// A GiB of the bus, cut into windows of 2^`window_bits` bytes.
@@ -56,7 +74,11 @@ pub(crate) struct Window {
     /// The object itself, for those who only have an address.
     pub(crate) backing: Weak<Backing>,
     /// Where in the object the window begins, in bytes.
+    pub(crate) start: u64,
+    /// Where in the source the window begins, in bytes.
     pub(crate) offset: u64,
+    /// Nothing is found here any more.
+    pub(crate) revoked: AtomicBool,
 }
 
 struct Free {
@@ -81,6 +103,7 @@ impl Bus {
                 next_chunk: 1,
                 windows: [const { Vec::new() }; (CHUNK_BITS + 1) as usize],
             }),
+            objects: Mutex::default(),
         })
     }
 
@@ -89,13 +112,43 @@ impl Bus {
         upper.get(number as usize & (DIRECTORY - 1))?.get()
     }
 
-    /// The window at an address, how far into the window it points, and how many bytes the window has from there on.
-    /// The window stays until the section ends.
+    fn objects(&self) -> MutexGuard<'_, HashMap<Identity, Weak<Backing>>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The object that there is already, or the one that `make` makes.
+    pub(crate) fn find_or_make<E>(
+        &self,
+        identity: Identity,
+        make: impl FnOnce() -> Result<Arc<Backing>, E>,
+    ) -> Result<Arc<Backing>, E> {
+        let mut objects = self.objects();
+        if let Some(backing) = objects.get(&identity).and_then(Weak::upgrade) {
+            return Ok(backing);
+        }
+        let backing = make()?;
+        objects.insert(identity, Arc::downgrade(&backing));
+        Ok(backing)
+    }
+
+    /// An object of this identity is going. There may be a new one by now.
+    pub(crate) fn forget(&self, identity: &Identity) {
+        let mut objects = self.objects();
+        if objects.get(identity).is_some_and(|backing| backing.strong_count() == 0) {
+            objects.remove(identity);
+        }
+    }
+
+    /// The window at an address, unless it is closed; how far into the window it points, and how many bytes the window has
+    /// from there on. The window stays until the section ends.
     #[inline]
     pub(crate) fn find<'s>(&'s self, section: &'s DmaSection, oa: u64) -> Option<(&'s Window, u64, u64)> {
         let chunk = self.chunk(oa >> CHUNK_BITS)?;
         let within = oa & ((1 << CHUNK_BITS) - 1);
         let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load(section)?;
+        if window.revoked.load(Ordering::Acquire) {
+            return None;
+        }
         let size = 1u64 << chunk.window_bits;
         let offset = within & (size - 1);
         Some((window, offset, size - offset))
@@ -105,7 +158,7 @@ impl Bus {
     pub(crate) fn object(&self, oa: u64) -> Option<(Arc<Backing>, u64, u64)> {
         let section = epoch::dma();
         let (window, within, left) = self.find(&section, oa)?;
-        Some((window.backing.upgrade()?, window.offset + within, oa + (left - 1)))
+        Some((window.backing.upgrade()?, window.start + within, oa + (left - 1)))
     }
 
     /// Gives a part of an object 2^`bits` bytes of the bus.
@@ -139,6 +192,17 @@ impl Bus {
         // Its place was free, so nothing is replaced that anybody could be using.
         drop(chunk.windows[(within >> bits) as usize].replace(Some(Arc::new(window))));
         Ok(Oa::new(oa))
+    }
+
+    /// Has nothing found in a window any more. DMA that has found something may still be using it.
+    pub(crate) fn close_window(&self, oa: Oa) {
+        let Some(chunk) = self.chunk(oa.get() >> CHUNK_BITS) else { return };
+        let within = oa.get() & ((1 << CHUNK_BITS) - 1);
+        let section = epoch::dma();
+        let slot = chunk.windows.get((within >> chunk.window_bits) as usize);
+        if let Some(window) = slot.and_then(|slot| slot.load(&section)) {
+            window.revoked.store(true, Ordering::SeqCst);
+        }
     }
 
     /// Takes a window back. Nothing maps it any more; but somebody may be asking for an address that no table gave.

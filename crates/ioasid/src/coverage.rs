@@ -43,6 +43,12 @@ impl Coverage {
         least..=most
     }
 
+    /// Whether nothing is held in the range, which is not empty.
+    pub(crate) fn is_free(&self, pages: Range<u64>) -> bool {
+        // Where nothing is held at first, any step would be one up.
+        self.at(pages.start) == 0 && self.steps.range(pages.start + 1..pages.end).next().is_none()
+    }
+
     /// Whether nothing is held.
     pub(crate) fn is_empty(&self) -> bool {
         self.steps.is_empty()
@@ -121,7 +127,9 @@ mod tests {
             let query = query.0.min(query.1)..query.0.max(query.1) + 1;
             let slice = &plain[query.start as usize..query.end as usize];
             prop_assert_eq!(coverage.least_and_most(query.clone()), *slice.iter().min().unwrap()..=*slice.iter().max().unwrap());
-            let zero: u64 = coverage.held_exactly(query, 0).map(|part| part.end - part.start).sum();
+            let zero: u64 = coverage.held_exactly(query.clone(), 0).map(|part| part.end - part.start).sum();
+            let free = coverage.is_free(query.clone());
+            prop_assert_eq!(free, slice.iter().all(|count| *count == 0));
             prop_assert_eq!(zero, slice.iter().filter(|count| **count == 0).count() as u64);
             for pages in held {
                 coverage.release(pages);

@@ -18,11 +18,13 @@ use std::thread::LocalKey;
 
 mod domain;
 mod protected;
+mod published;
 mod sync;
 
 pub(crate) use domain::Section;
 use domain::{Domain, Local, Ticket};
 pub use protected::{Protected, Replaced};
+pub(crate) use published::{Published, Reading};
 
 static DMA: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
 static OPERATIONS: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));

@@ -52,6 +52,8 @@ mod dma;
 #[allow(unsafe_code, reason = "frees what nobody can be using any more, and calls membarrier")]
 pub mod epoch;
 mod flusher;
+#[cfg(feature = "vm-memory")]
+mod guest;
 #[allow(unsafe_code, reason = "copies from and to memory that devices share")]
 mod host_memory;
 mod iommu;
@@ -60,23 +62,29 @@ mod ledger;
 mod memory;
 mod sleeping;
 mod slice;
+pub mod snapshot;
 mod space;
 mod table;
 
-pub use backing::{Backing, LateBound, MemoryGone};
+#[cfg(feature = "vm-memory")]
+pub use backing::RegionError;
+pub use backing::{Backing, FileError, LateBound, MemoryGone, Residency, ResidencyError};
 pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
 pub use device::Device;
 pub use dma::{DmaError, Here, Late, Translated};
+#[cfg(feature = "vm-memory")]
+pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
 pub use ioasid_pagetable::{
     Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
 };
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit};
-pub use memory::{Memory, RegisterError};
+pub use memory::{Memory, RegisterError, ReleaseError};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
 };
+pub use snapshot::Snapshot;
 pub use space::{
     AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped, MappingPolicy,
     Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceStatistics,

@@ -6,14 +6,27 @@
 //! threads that map from the same memory. So a [`Memory`] does not know how often it is mapped. It only notes in
 //! which spaces, and between which addresses. When it is dropped, the pages that no other registration holds are
 //! unmapped there first: no mapping outlives the memory behind it.
+//!
+//! # Growing, and giving parts back
+//!
+//! A registration can grow at its end ([`Memory::grow`]) and give back any pages of it ([`Memory::release`]). Both happen
+//! beside mappings, which must neither pay for that nor miss it. How far the memory reaches is a value that every map
+//! reads inside of its operation ([`Published`]). Pages that are given back are first entered as such; then the
+//! operations that may not have seen that are waited for; and whatever these have mapped is there to be found when
+//! the pages are unmapped. What was given back at the end can be had again by growing.
 
-use crate::backing::{Backing, HoldError, PAGE_BITS, pages};
+use crate::backing::{Backing, HoldError, PAGE_BITS, Residency, ResidencyError, pages};
+use crate::coverage::Coverage;
+use crate::epoch::{self, Published, Reading};
 use crate::ledger::{Account, OverLimit};
-use crate::space::Space;
+use crate::space::{Space, UnmapError};
 use arc_swap::ArcSwapOption;
 use ioasid_pagetable::{IovaRange, Oa};
+use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
 /// dropped. Dropping it unmaps it wherever it is still mapped.
@@ -22,15 +35,45 @@ pub struct Memory {
     backing: Arc<Backing>,
     /// In bytes of the object.
     offset: u64,
-    length: u64,
     account: Account,
-    held: Range<u64>,
-    /// The places on the bus of the chunks it lies in.
-    places: Box<[Oa]>,
+    residency: Residency,
+    /// Its number among the registrations of the object.
+    number: usize,
+    /// Changed under the backing's lock for registering.
+    extent: Published<Extent>,
+    /// Pages before the end that are held no more; changed under the same lock.
+    given_back: RwLock<Coverage>,
+    /// Whether there are any.
+    has_holes: AtomicBool,
     /// Where it was mapped.
-    mapped: Mutex<Vec<MappedIn>>,
+    notes: Arc<Notes>,
     /// The newest of these notes, so that mapping again in the same place takes no lock.
     newest: ArcSwapOption<MappedIn>,
+}
+
+/// How far registered memory reaches.
+#[derive(Debug)]
+struct Extent {
+    /// In bytes. The last one is not given back.
+    length: u64,
+    /// The places on the bus of the chunks it lies in.
+    places: Box<[Oa]>,
+}
+
+/// Where one registration was mapped, one note for each space.
+type Notes = Mutex<Vec<MappedIn>>;
+
+/// The registrations of an object, as far as the object has to know of them.
+#[derive(Debug, Default)]
+pub(crate) struct Registrations {
+    /// Where each was mapped, by its number.
+    notes: Vec<Option<Arc<Notes>>>,
+    /// Numbers that are free again.
+    free: Vec<usize>,
+    /// Where pages may be mapped on behalf of registrations that do not hold them any more.
+    earlier: Vec<MappedIn>,
+    /// How many registrations want each page locked.
+    locked: Coverage,
 }
 
 /// A note that memory was mapped into a space, nowhere but between these addresses.
@@ -55,6 +98,15 @@ pub enum RegisterError {
         /// How many were asked for.
         length: u64,
     },
+    /// The object was taken back from everybody.
+    #[error("the object was revoked")]
+    Revoked,
+    /// The pages could not be brought in or locked.
+    #[error(transparent)]
+    Residency(#[from] ResidencyError),
+    /// The file could not be examined or mapped.
+    #[error("the file could not be mapped")]
+    Unreachable(#[source] io::Error),
     /// No addresses are left on the bus.
     #[error("the bus address space is full")]
     BusFull,
@@ -68,8 +120,43 @@ impl From<HoldError> for RegisterError {
         match error {
             HoldError::OverLimit(error) => RegisterError::OverLimit(error),
             HoldError::BusFull => RegisterError::BusFull,
+            HoldError::Revoked => RegisterError::Revoked,
+            HoldError::Unreachable(error) => RegisterError::Unreachable(error),
         }
     }
+}
+
+/// Why a part was not given back. It is registered as before.
+#[derive(Debug, thiserror::Error)]
+pub enum ReleaseError {
+    /// Some of it is not registered, or not any more.
+    #[error("{length:#x} bytes at {offset:#x} are not all registered")]
+    NotRegistered {
+        /// The first byte of the memory.
+        offset: u64,
+        /// The length asked for.
+        length: u64,
+    },
+    /// Only whole pages of the object can be given back.
+    #[error("{length:#x} bytes at {offset:#x} do not begin and end where pages of 4 KiB do")]
+    Misaligned {
+        /// The first byte of the memory.
+        offset: u64,
+        /// The length asked for.
+        length: u64,
+    },
+    /// A space could not unmap exactly the part. Other mappings of it may be unmapped already.
+    #[error(transparent)]
+    Unmap(#[from] UnmapError),
+}
+
+/// Why memory cannot be mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unavailable {
+    /// The object was taken back.
+    Revoked,
+    /// It is not that long, or was given back.
+    NotRegistered,
 }
 
 /// A piece of memory whose output addresses are consecutive.
@@ -95,51 +182,126 @@ impl MappedIn {
         }
     }
 
-    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
-    pub(crate) fn note(notes: &mut Vec<MappedIn>, space: &Arc<Space>, hull: IovaRange) {
-        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(notes);
-    }
-
     fn widen(&mut self, range: IovaRange) {
         let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
         self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
     }
+
+    /// Unmaps every leaf there that leads to one of the pieces, by output address.
+    pub(crate) fn unmap(&self, pieces: &[Piece]) {
+        if let Some(space) = self.space.upgrade() {
+            space.unmap_outputs(self.hull, pieces);
+        }
+    }
+}
+
+impl Registrations {
+    /// Enters a registration. Returns its number.
+    fn enter(&mut self, notes: Arc<Notes>) -> usize {
+        match self.free.pop() {
+            Some(number) => {
+                self.notes[number] = Some(notes);
+                number
+            }
+            None => {
+                self.notes.push(Some(notes));
+                self.notes.len() - 1
+            }
+        }
+    }
+
+    fn leave(&mut self, number: usize) {
+        self.notes[number] = None;
+        self.free.push(number);
+    }
+
+    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
+    pub(crate) fn note(&mut self, space: &Arc<Space>, hull: IovaRange) {
+        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
+    }
+
+    /// Where any page of the object may be mapped, one note for each space.
+    pub(crate) fn all_notes(&self) -> Vec<MappedIn> {
+        let mut all: BTreeMap<u64, MappedIn> = BTreeMap::new();
+        let mut add = |note: &MappedIn| {
+            all.entry(note.space_id)
+                .and_modify(|other| other.widen(note.hull))
+                .or_insert_with(|| note.clone());
+        };
+        self.earlier.iter().for_each(&mut add);
+        for notes in self.notes.iter().flatten() {
+            lock(notes).iter().for_each(&mut add);
+        }
+        all.into_values().collect()
+    }
+
+    /// Nothing is mapped any more on behalf of registrations that are gone.
+    pub(crate) fn forget_earlier(&mut self) {
+        self.earlier.clear();
+    }
+}
+
+fn lock(notes: &Notes) -> MutexGuard<'_, Vec<MappedIn>> {
+    notes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Memory {
     /// Registers `length` bytes of the object from `offset` on.
     ///
     /// Whole 4 KiB pages are held and charged; a page that this account pays for already is not charged again.
+    ///
+    /// # Errors
+    ///
+    /// [`RegisterError`]; then nothing is charged or held.
     pub fn register(
         backing: &Arc<Backing>,
         offset: u64,
         length: u64,
         account: &Account,
     ) -> Result<Arc<Memory>, RegisterError> {
+        Memory::register_resident(backing, offset, length, account, Residency::OnDemand)
+    }
+
+    /// The same, with the pages brought in or locked before this returns. The charge comes first, so nothing is brought
+    /// in that may not be.
+    ///
+    /// # Errors
+    ///
+    /// [`RegisterError`]; then nothing is charged, held or locked.
+    pub fn register_resident(
+        backing: &Arc<Backing>,
+        offset: u64,
+        length: u64,
+        account: &Account,
+        residency: Residency,
+    ) -> Result<Arc<Memory>, RegisterError> {
         if length == 0 {
             return Err(RegisterError::Empty);
         }
         let held = pages(offset, length).ok_or(RegisterError::OutOfBounds { offset, length })?;
-        if backing.length().is_some_and(|size| offset + (length - 1) >= size) {
+        if !backing.reaches(offset + (length - 1)).map_err(RegisterError::Unreachable)? {
             return Err(RegisterError::OutOfBounds { offset, length });
         }
-        let _registering = backing.registering();
-        let places = backing.hold(held.clone(), account)?.into_boxed_slice();
+        let mut registrations = backing.registering();
+        let places = hold(backing, &mut registrations, held, account, residency)?.into_boxed_slice();
+        let notes = Arc::new(Notes::default());
         Ok(Arc::new(Memory {
             backing: backing.clone(),
             offset,
-            length,
             account: account.clone(),
-            held,
-            places,
-            mapped: Mutex::new(Vec::new()),
+            residency,
+            number: registrations.enter(notes.clone()),
+            extent: Published::new(Extent { length, places }),
+            given_back: RwLock::default(),
+            has_holes: AtomicBool::new(false),
+            notes,
             newest: ArcSwapOption::empty(),
         }))
     }
 
-    /// How many bytes are registered.
+    /// How many bytes are registered, or were: to the end of the last page that was not given back.
     pub fn length(&self) -> u64 {
-        self.length
+        self.extent.read().length
     }
 
     /// The object it is a part of.
@@ -147,17 +309,167 @@ impl Memory {
         &self.backing
     }
 
-    /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
-    /// that is nothing or more than what is registered.
-    pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
-        let last = offset.checked_add(length.checked_sub(1)?).filter(|last| *last < self.length)?;
-        Some(self.object_pieces(self.offset + offset, self.offset + last))
+    /// Where in the object it begins, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
-    /// The same for bytes of the object, all of them registered, to the last one.
-    fn object_pieces(&self, mut at: u64, last: u64) -> impl Iterator<Item = Piece> + '_ {
+    /// Registers `additional` bytes behind the last, of a file that has become longer for example, charged to the same
+    /// account and as resident as the rest. Mappings of what was there are not touched.
+    ///
+    /// Like registering, it is not to be called inside a DMA section or from a call of a
+    /// [`DerivedTable`](crate::DerivedTable).
+    ///
+    /// # Errors
+    ///
+    /// [`RegisterError`]; then the memory is as long as it was.
+    pub fn grow(&self, additional: u64) -> Result<(), RegisterError> {
+        if additional == 0 {
+            return Err(RegisterError::Empty);
+        }
+        let mut registrations = self.backing.registering();
+        let (length, mut places) = {
+            let extent = self.extent.read();
+            (extent.length, extent.places.to_vec())
+        };
+        let beyond =
+            RegisterError::OutOfBounds { offset: self.offset.wrapping_add(length), length: additional };
+        let Some(total) = length.checked_add(additional) else { return Err(beyond) };
+        let Some(all) = pages(self.offset, total) else { return Err(beyond) };
+        if !self.backing.reaches(self.offset + (total - 1)).map_err(RegisterError::Unreachable)? {
+            return Err(beyond);
+        }
+        // The last page may have been only partly used.
+        let new = pages(self.offset, length).map_or(all.start, |held| held.end)..all.end;
+        if new.is_empty() && self.backing.is_revoked() {
+            return Err(RegisterError::Revoked);
+        }
+        if !new.is_empty() {
+            let chunk = |page: u64| page >> (self.backing.window_bits() - PAGE_BITS);
+            let known = (chunk(new.start) - chunk(all.start)) as usize;
+            let added = hold(&self.backing, &mut registrations, new, &self.account, self.residency)?;
+            places.truncate(known);
+            places.extend(added);
+        }
+        self.extent.replace(Extent { length: total, places: places.into_boxed_slice() });
+        Ok(())
+    }
+
+    /// Gives back `length` bytes from `offset` on: what is mapped there is unmapped, exactly, unless another
+    /// registration holds the same pages; and the pages are charged and held no more. The rest stays as it is, and
+    /// what is given back at the end can be had again with [`grow`](Self::grow).
+    ///
+    /// Only whole pages of 4 KiB of the object can be given back, except at the ends of the memory. When this returns, no
+    /// device reaches what was given back by a mapping of this memory.
+    ///
+    /// ```
+    /// use ioasid::{Account, Backing, Bus, Iova, Memory, Permissions, Space};
+    ///
+    /// let bus = Bus::new();
+    /// let account = Account::new("guest", None);
+    /// let memory = Memory::register(&Backing::anonymous(&bus, 1 << 20)?, 0, 1 << 20, &account)?;
+    /// let space = Space::new(&bus);
+    /// space.map(Iova::new(0), &memory, 0, 1 << 20, Permissions::READ)?;
+    /// memory.release(0x4000, 0x1000)?;
+    /// assert_eq!(account.charged_pages(), 255);
+    /// assert!(space.walk(Iova::new(0x4000)).is_none() && space.walk(Iova::new(0x5000)).is_some());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ReleaseError`]; then all of it is registered as before.
+    pub fn release(&self, offset: u64, length: u64) -> Result<(), ReleaseError> {
+        let mut registrations = self.backing.registering();
+        let whole = self.length();
+        let end = offset.checked_add(length).filter(|end| length > 0 && *end <= whole);
+        let end = end.ok_or(ReleaseError::NotRegistered { offset, length })?;
+        let is_boundary = |byte: u64| (self.offset.wrapping_add(byte)) & ((1 << PAGE_BITS) - 1) == 0;
+        if !(offset == 0 || is_boundary(offset)) || !(end == whole || is_boundary(end)) {
+            return Err(ReleaseError::Misaligned { offset, length });
+        }
+        let going = pages(self.offset + offset, length);
+        let going = going.filter(|pages| self.given_back().is_free(pages.clone()));
+        let going = going.ok_or(ReleaseError::NotRegistered { offset, length })?;
+        self.change_holes(|holes| holes.hold(going.clone()));
+        epoch::wait_for_operations();
+        if let Err(error) = self.unmap(&mut registrations, std::slice::from_ref(&going), Effort::Exact) {
+            self.change_holes(|holes| holes.release(going));
+            return Err(error.into());
+        }
+        self.let_go(&mut registrations, going);
+        if end == whole {
+            self.cut_end();
+        }
+        Ok(())
+    }
+
+    /// The end was given back: the memory ends with the last page that was not.
+    fn cut_end(&self) {
+        let extent = self.extent.read();
+        let all = pages(self.offset, extent.length).unwrap_or(0..0);
+        let end = self.given_back().held_exactly(all.clone(), 0).last().map_or(all.start, |part| part.end);
+        let chunk = |page: u64| page >> (self.backing.window_bits() - PAGE_BITS);
+        let (length, chunks) = match end > all.start {
+            true => ((end << PAGE_BITS) - self.offset, (chunk(end - 1) - chunk(all.start)) as usize + 1),
+            false => (0, 0),
+        };
+        let places = extent.places.get(..chunks).unwrap_or(&extent.places).into();
+        drop(extent);
+        self.extent.replace(Extent { length, places });
+        self.change_holes(|holes| holes.release(end..all.end));
+    }
+
+    fn given_back(&self) -> RwLockReadGuard<'_, Coverage> {
+        self.given_back.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change_holes(&self, change: impl FnOnce(&mut Coverage)) {
+        let mut holes: RwLockWriteGuard<'_, Coverage> =
+            self.given_back.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut holes);
+        self.has_holes.store(!holes.is_empty(), Ordering::Release);
+    }
+
+    /// Whether these bytes can be mapped. In an operation they can be for the rest of it, and the pieces stay the same; and
+    /// what is mapped in it is found by whoever takes them back meanwhile.
+    #[inline]
+    pub(crate) fn check(&self, offset: u64, length: u64) -> Result<(), Unavailable> {
+        if self.backing.is_revoked() {
+            return Err(Unavailable::Revoked);
+        }
+        let end = offset.checked_add(length).filter(|_| length > 0);
+        if end.is_none_or(|end| end > self.extent.read().length) {
+            return Err(Unavailable::NotRegistered);
+        }
+        if self.has_holes.load(Ordering::Acquire) {
+            // Within the extent, so it is a range of pages.
+            let whole = pages(self.offset + offset, length);
+            if !whole.is_some_and(|pages| self.given_back().is_free(pages)) {
+                return Err(Unavailable::NotRegistered);
+            }
+        }
+        Ok(())
+    }
+
+    /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
+    /// that is nothing or more than what is registered.
+    #[inline]
+    pub(crate) fn pieces(&self, offset: u64, length: u64) -> Option<impl Iterator<Item = Piece> + '_> {
+        let extent = self.extent.read();
+        let last = offset.checked_add(length.checked_sub(1)?).filter(|last| *last < extent.length)?;
+        Some(self.object_pieces(extent, self.offset + offset, self.offset + last))
+    }
+
+    /// The pieces of bytes of the object, all of them registered, to the last one.
+    fn object_pieces<'a>(
+        &self,
+        extent: Reading<'a, Extent>,
+        mut at: u64,
+        last: u64,
+    ) -> impl Iterator<Item = Piece> + use<'a> {
         let bits = self.backing.window_bits();
-        let first_chunk = (self.held.start << PAGE_BITS) >> bits;
+        let first_chunk = self.offset >> bits;
         let low = (1u64 << bits) - 1;
         let mut done = false;
         std::iter::from_fn(move || {
@@ -165,10 +477,10 @@ impl Memory {
                 return None;
             }
             let chunk = ((at >> bits) - first_chunk) as usize;
-            let place = self.places.get(chunk)?.get();
+            let place = extent.places.get(chunk)?.get();
             let mut end = at | low;
             // A large object mostly has one window behind the other.
-            let mut behind = self.places.iter().skip(chunk + 1);
+            let mut behind = extent.places.iter().skip(chunk + 1);
             let mut expected = place;
             while end < last {
                 expected += low + 1;
@@ -192,7 +504,7 @@ impl Memory {
                 return;
             }
         }
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mapped = lock(&self.notes);
         let note = match mapped.iter_mut().find(|mapped| mapped.space_id == space.id()) {
             Some(mapped) => {
                 mapped.widen(range);
@@ -213,22 +525,35 @@ impl Memory {
         let last = |page: u64| (page << PAGE_BITS) | ((1 << PAGE_BITS) - 1);
         let bytes = pages.iter().map(|pages| (pages.start << PAGE_BITS, last(pages.end - 1)));
         let mut pieces: Vec<Piece> =
-            bytes.flat_map(|(first, last)| self.object_pieces(first, last)).collect();
+            bytes.flat_map(|(first, last)| self.object_pieces(self.extent.read(), first, last)).collect();
         pieces.sort_unstable_by_key(|piece| piece.oa);
         pieces
     }
-}
 
-impl Drop for Memory {
-    fn drop(&mut self) {
-        let mut earlier = self.backing.registering();
-        let own = std::mem::take(self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner));
-        let (ours, shared) = self.backing.held_once(self.held.clone());
+    /// Unmaps the pages, all of them registered, that no other registration holds, wherever they are mapped.
+    fn unmap(
+        &self,
+        registrations: &mut Registrations,
+        parts: &[Range<u64>],
+        effort: Effort,
+    ) -> Result<(), UnmapError> {
+        let (mut ours, mut shared) = (Vec::new(), Vec::new());
+        for part in parts {
+            let (only_ours, others) = self.backing.held_once(part.clone());
+            ours.extend(only_ours);
+            shared.extend(others);
+        }
+        let own = lock(&self.notes).clone();
         let going = self.page_pieces(&ours);
         if !going.is_empty() {
-            for note in own.iter().chain(earlier.iter()) {
-                if let Some(space) = note.space.upgrade() {
-                    space.unmap_outputs(note.hull, &going);
+            for note in own.iter().chain(registrations.earlier.iter()) {
+                match effort {
+                    Effort::AtAnyPrice => note.unmap(&going),
+                    Effort::Exact => {
+                        if let Some(space) = note.space.upgrade() {
+                            space.unmap_outputs_exactly(note.hull, &going)?;
+                        }
+                    }
                 }
             }
         }
@@ -238,13 +563,61 @@ impl Drop for Memory {
         for note in own {
             let space = note.space.upgrade();
             if !staying.is_empty() && space.is_some_and(|space| space.may_lead_to(note.hull, &staying)) {
-                note.add_to(&mut earlier);
+                note.add_to(&mut registrations.earlier);
             }
         }
-        earlier.retain(|note| note.space.strong_count() > 0);
-        if !self.backing.release(self.held.clone(), &self.account) {
-            earlier.clear();
+        registrations.earlier.retain(|note| note.space.strong_count() > 0);
+        Ok(())
+    }
+
+    /// Holds the pages no longer.
+    fn let_go(&self, registrations: &mut Registrations, part: Range<u64>) {
+        self.backing.leave_resident(&mut registrations.locked, part.clone(), self.residency);
+        if !self.backing.release(part, &self.account) {
+            registrations.earlier.clear();
         }
+    }
+}
+
+/// What is done when exactly the pages cannot be unmapped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Effort {
+    /// Nothing.
+    Exact,
+    /// More is unmapped.
+    AtAnyPrice,
+}
+
+/// Charges and holds pages and makes them resident, all or nothing. Returns the places of their chunks.
+fn hold(
+    backing: &Backing,
+    registrations: &mut Registrations,
+    pages: Range<u64>,
+    account: &Account,
+    residency: Residency,
+) -> Result<Vec<Oa>, RegisterError> {
+    let places = backing.hold(pages.clone(), account)?;
+    if let Err(error) = backing.make_resident(&mut registrations.locked, pages.clone(), residency) {
+        backing.release(pages, account);
+        return Err(error.into());
+    }
+    Ok(places)
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let memory = &*self;
+        let mut registrations = memory.backing.registering();
+        let mut parts = Vec::new();
+        if let Some(all) = pages(memory.offset, memory.length()) {
+            parts.extend(memory.given_back().held_exactly(all, 0));
+        }
+        // Unmapping at any price does not fail.
+        let _ = memory.unmap(&mut registrations, &parts, Effort::AtAnyPrice);
+        for part in parts {
+            memory.let_go(&mut registrations, part);
+        }
+        registrations.leave(memory.number);
     }
 }
 
@@ -268,14 +641,14 @@ mod tests {
             space.map(Iova::new(round * PAGE), &memory, 0, PAGE, Permissions::READ).unwrap();
             space.unmap(IovaRange::ALL).unwrap();
             drop(memory);
-            assert!(backing.registering().is_empty());
+            assert!(backing.registering().earlier.is_empty());
         }
         for round in 0..10 {
             space.map(Iova::new(round * PAGE), &register(), 0, PAGE, Permissions::READ).unwrap();
         }
-        let notes: Vec<IovaRange> = backing.registering().iter().map(|note| note.hull).collect();
+        let notes: Vec<IovaRange> = backing.registering().earlier.iter().map(|note| note.hull).collect();
         assert_eq!(notes, [IovaRange::with_length(0, 10 * PAGE).unwrap()]);
         drop(stays);
-        assert!(backing.registering().is_empty() && space.leaves(IovaRange::ALL).is_empty());
+        assert!(backing.registering().earlier.is_empty() && space.leaves(IovaRange::ALL).is_empty());
     }
 }

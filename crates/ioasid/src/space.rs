@@ -34,6 +34,7 @@ mod policy;
 mod protect;
 mod query;
 mod remap;
+mod snapshot;
 mod unmap;
 
 pub use alias::AliasError;

@@ -118,7 +118,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
                         model.allocated.insert(place.first(), place.last());
                     }
                     Err(AllocateError::Exhausted { length: asked, free }) => {
-                        assert!(free < length && asked == length)
+                        assert!(free < length && asked == length);
                     }
                     Err(AllocateError::Fragmented { free, largest, .. }) => {
                         assert!(free >= length && (largest < length || alignment > PAGE));

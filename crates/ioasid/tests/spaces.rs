@@ -623,7 +623,7 @@ fn no_place_is_forgotten_however_many_look_for_one() {
                             6..10 => match space.map(Iova::new(page * K4), ram, 0, pages * K4, RW) {
                                 Ok(()) => mine.push(range(page * K4, pages * K4)),
                                 Err(error) => {
-                                    assert!(matches!(error, MapError::AlreadyMapped { .. }), "{error}")
+                                    assert!(matches!(error, MapError::AlreadyMapped { .. }), "{error}");
                                 }
                             },
                             _ => {

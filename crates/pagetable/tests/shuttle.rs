@@ -299,6 +299,29 @@ impl Log {
         }
     }
 
+    /// The leaves, of which nobody can take one meanwhile, may lead elsewhere from now on; there is always one.
+    fn remaps(&mut self, pages: std::ops::Range<u64>, output: u64) {
+        let now = self.tick();
+        for page in pages.clone() {
+            let old = self.open(page).unwrap_or_else(|| panic!("page {page:#x} is held and not mapped"));
+            let (must, mapped) = (old.must, old.mapped);
+            let output = output + (page - pages.start) * PAGE;
+            let episode = Episode { output, may: (now, u64::MAX), must, mapped };
+            self.pages.entry(page).or_default().push(episode);
+        }
+    }
+
+    /// They lead there no more where they did.
+    fn remapped(&mut self, pages: std::ops::Range<u64>) {
+        let now = self.tick();
+        for page in pages {
+            let episodes = self.pages.entry(page).or_default();
+            let old = episodes.iter_mut().rev().nth(1).unwrap();
+            old.may.1 = now;
+            old.must.1 = old.must.1.min(now);
+        }
+    }
+
     /// Leaves may go from now on.
     fn unmaps(&mut self, pages: std::ops::Range<u64>) {
         let now = self.tick();
@@ -754,12 +777,16 @@ impl<F: ClaimFormat> Claimer<F> {
     fn step(&mut self) {
         let world = Arc::clone(&self.world);
         let pages = self.pages();
-        world.during(|| match random(8) {
+        world.during(|| match random(11) {
             0..=2 => self.claim(pages),
             3..=5 => self.retract(pages),
             6 => {
                 world.radix.merge_claimed(range_of(&pages), &mut self.gather);
             }
+            7 => {
+                world.radix.merge_joining(range_of(&pages), &mut self.gather);
+            }
+            8 | 9 => self.change(pages),
             _ => self.hold(pages),
         });
         world.free(&mut self.gather);
@@ -813,6 +840,43 @@ impl<F: ClaimFormat> Claimer<F> {
             }
         }
         world.log().tried(pages);
+        self.gather.retired.append(&mut gather.retired);
+    }
+
+    /// Holds what is mapped; if that is all of the pages, it leads elsewhere afterwards.
+    fn change(&mut self, pages: std::ops::Range<u64>) {
+        let world = &self.world;
+        let range = range_of(&pages);
+        let output = {
+            let mut log = world.log();
+            log.mappings += 1;
+            log.mappings * world.pages.next_power_of_two() * PAGE + (pages.start ^ random(2)) * PAGE
+        };
+        let mut gather = Gather::new();
+        let exactly = random(4) > 0;
+        let held = if exactly {
+            let largest = PageSize::from_log2((range.first() ^ output).trailing_zeros()).unwrap();
+            world.radix.hold_exactly(range, largest, &mut gather)
+        } else {
+            world.radix.hold_all(range, &mut gather)
+        };
+        assert!(matches!(held, Ok(()) | Err(RetractError::Contended { .. })), "{held:?}");
+        let runs: Vec<IovaRange> = gather.runs.iter().collect();
+        if exactly && runs == [range] {
+            world.log().remaps(pages.clone(), output);
+            world.radix.remap_held(range, Oa::new(output), READ_WRITE);
+            world.log().remapped(pages.clone());
+        } else {
+            for run in &runs {
+                world.radix.protect_held(*run, READ_WRITE);
+            }
+        }
+        for run in &runs {
+            for page in pages_of(*run) {
+                assert!(world.radix.walk(page * PAGE).is_ok(), "a held leaf stays");
+            }
+            world.radix.let_go_all(*run);
+        }
         self.gather.retired.append(&mut gather.retired);
     }
 

@@ -214,7 +214,10 @@ impl Pages {
         self.charge.account.account.set_limit(self.charge.limit_pages);
         Memory::register(backing, start, length, &self.charge.account.account).map_err(|error| match error {
             RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
-            RegisterError::OutOfBounds { .. } => Errno::FAULT,
+            RegisterError::OutOfBounds { .. }
+            | RegisterError::Revoked
+            | RegisterError::Residency(_)
+            | RegisterError::Unreachable(_) => Errno::FAULT,
             RegisterError::Empty => Errno::INVAL,
         })
     }

@@ -429,7 +429,7 @@ mod tests {
                         .filter(|first| all(&model, *first, count, true))
                         .map(|first| pages(base, first, count));
                     let lowest = places.next();
-                    let highest = places.last().or(lowest);
+                    let highest = places.next_back().or(lowest);
                     assert_eq!(holes.lowest(in_window, count * PAGE, 1 << bits), lowest);
                     assert_eq!(holes.highest(in_window, count * PAGE, 1 << bits), highest);
                 }

@@ -19,8 +19,7 @@ use super::protect::Stretch;
 use super::{Permissions, Space};
 use crate::backing::Backing;
 use crate::epoch;
-use crate::memory::MappedIn;
-use ioasid_pagetable::{Iova, IovaRange, Oa};
+use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -49,21 +48,23 @@ pub enum AliasError {
 type Objects = BTreeMap<*const Backing, Arc<Backing>>;
 
 /// What is held in the source, as it will be mapped at the target.
-struct Copy<'a> {
+struct Duplicate<'a> {
     held: &'a Held<'a>,
     source: IovaRange,
     target: IovaRange,
     permissions: Permissions,
 }
 
-impl Copy<'_> {
+impl Duplicate<'_> {
     /// Where the target has the same place as this address in the source.
     fn moved(&self, iova: u64) -> u64 {
         self.target.first() + (iova - self.source.first())
     }
 }
 
-impl Parts for Copy<'_> {
+impl Parts for Duplicate<'_> {
+    const WHOLE: bool = false;
+
     fn range(&self) -> IovaRange {
         self.target
     }
@@ -75,6 +76,11 @@ impl Parts for Copy<'_> {
             let attributes = attributes.difference(Permissions::READ_WRITE.attributes()) | kept;
             Some(Part { range, oa, attributes })
         })
+    }
+
+    fn check(&self) -> Result<(), MapError> {
+        // The registrations of the objects are locked, so whoever takes the memory away looks for it later.
+        Ok(())
     }
 }
 
@@ -110,15 +116,15 @@ impl Space {
             let portion = Portion { range: source, largest: None };
             // Nothing is cut, so nothing can fail.
             if let Ok(Some(mut held)) = self.try_hold(source, || std::iter::once(portion)) {
-                let copy = Copy { held: &held, source, target: range, permissions };
-                if self.are_all_behind(&copy, &objects) {
-                    let bytes = copy.check(granule)?;
+                let duplicate = Duplicate { held: &held, source, target: range, permissions };
+                if self.are_all_behind(&duplicate, &objects) {
+                    let bytes = duplicate.check(granule)?;
                     for notes in &mut registrations {
-                        MappedIn::note(notes, target, range);
+                        notes.note(target, range);
                     }
                     // The map has a section of its own, and may have to wait outside of it.
                     held.leave();
-                    match target.try_map(&Copy { held: &held, source, target: range, permissions }) {
+                    match target.try_map(&Duplicate { held: &held, source, target: range, permissions }) {
                         Ok(()) => return Ok(bytes),
                         Err(Try::Failed(error)) => return Err(error.into()),
                         Err(Try::Contended) => {}
@@ -155,8 +161,8 @@ impl Space {
         true
     }
 
-    fn are_all_behind(&self, copy: &Copy<'_>, objects: &Objects) -> bool {
-        copy.parts().all(|part| {
+    fn are_all_behind(&self, duplicate: &Duplicate<'_>, objects: &Objects) -> bool {
+        duplicate.parts().all(|part| {
             let mut known = true;
             let bytes = part.range.last() - part.range.first() + 1;
             self.objects_at(part.oa, bytes, |object| known &= objects.contains_key(&Arc::as_ptr(&object)))
@@ -171,13 +177,12 @@ impl Space {
     }
 }
 
-impl Copy<'_> {
+impl Duplicate<'_> {
     /// Whether it can be mapped; how many bytes it has.
-    fn check(&self, granule: ioasid_pagetable::PageSize) -> Result<u64, AliasError> {
+    fn check(&self, granule: PageSize) -> Result<u64, AliasError> {
         let mut bytes = 0u64;
         for part in self.parts() {
-            if part.attributes & Permissions::READ_WRITE.attributes() == ioasid_pagetable::Attributes::empty()
-            {
+            if part.attributes & Permissions::READ_WRITE.attributes() == Attributes::empty() {
                 let at = self.source.first() + (part.range.first() - self.target.first());
                 return Err(AliasError::NoPermission { at });
             }

@@ -228,6 +228,27 @@ impl Space {
         self.layout.load().reserved.iter().map(|(range, _)| *range).collect()
     }
 
+    /// What users have reserved, by first address, with the number of each.
+    pub(super) fn user_reservations(&self) -> Vec<(IovaRange, u64)> {
+        let layout = self.layout.load();
+        let of_users = layout.reserved.iter().filter_map(|(range, owner)| match owner {
+            ReservationOwner::User(number) => Some((*range, *number)),
+            ReservationOwner::Table(_) | ReservationOwner::Device(_) => None,
+        });
+        of_users.collect()
+    }
+
+    /// Sets all reserved and allowed ranges, sorted and apart from each other, of a space that nobody uses yet and that
+    /// has no mapping in a reserved one.
+    pub(super) fn set_ranges(&self, reserved: &[(IovaRange, u64)], allowed: &[IovaRange]) {
+        let _changing = self.changing();
+        let mut layout = Layout::clone(&self.layout.load());
+        let of_user = |&(range, number)| (range, ReservationOwner::User(number));
+        layout.reserved = reserved.iter().map(of_user).collect();
+        layout.allowed = allowed.to_vec();
+        self.layout.store(Arc::new(layout));
+    }
+
     /// The addresses that are not reserved, ascending.
     pub fn usable_ranges(&self) -> Vec<IovaRange> {
         self.layout.load().usable().collect()

@@ -15,7 +15,7 @@ use super::layout::Layout;
 use super::{Permissions, Space};
 use crate::epoch;
 use crate::iommu::TableError;
-use crate::memory::Memory;
+use crate::memory::{Memory, Unavailable};
 use ioasid_pagetable::{
     Attributes, ClaimError, Gather, HeapTables, Iova, IovaRange, MapError as EntryError, Oa, PageSize, Runs,
 };
@@ -45,7 +45,10 @@ pub enum MapError {
         /// The length asked for.
         length: u64,
     },
-    /// The memory is shorter than that.
+    /// The memory was taken back from everybody.
+    #[error("the memory was revoked")]
+    Revoked,
+    /// The memory is shorter than that, or was given back there.
     #[error("{length:#x} bytes at {offset:#x} reach beyond the registered memory")]
     BeyondMemory {
         /// The first byte of the memory.
@@ -122,9 +125,16 @@ pub(super) struct Part {
 
 /// What shall be mapped: parts that ascend within a range, the same each time they are asked for.
 pub(super) trait Parts {
+    /// The parts follow each other without holes.
+    const WHOLE: bool;
+
     fn range(&self) -> IovaRange;
 
     fn parts(&self) -> impl Iterator<Item = Part>;
+
+    /// Asked in the operation in which the parts become visible: whether they still may. If so they stay the same until
+    /// the operation ends, and whoever takes the memory away meanwhile waits for that and finds them.
+    fn check(&self) -> Result<(), MapError>;
 }
 
 /// A mapping as it was asked for, checked.
@@ -156,6 +166,8 @@ impl<'a> Request<'a> {
 }
 
 impl Parts for Request<'_> {
+    const WHOLE: bool = true;
+
     fn range(&self) -> IovaRange {
         self.range
     }
@@ -167,6 +179,13 @@ impl Parts for Request<'_> {
             let range = IovaRange::with_length(first, piece.length)?;
             first = first.wrapping_add(piece.length);
             Some(Part { range, oa: piece.oa, attributes: self.attributes })
+        })
+    }
+
+    fn check(&self) -> Result<(), MapError> {
+        self.memory.check(self.offset, self.length).map_err(|error| match error {
+            Unavailable::Revoked => MapError::Revoked,
+            Unavailable::NotRegistered => MapError::BeyondMemory { offset: self.offset, length: self.length },
         })
     }
 }
@@ -259,7 +278,7 @@ impl Space {
 
     /// Maps all parts, or none. Everything that must not go meanwhile is the caller's to keep.
     #[inline]
-    pub(super) fn try_map(&self, request: &impl Parts) -> Result<(), Try> {
+    pub(super) fn try_map<P: Parts>(&self, request: &P) -> Result<(), Try> {
         let operation = epoch::operation();
         let layout = self.layout.load();
         let range = request.range();
@@ -269,11 +288,13 @@ impl Space {
         if layout.is_undecided(range) {
             return Err(Try::Contended);
         }
+        request.check().map_err(Try::Failed)?;
         let counted = self.count_in(request)?;
         let mut gather = Gather::new();
         let mut result = self.claim_parts(request, &mut gather);
         if result.is_ok() {
             match self.fill_followers(request, &layout) {
+                Ok(()) if P::WHOLE => self.native.publish(range),
                 Ok(()) => request.parts().for_each(|part| self.native.publish(part.range)),
                 Err(error) => {
                     drop(layout);

@@ -31,6 +31,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Where a space may have room.
 pub(super) struct Placement {
+    /// But for the first page, which is proposed to nobody.
     holes: Mutex<Holes>,
     /// Operations that do not know of this have ended.
     known: OnceLock<()>,
@@ -41,8 +42,16 @@ impl Placement {
     fn new(granule: PageSize) -> Placement {
         let mut holes = Holes::new(granule);
         holes.prepare(PageSize::SIZE_1G);
-        holes.set_free(IovaRange::ALL);
+        Placement::set_free(&mut holes, IovaRange::ALL);
         Placement { holes: Mutex::new(holes), known: OnceLock::new() }
+    }
+
+    /// Proposes it.
+    fn set_free(holes: &mut Holes, range: IovaRange) {
+        let above_zero = IovaRange::new(holes.granule().bytes(), u64::MAX);
+        if let Some(range) = above_zero.and_then(|above_zero| range.intersection(&above_zero)) {
+            holes.set_free(range);
+        }
     }
 
     fn holes(&self) -> MutexGuard<'_, Holes> {
@@ -64,11 +73,10 @@ impl Space {
     pub(super) fn propose(&self, length: u64, alignments: &[u64]) -> Option<IovaRange> {
         let placement = self.placement();
         let layout = self.layout.load();
-        let above_zero = IovaRange::new(1, u64::MAX)?;
         let mut holes = placement.holes();
-        let place = alignments.iter().find_map(|alignment| {
-            layout.find_place(|window| holes.lowest(window.intersection(&above_zero)?, length, *alignment))
-        })?;
+        let place = alignments
+            .iter()
+            .find_map(|alignment| layout.find_place(|window| holes.lowest(window, length, *alignment)))?;
         holes.set_taken(place);
         Some(place)
     }
@@ -79,7 +87,7 @@ impl Space {
         let Some(placement) = self.placement.get() else { return };
         let _operation = epoch::operation();
         let mut holes = placement.holes();
-        holes.set_free(place);
+        Placement::set_free(&mut holes, place);
         let Some(all) = IovaRange::new(place.first(), u64::MAX) else { return };
         let mut run: Option<IovaRange> = None;
         self.native.occupied(all, |occupied| {
@@ -101,7 +109,7 @@ impl Space {
     /// A range of native entries is absent, or part of it is.
     pub(super) fn propose_again(&self, range: IovaRange) {
         if let Some(placement) = self.placement.get() {
-            placement.holes().set_free(range);
+            Placement::set_free(&mut placement.holes(), range);
         }
     }
 }

@@ -14,9 +14,24 @@ use ioasid_pagetable::{IovaRange, Runs};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a space allows of mappings. By default everything.
+///
+/// ```
+/// use ioasid::pagetable::Native;
+/// use ioasid::{Account, Backing, Bus, Iova, IovaRange, MappingPolicy, Memory, Permissions, Space, UnmapError};
+///
+/// let bus = Bus::new();
+/// let ram = Memory::register(&Backing::anonymous(&bus, 1 << 20)?, 0, 1 << 20, &Account::new("guest", None))?;
+/// let space = Space::with_policy(&bus, Native::new(), MappingPolicy::TYPE1_V2);
+/// space.map(Iova::new(0x10000), &ram, 0, 0x8000, Permissions::READ)?;
+/// let whole = IovaRange::with_length(0x10000, 0x8000).unwrap();
+/// let half = IovaRange::with_length(0x10000, 0x4000).unwrap();
+/// assert!(matches!(space.unmap(half), Err(UnmapError::CutsMapping { mapping }) if mapping == whole));
+/// assert_eq!(space.unmap(whole)?.bytes(), 0x8000);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MappingPolicy {
-    /// At most so many mappings; one more is refused. VFIO type1 has 65535 unless told otherwise.
+    /// At most so many mappings; one more is refused ([`MapError::TooManyMappings`](super::MapError::TooManyMappings)).
     pub most: Option<u64>,
     /// Mappings are unmapped whole: an unmap that would cut one is refused and names it. Memory that goes is unmapped in
     /// any case.
@@ -24,6 +39,9 @@ pub struct MappingPolicy {
 }
 
 impl MappingPolicy {
+    /// What a container of VFIO's type1 IOMMU, version 2, allows unless its module was told otherwise.
+    pub const TYPE1_V2: MappingPolicy = MappingPolicy { most: Some(65535), whole_only: true };
+
     /// Whether it has to be known where mappings begin.
     pub(super) fn knows_mappings(&self) -> bool {
         self.most.is_some() || self.whole_only
@@ -46,6 +64,11 @@ impl MappingCount {
         if count > 0 {
             self.0.fetch_sub(count, Ordering::Relaxed);
         }
+    }
+
+    /// Counts anew.
+    pub(super) fn set(&self, count: u64) {
+        self.0.store(count, Ordering::Relaxed);
     }
 
     fn count_one_more(&self) {

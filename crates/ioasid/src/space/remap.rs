@@ -57,6 +57,21 @@ impl Space {
     /// Each leaf changes in one step: devices that use the range meanwhile reach the old memory or the new. When it
     /// returns no device reaches the old memory here, as after an unmap. On an error everything is as before, and the
     /// new memory is reached no more.
+    ///
+    /// ```
+    /// use ioasid::{Account, Backing, Bus, Iova, Memory, Permissions, Space};
+    ///
+    /// let (bus, account) = (Bus::new(), Account::new("guest", None));
+    /// let old = Memory::register(&Backing::anonymous(&bus, 2 << 20)?, 0, 2 << 20, &account)?;
+    /// let new = Memory::register(&Backing::anonymous(&bus, 2 << 20)?, 0, 2 << 20, &account)?;
+    /// let space = Space::new(&bus);
+    /// space.map(Iova::new(0), &old, 0, 2 << 20, Permissions::READ_WRITE)?;
+    /// // A page of it moves, while devices read and write all of it.
+    /// space.remap(Iova::new(0x3000), &new, 0, 0x1000, Permissions::READ_WRITE)?;
+    /// let page = space.query(Iova::new(0x3000)).unwrap();
+    /// assert!(std::sync::Arc::ptr_eq(&space.object_at(page.oa).unwrap().0, new.backing()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn remap(
         self: &Arc<Self>,
         iova: Iova,
@@ -83,6 +98,8 @@ impl Space {
             Some(run) => return Err(RemapError::NotMapped { at: run.last().wrapping_add(1) }),
             None => return Err(RemapError::NotMapped { at: range.first() }),
         }
+        // What is held is held within an operation.
+        request.check().map_err(RemapError::Request)?;
         held.change_followers(
             |table| {
                 let mut done = None;

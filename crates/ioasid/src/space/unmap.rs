@@ -393,6 +393,27 @@ impl Space {
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
     /// pieces are in ascending order of their output addresses.
     pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece]) {
+        let _ = self.unmap_found(hull, pieces, |range| {
+            self.unmap_at_any_price(range, pieces);
+            Ok(())
+        });
+    }
+
+    /// The same, but nothing else. On an error some of the leaves may have been unmapped.
+    pub(crate) fn unmap_outputs_exactly(&self, hull: IovaRange, pieces: &[Piece]) -> Result<(), UnmapError> {
+        let wanted = |leaf: &Leaf| pieces_under(leaf, pieces).next().is_some();
+        self.unmap_found(hull, pieces, |range| {
+            self.unmap_wanted(range, Some(&wanted), Manner::Strict).map(drop)
+        })
+    }
+
+    /// Has every range unmapped that leads to one of the pieces, until there is none.
+    fn unmap_found(
+        &self,
+        hull: IovaRange,
+        pieces: &[Piece],
+        mut unmap: impl FnMut(IovaRange) -> Result<(), UnmapError>,
+    ) -> Result<(), UnmapError> {
         // Devices may still reach what was unmapped without waiting for them.
         self.flush();
         let mut unknown = vec![hull];
@@ -400,7 +421,7 @@ impl Space {
         while !unknown.is_empty() {
             let (found, busy) = self.leading_to(&unknown, pieces);
             for range in found.iter() {
-                self.unmap_at_any_price(range, pieces);
+                unmap(range)?;
             }
             // Another unmap may be about to end, or to give its leaves back. The memory may only go when that is
             // decided, and when the DMA that the other one waits for has ended.
@@ -409,6 +430,7 @@ impl Space {
                 self.step_aside(&mut tries);
             }
         }
+        Ok(())
     }
 
     /// Whether something in the range leads, or may lead in a moment, to one of the pieces of memory.

@@ -63,6 +63,11 @@ impl Native {
     pub const fn granule(&self) -> PageSize {
         self.granule
     }
+
+    /// No leaf is larger, unless the granule is.
+    pub const fn largest_leaf(&self) -> PageSize {
+        self.largest_leaf
+    }
 }
 
 impl Default for Native {

@@ -13,6 +13,7 @@ pub(super) fn map_errno(error: MapError) -> Errno {
         MapError::Table(error) => table_errno(&error),
         MapError::NoRange { .. }
         | MapError::BeyondMemory { .. }
+        | MapError::Revoked
         | MapError::Misaligned { .. }
         | MapError::NoPermission
         | MapError::OtherBus => Errno::INVAL,
