@@ -301,10 +301,12 @@ impl Sequence {
                     RW,
                 );
                 let pages = slot.first + first..slot.first + first + count;
-                if self.objects[slot.object].revoked {
+                let revoked = self.objects[slot.object].revoked;
+                if !pages.clone().all(|page| slot.holds(page)) {
+                    let told = matches!(result, Err(MapError::BeyondMemory { .. }));
+                    assert!(told || revoked && matches!(result, Err(MapError::Revoked)), "{result:?}");
+                } else if revoked {
                     assert!(matches!(result, Err(MapError::Revoked)), "{result:?}");
-                } else if !pages.clone().all(|page| slot.holds(page)) {
-                    assert!(matches!(result, Err(MapError::BeyondMemory { .. })), "{result:?}");
                 } else if self.mapped[space].range(at..at + count).next().is_some() {
                     assert!(matches!(result, Err(MapError::AlreadyMapped { .. })), "{result:?}");
                 } else {
