@@ -45,7 +45,6 @@
 #[allow(unsafe_code, reason = "takes memory that its caller vouches for")]
 mod backing;
 mod bus;
-mod coverage;
 mod derived;
 mod device;
 mod dma;
@@ -79,7 +78,7 @@ pub use ioasid_pagetable::{
     Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
 };
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
-pub use ledger::{Account, OverLimit};
+pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, RegisterError, ReleaseError};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
