@@ -207,7 +207,13 @@ struct Part {
     length: u64,
 }
 
-/// A translated range of addresses, borrowed from a [`Space`]: see the [module](self) on what that means.
+/// A translated range of addresses, borrowed from a [`Space`] ([`Space::borrow`]).
+///
+/// It is a pin: whoever unmaps some of it, or changes it in place, has its holder asked to let go and waits for at most
+/// [`SLICE_PATIENCE`]; then he fails, and nothing has changed. Only when the [`Memory`](crate::Memory) behind it is dropped or
+/// its object is revoked, the translation goes after that time all the same; the slice keeps the bytes alive then, but they
+/// are not devices' memory any more. The CPU, other devices and guests write the memory at any time, so there is never a
+/// reference to its bytes: they are copied from and to, used as atomics, or named to system calls by address.
 ///
 /// It can be kept for as long as its holder likes, and moved between threads. Dropping it lets go.
 pub struct BorrowedSlice {
