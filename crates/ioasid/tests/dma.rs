@@ -485,6 +485,87 @@ fn an_alias_goes_with_the_memory_also_if_it_is_just_being_made() {
 }
 
 #[test]
+fn an_alias_of_an_alias_goes_with_the_memory_whatever_is_looked_at_first() {
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    // Mapped here, with aliases noted first for the one and then for the other.
+    let (origin, target, source) = (Space::new(&bus), Space::new(&bus), Space::new(&bus));
+    let stop = AtomicBool::new(false);
+    let aliased = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let done = source.alias(range(0, 4 * K4), &target, Iova::new(0), RW);
+                aliased.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                target.unmap(range(0, 4 * K4)).unwrap();
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        for round in 0u64.. {
+            if Instant::now() > end {
+                break;
+            }
+            let backing = Backing::anonymous(&bus, 4 * K4).unwrap();
+            let ram = Memory::register(&backing, 0, 4 * K4, &account).unwrap();
+            origin.map(Iova::new(0), &ram, 0, 4 * K4, RW).unwrap();
+            origin.alias(range(0, 4 * K4), &target, Iova::new(8 * K4), RW).unwrap();
+            target.unmap(range(8 * K4, 4 * K4)).unwrap();
+            origin.alias(range(0, 4 * K4), &source, Iova::new(0), RW).unwrap();
+            origin.unmap(range(0, 4 * K4)).unwrap();
+            for _ in 0..round % 64 * 8 {
+                std::hint::spin_loop();
+            }
+            drop(ram);
+            for space in [&origin, &target, &source] {
+                assert_eq!(space.leaves(IovaRange::ALL), []);
+            }
+        }
+    });
+    assert!(aliased.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn an_alias_of_memory_that_has_just_come_goes_with_that_memory() {
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    let (space, other) = (Space::new(&bus), Space::new(&bus));
+    let fresh = || {
+        let backing = Backing::anonymous(&bus, K4).unwrap();
+        Memory::register(&backing, 0, K4, &account).unwrap()
+    };
+    let mut before = fresh();
+    space.map(Iova::new(0), &before, 0, K4, RW).unwrap();
+    let stop = AtomicBool::new(false);
+    let aliased = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let _stop = StopAtTheEnd(&stop);
+        scope.spawn(|| {
+            for round in 0u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let done = space.alias(range(0, K4), &other, Iova::new(round % 64 * K4), RW);
+                aliased.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                if round % 64 == 0 {
+                    other.unmap(IovaRange::ALL).unwrap();
+                }
+            }
+        });
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
+            // What was looked up a moment ago is another object now.
+            let now = fresh();
+            space.remap(Iova::new(0), &now, 0, K4, RW).unwrap();
+            drop(std::mem::replace(&mut before, now));
+            for leaf in other.leaves(IovaRange::ALL) {
+                let (object, _) = other.object_at(leaf.oa).expect("the memory is gone and the alias is not");
+                assert!(Arc::ptr_eq(&object, before.backing()));
+            }
+        }
+    });
+    assert!(aliased.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
 fn memory_that_is_just_being_remapped_away_is_not_freed_too_early() {
     let (bus, double) = (Bus::new(), Double::new());
     let account = Account::new("test", None);
@@ -708,6 +789,65 @@ struct Unblock<'a>(&'a Recorder);
 impl Drop for Unblock<'_> {
     fn drop(&mut self) {
         self.0.block(None);
+    }
+}
+
+#[test]
+fn a_remap_and_a_protect_wait_for_calls_that_block_and_others_do_not_wait_for_them() {
+    let (bus, double, others) = (Bus::new(), Double::new(), Double::new());
+    let account = Account::new("test", None);
+    let own = Backing::anonymous(&bus, 4 * K4).unwrap();
+    let own = Memory::register(&own, 0, 4 * K4, &account).unwrap();
+    for change in ["remap", "protect", "widen"] {
+        let recorder = Arc::new(Recorder::default());
+        let late = Backing::late_bound(&bus, recorder.clone());
+        let ram = Memory::register(&late, 0, 4 * K4, &account).unwrap();
+        let (space, other) = (Space::new(&bus), Space::new(&bus));
+        let _device = double.attached(NATIVE, &space);
+        let permissions = if change == "widen" { Permissions::READ } else { RW };
+        space.map(Iova::new(0), &ram, 0, 4 * K4, permissions).unwrap();
+        recorder.block(Some(1));
+        std::thread::scope(|scope| {
+            let unblock = Unblock(&recorder);
+            let mut port = Port::new(&double, NATIVE);
+            let reader = scope.spawn(move || port.read(K4, &mut [0; 16]));
+            recorder.wait_for_blocked_call();
+            if change == "widen" {
+                // Nobody has to give up what he may do already.
+                assert_eq!(space.protect(range(0, 4 * K4), RW).unwrap(), 4 * K4);
+            }
+            let (returned, changed) = mpsc::channel();
+            let (space, own) = (&space, &own);
+            scope.spawn(move || {
+                if change == "remap" {
+                    space.remap(Iova::new(K4), own, K4, K4, RW).unwrap();
+                } else {
+                    space.protect(range(K4, K4), Permissions::READ).unwrap();
+                }
+                returned.send(()).unwrap();
+            });
+            // It has begun when the leaf says so; and then it says nothing else any more.
+            let is_changed = || {
+                let mapped = space.query(Iova::new(K4)).expect("a hole");
+                let (object, _) = space.object_at(mapped.oa).unwrap();
+                Arc::ptr_eq(&object, own.backing()) || mapped.permissions == Permissions::READ
+            };
+            let deadline = Instant::now() + CERTAINTY;
+            while !is_changed() {
+                assert!(Instant::now() < deadline);
+                std::thread::yield_now();
+            }
+            // Layouts change meanwhile, here and elsewhere.
+            drop(others.attached(DERIVED, &other));
+            space.reserve(range(64 * K4, K4), ioasid::ReservationOwner::User(1)).unwrap();
+            assert!(
+                matches!(changed.try_recv(), Err(mpsc::TryRecvError::Empty)),
+                "{change} has returned under a running call"
+            );
+            drop(unblock);
+            assert_eq!(reader.join().unwrap(), Ok(true));
+            changed.recv_timeout(CERTAINTY).unwrap();
+        });
     }
 }
 

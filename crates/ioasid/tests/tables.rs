@@ -714,6 +714,38 @@ impl Drop for OpenGate<'_> {
 }
 
 #[test]
+fn a_mapping_that_comes_while_a_protect_waits_is_protected_whole_or_not_at_all() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    for _ in 0..20 {
+        // A hole in the middle, and behind it a page that is being unmapped.
+        space.map(Iova::new(0), &world.ram, 0, K4, RW).unwrap();
+        space.map(Iova::new(3 * K4), &world.ram, 3 * K4, K4, RW).unwrap();
+        let release = OpenGate(&double);
+        double.switches.close_gate(Stop::Unmaps);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                space.unmap(range(3 * K4, K4)).unwrap();
+                // The hole was passed by now, and the page was not.
+                space.map(Iova::new(K4), &world.ram, K4, 3 * K4, RW).unwrap();
+            });
+            double.switches.wait_for_call();
+            let protector = scope.spawn(|| space.protect(range(0, 4 * K4), Permissions::READ).unwrap());
+            // It has the first page and waits for the last. (If it does not yet, the test shows less.)
+            std::thread::sleep(std::time::Duration::from_millis(4));
+            drop(release);
+            let bytes = protector.join().unwrap();
+            assert!(bytes == K4 || bytes == 4 * K4, "{bytes:#x}");
+        });
+        let rights = [1, 2, 3].map(|page| space.query(Iova::new(page * K4)).unwrap().permissions);
+        assert!(rights == [Permissions::READ; 3] || rights == [RW; 3], "{rights:?}");
+        assert_in_step(&space, &double);
+        assert_eq!(space.unmap(IovaRange::ALL).unwrap().bytes(), 4 * K4);
+    }
+}
+
+#[test]
 fn an_unmap_that_began_before_a_table_leaves_nothing_in_it() {
     let (world, double) = (World::new(), Double::new());
     let space = Space::new(&world.bus);
@@ -766,4 +798,32 @@ fn memory_is_not_given_back_while_another_unmap_of_it_is_under_way() {
     });
     assert_eq!(mappings(&space), []);
     assert_in_step(&space, &double);
+}
+
+/// A search for room looks at the table while a map is under way that will fail: what it has seen claimed is free
+/// afterwards, and is found again.
+#[test]
+fn what_a_map_claimed_that_failed_is_proposed_again() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    let place = 16 * G1;
+    space.set_allowed(&[range(place, 2 * K4)]).unwrap();
+    let two_pages = || space.map_anywhere(&world.ram, 0, 2 * K4, RW).map(Iova::get);
+    assert_eq!(two_pages().unwrap(), place);
+    space.unmap(range(place, 2 * K4)).unwrap();
+    space.map(Iova::new(place), &world.ram, 0, K4, RW).unwrap();
+    let release = OpenGate(&double);
+    double.switches.close_gate(Stop::Calls);
+    double.switches.fail(Call::Map, 1);
+    std::thread::scope(|scope| {
+        let mapper = scope.spawn(|| space.map(Iova::new(place + K4), &world.ram, 0, K4, RW));
+        double.switches.wait_for_call();
+        assert!(matches!(two_pages(), Err(MapError::NoHole { .. })));
+        drop(release);
+        assert!(matches!(mapper.join().unwrap(), Err(MapError::Table(_))));
+    });
+    assert!(matches!(two_pages(), Err(MapError::NoHole { .. })));
+    space.unmap(range(place, K4)).unwrap();
+    assert_eq!(two_pages().unwrap(), place);
 }

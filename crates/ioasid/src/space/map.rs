@@ -12,7 +12,7 @@
 //! starts again.
 
 use super::layout::Layout;
-use super::{Permissions, Space, step_aside};
+use super::{Permissions, Space};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::{Memory, Unavailable};
@@ -183,11 +183,16 @@ impl Parts for Request<'_> {
     }
 
     fn check(&self) -> Result<(), MapError> {
-        self.memory.check(self.offset, self.length).map_err(|error| match error {
-            Unavailable::Revoked => MapError::Revoked,
-            Unavailable::NotRegistered => MapError::BeyondMemory { offset: self.offset, length: self.length },
-        })
+        available(self.memory, self.offset, self.length)
     }
+}
+
+/// Whether these bytes of the memory can be mapped now.
+fn available(memory: &Memory, offset: u64, length: u64) -> Result<(), MapError> {
+    memory.check(offset, length).map_err(|error| match error {
+        Unavailable::Revoked => MapError::Revoked,
+        Unavailable::NotRegistered => MapError::BeyondMemory { offset, length },
+    })
 }
 
 impl Space {
@@ -210,7 +215,7 @@ impl Space {
             match self.try_map(&request) {
                 Ok(()) => return Ok(()),
                 Err(Try::Failed(error)) => return Err(error),
-                Err(Try::Contended) => step_aside(&mut tries),
+                Err(Try::Contended) => self.step_aside(&mut tries),
             }
         }
     }
@@ -233,7 +238,13 @@ impl Space {
         let granule = self.granule().bytes();
         let alignment = length.checked_next_power_of_two().unwrap_or(largest).clamp(granule, largest);
         loop {
-            let place = self.propose(length, &[alignment, granule]).ok_or(MapError::NoHole { length })?;
+            let Some(place) = self.propose(length, &[alignment, granule]) else {
+                // Addresses that were unmapped and not flushed yet are free in a moment.
+                if self.flush_any() {
+                    continue;
+                }
+                return Err(MapError::NoHole { length });
+            };
             let iova = Iova::new(place.first());
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),
@@ -261,7 +272,10 @@ impl Space {
         if !Arc::ptr_eq(memory.backing().bus(), self.bus()) {
             return Err(MapError::OtherBus);
         }
-        let mut pieces = memory.pieces(offset, length).ok_or(MapError::BeyondMemory { offset, length })?;
+        let Some(mut pieces) = memory.pieces(offset, length) else {
+            available(memory, offset, length)?;
+            return Err(MapError::BeyondMemory { offset, length });
+        };
         if length % self.granule().bytes() != 0
             || pieces.next().is_some_and(|piece| !piece.oa.is_aligned(self.granule()))
         {
