@@ -58,6 +58,7 @@ mod host_memory;
 mod iommu;
 pub mod iova;
 mod ledger;
+mod mapped_in;
 mod memory;
 mod sleeping;
 mod slice;

@@ -19,14 +19,15 @@ use crate::backing::{Backing, HoldError, PAGE_BITS, Places, Residency, Residency
 use crate::epoch::{self, Published, Reading};
 use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
+use crate::mapped_in::{MappedIn, Notes};
 use crate::space::{Space, UnmapError};
-use arc_swap::ArcSwapOption;
 use ioasid_pagetable::{IovaRange, Oa};
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
 /// dropped. Dropping it unmaps it wherever it is still mapped.
@@ -48,8 +49,6 @@ pub struct Memory {
     has_holes: AtomicBool,
     /// Where it was mapped.
     notes: Arc<Notes>,
-    /// The newest of these notes, so that mapping again in the same place takes no lock.
-    newest: ArcSwapOption<MappedIn>,
 }
 
 /// How far registered memory reaches.
@@ -60,9 +59,6 @@ struct Extent {
     /// The places on the bus of the chunks it lies in.
     places: Places,
 }
-
-/// Where one registration was mapped, one note for each space.
-type Notes = Mutex<Vec<MappedIn>>;
 
 /// The registrations of an object, as far as the object has to know of them.
 #[derive(Debug, Default)]
@@ -75,14 +71,6 @@ pub(crate) struct Registrations {
     earlier: Vec<MappedIn>,
     /// How many registrations want each page locked.
     locked: Coverage,
-}
-
-/// A note that memory was mapped into a space, nowhere but between these addresses.
-#[derive(Clone, Debug)]
-pub(crate) struct MappedIn {
-    space_id: u64,
-    space: Weak<Space>,
-    hull: IovaRange,
 }
 
 /// Why memory was not registered. Nothing is charged or held.
@@ -174,28 +162,6 @@ impl Piece {
     }
 }
 
-impl MappedIn {
-    /// Adds a note to others, of which there is one for each space.
-    fn add_to(&self, notes: &mut Vec<MappedIn>) {
-        match notes.iter_mut().find(|note| note.space_id == self.space_id) {
-            Some(note) => note.widen(self.hull),
-            None => notes.push(self.clone()),
-        }
-    }
-
-    fn widen(&mut self, range: IovaRange) {
-        let (first, last) = (self.hull.first().min(range.first()), self.hull.last().max(range.last()));
-        self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
-    }
-
-    /// Unmaps every leaf there that leads to one of the pieces, by output address.
-    pub(crate) fn unmap(&self, pieces: &[Piece]) {
-        if let Some(space) = self.space.upgrade() {
-            space.unmap_outputs(self.hull, pieces);
-        }
-    }
-}
-
 impl Registrations {
     /// Enters a registration. Returns its number.
     fn enter(&mut self, notes: Arc<Notes>) -> usize {
@@ -218,20 +184,18 @@ impl Registrations {
 
     /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
     pub(crate) fn note(&mut self, space: &Arc<Space>, hull: IovaRange) {
-        MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
+        MappedIn { space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
     }
 
     /// Where any page of the object may be mapped, one note for each space.
     pub(crate) fn all_notes(&self) -> Vec<MappedIn> {
-        let mut all: BTreeMap<u64, MappedIn> = BTreeMap::new();
-        let mut add = |note: &MappedIn| {
-            all.entry(note.space_id)
-                .and_modify(|other| other.widen(note.hull))
-                .or_insert_with(|| note.clone());
-        };
-        self.earlier.iter().for_each(&mut add);
-        for notes in self.notes.iter().flatten() {
-            lock(notes).iter().for_each(&mut add);
+        let mut all: HashMap<*const Space, MappedIn> = HashMap::new();
+        let notes = self.notes.iter().flatten().flat_map(|notes| notes.all());
+        for note in self.earlier.iter().cloned().chain(notes) {
+            match all.entry(note.space.as_ptr()) {
+                Entry::Occupied(mut other) => other.get_mut().widen(note.hull),
+                Entry::Vacant(place) => drop(place.insert(note)),
+            }
         }
         all.into_values().collect()
     }
@@ -240,10 +204,6 @@ impl Registrations {
     pub(crate) fn forget_earlier(&mut self) {
         self.earlier.clear();
     }
-}
-
-fn lock(notes: &Notes) -> MutexGuard<'_, Vec<MappedIn>> {
-    notes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Memory {
@@ -296,7 +256,6 @@ impl Memory {
             given_back: RwLock::default(),
             has_holes: AtomicBool::new(false),
             notes,
-            newest: ArcSwapOption::empty(),
         }))
     }
 
@@ -512,25 +471,7 @@ impl Memory {
 
     /// Notes that it is about to be mapped there.
     pub(crate) fn note_mapped(&self, space: &Arc<Space>, range: IovaRange) {
-        if let Some(newest) = &*self.newest.load() {
-            if newest.space_id == space.id() && newest.hull.covers(&range) {
-                return;
-            }
-        }
-        let mut mapped = lock(&self.notes);
-        let note = match mapped.iter_mut().find(|mapped| mapped.space_id == space.id()) {
-            Some(mapped) => {
-                mapped.widen(range);
-                mapped.clone()
-            }
-            None => {
-                mapped.retain(|mapped| mapped.space.strong_count() > 0);
-                let note = MappedIn { space_id: space.id(), space: Arc::downgrade(space), hull: range };
-                mapped.push(note.clone());
-                note
-            }
-        };
-        self.newest.store(Some(Arc::new(note)));
+        self.notes.add(space, range);
     }
 
     /// The pieces that these pages, all of them registered, consist of, by output address.
@@ -556,7 +497,7 @@ impl Memory {
             ours.extend(only_ours);
             shared.extend(others);
         }
-        let own = lock(&self.notes).clone();
+        let own = self.notes.all();
         let going = self.page_pieces(&ours);
         if !going.is_empty() {
             for note in own.iter().chain(registrations.earlier.iter()) {
@@ -579,7 +520,7 @@ impl Memory {
                 note.add_to(&mut registrations.earlier);
             }
         }
-        registrations.earlier.retain(|note| note.space.strong_count() > 0);
+        registrations.earlier.retain(MappedIn::is_current);
         Ok(())
     }
 

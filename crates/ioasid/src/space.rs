@@ -169,10 +169,6 @@ impl Space {
         self.native.format().granule()
     }
 
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
     pub(crate) fn native(&self) -> &Radix<Native> {
         &self.native
     }
