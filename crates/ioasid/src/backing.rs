@@ -18,14 +18,14 @@
 //! or grown, so there is nothing to race with: what was under way is waited for, and then what it left is unmapped.
 
 use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, Identity, SMALLEST_WINDOW_BITS, Window};
-use crate::coverage::Coverage;
 use crate::epoch;
 use crate::host_memory::HostMemory;
+use crate::ledger::charges::Charges;
 use crate::ledger::{Account, OverLimit};
 use crate::memory::Registrations;
 use file::MappedFile;
 use ioasid_pagetable::Oa;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::AtomicBool;
@@ -89,14 +89,45 @@ pub struct Backing {
     books: Mutex<Books>,
 }
 
+/// What is registered of an object.
 #[derive(Debug, Default)]
-struct Books {
-    /// How many registrations hold each page.
-    holds: Coverage,
-    /// The same for each account that pays for some of them.
-    charges: HashMap<u64, Coverage>,
+pub(crate) struct Books {
+    /// How many registrations hold each page, and who pays for it.
+    charges: Charges,
     /// The windows in use, by number of the chunk of the object: those in which a page is held.
     windows: BTreeMap<u64, Oa>,
+}
+
+impl Books {
+    /// Who pays for which pages.
+    pub(crate) fn charges(&mut self) -> &mut Charges {
+        &mut self.charges
+    }
+}
+
+/// The places on the bus of consecutive chunks of an object. Most registrations lie in one.
+#[derive(Debug)]
+pub(crate) enum Places {
+    One([Oa; 1]),
+    Several(Box<[Oa]>),
+}
+
+impl Places {
+    pub(crate) fn as_slice(&self) -> &[Oa] {
+        match self {
+            Places::One(place) => place,
+            Places::Several(places) => places,
+        }
+    }
+}
+
+impl From<Vec<Oa>> for Places {
+    fn from(places: Vec<Oa>) -> Places {
+        match places[..] {
+            [place] => Places::One([place]),
+            _ => Places::Several(places.into_boxed_slice()),
+        }
+    }
 }
 
 /// Why nothing was held.
@@ -108,6 +139,12 @@ pub(crate) enum HoldError {
     Revoked,
     /// The file could not be mapped.
     Unreachable(io::Error),
+}
+
+impl From<OverLimit> for HoldError {
+    fn from(error: OverLimit) -> HoldError {
+        HoldError::OverLimit(error)
+    }
 }
 
 impl From<BusFull> for HoldError {
@@ -200,11 +237,14 @@ impl Backing {
     }
 
     /// The fewest and the most registrations that hold a page of these bytes.
-    pub fn holds(&self, offset: u64, length: u64) -> RangeInclusive<u32> {
-        pages(offset, length).map_or(0..=0, |pages| self.books().holds.least_and_most(pages))
+    pub fn holds(&self, offset: u64, length: u64) -> RangeInclusive<u64> {
+        let pages = pages(offset, length).unwrap_or_default();
+        let (least, most) = self.books().charges.least_and_most(pages);
+        least..=most
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    /// What is registered of it, locked.
+    pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -233,11 +273,10 @@ impl Backing {
         Ok(Window { source, backing, start, offset, revoked: AtomicBool::new(false) })
     }
 
-    /// Charges pages that the account does not pay for yet, holds all of them, and gives each chunk its place on
-    /// the bus. All or nothing.
-    pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Vec<Oa>, HoldError> {
-        let bits = self.window_bits();
-        let needed = chunks(&held, bits);
+    /// Charges pages that the account and those above it do not pay for yet, holds all of them, and gives each chunk its
+    /// place on the bus. All or nothing.
+    pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Places, HoldError> {
+        let needed = chunks(&held, self.window_bits());
         if needed.end - needed.start > CHUNKS {
             return Err(HoldError::BusFull);
         }
@@ -245,76 +284,53 @@ impl Backing {
         if self.is_revoked() {
             return Err(HoldError::Revoked);
         }
-        let Books { charges, windows, holds } = &mut *books;
-        let charge = charges.entry(account.id()).or_default();
-        let unpaid = charge.held_exactly(held.clone(), 0).map(|part| part.end - part.start).sum();
-        if let Err(error) = account.charge(unpaid) {
-            if charge.is_empty() {
-                charges.remove(&account.id());
-            }
-            return Err(HoldError::OverLimit(error));
+        let Books { charges, windows } = &mut *books;
+        charges.hold(held.clone(), account);
+        let placed = account.charge(charges.changed(account), || self.enter_windows(windows, needed.clone()));
+        if placed.is_err() {
+            charges.release(held, account);
+            charges.forget(account);
+            // Some windows may have been made before the one that could not.
+            self.leave_windows(windows, charges, needed);
         }
-        charge.hold(held.clone());
-        let mut places = Vec::new();
-        for chunk in needed.clone() {
-            let placed = match windows.get(&chunk) {
-                Some(&oa) => Ok(oa),
-                None => self.window(chunk).and_then(|window| {
-                    let oa = self.bus.add_window(bits, window)?;
-                    windows.insert(chunk, oa);
-                    Ok(oa)
-                }),
-            };
-            match placed {
-                Ok(oa) => places.push(oa),
-                Err(error) => {
-                    self.leave_windows(windows, holds, needed.start..needed.start + places.len() as u64);
-                    charge.release(held);
-                    if charge.is_empty() {
-                        charges.remove(&account.id());
-                    }
-                    account.credit(unpaid);
-                    return Err(error);
-                }
+        placed
+    }
+
+    /// Finds or makes a window for each of the chunks. What was made before one that cannot be made stays.
+    fn enter_windows(
+        &self,
+        windows: &mut BTreeMap<u64, Oa>,
+        chunks: Range<u64>,
+    ) -> Result<Places, HoldError> {
+        let bits = self.window_bits();
+        let mut enter = |chunk| match windows.get(&chunk) {
+            Some(&oa) => Ok(oa),
+            None => {
+                let oa = self.bus.add_window(bits, self.window(chunk)?)?;
+                windows.insert(chunk, oa);
+                Ok(oa)
             }
+        };
+        if chunks.end - chunks.start == 1 {
+            return Ok(Places::One([enter(chunks.start)?]));
         }
-        holds.hold(held);
-        Ok(places)
+        Ok(Places::Several(chunks.map(enter).collect::<Result<_, HoldError>>()?))
     }
 
     /// Those of the pages that this is the only registration to hold, and the others.
     pub(crate) fn held_once(&self, held: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-        let books = self.books();
-        let mut next = held.start;
-        let mut others = Vec::new();
-        let ours: Vec<Range<u64>> = books.holds.held_exactly(held.clone(), 1).collect();
-        for part in &ours {
-            if next < part.start {
-                others.push(next..part.start);
-            }
-            next = part.end;
-        }
-        if next < held.end {
-            others.push(next..held.end);
-        }
-        (ours, others)
+        self.books().charges.held_once(held)
     }
 
     /// Undoes [`hold`](Self::hold). Returns whether anything of the object is still held.
     pub(crate) fn release(&self, held: Range<u64>, account: &Account) -> bool {
         let mut books = self.books();
-        let Books { charges, windows, holds } = &mut *books;
-        holds.release(held.clone());
-        if let Some(charge) = charges.get_mut(&account.id()) {
-            let paid = charge.held_exactly(held.clone(), 1).map(|part| part.end - part.start).sum();
-            charge.release(held.clone());
-            if charge.is_empty() {
-                charges.remove(&account.id());
-            }
-            account.credit(paid);
-        }
-        let gone = self.leave_windows(windows, holds, chunks(&held, self.window_bits()));
-        let others = !holds.is_empty();
+        let Books { charges, windows } = &mut *books;
+        charges.release(held.clone(), account);
+        account.credit(charges.changed(account));
+        charges.forget(account);
+        let gone = self.leave_windows(windows, charges, chunks(&held, self.window_bits()));
+        let others = !charges.is_empty();
         drop(books);
         if gone && self.is_borrowed() {
             // All mappings have gone before, but who asks for an address that no table gave is no reason to touch
@@ -325,12 +341,12 @@ impl Backing {
     }
 
     /// Gives back the windows in which nothing is held any more; whether there were any.
-    fn leave_windows(&self, windows: &mut BTreeMap<u64, Oa>, holds: &Coverage, chunks: Range<u64>) -> bool {
+    fn leave_windows(&self, windows: &mut BTreeMap<u64, Oa>, charges: &Charges, chunks: Range<u64>) -> bool {
         let before = windows.len();
         let shift = self.window_bits() - PAGE_BITS;
         for chunk in chunks {
             // Pages are numbered below 2^52, so the end of the last chunk does not overflow.
-            if holds.is_free(chunk << shift..(chunk + 1) << shift) {
+            if charges.is_free(chunk << shift..(chunk + 1) << shift) {
                 if let Some(oa) = windows.remove(&chunk) {
                     self.bus.remove_window(oa);
                 }

@@ -45,7 +45,6 @@
 #[allow(unsafe_code, reason = "takes memory that its caller vouches for")]
 mod backing;
 mod bus;
-mod coverage;
 mod derived;
 mod device;
 mod dma;
@@ -75,7 +74,7 @@ pub use dma::{DmaError, Here, Late, Translated};
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
 pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, WalkFault};
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
-pub use ledger::{Account, OverLimit};
+pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, RegisterError, ReleaseError};
 pub use snapshot::Snapshot;
 pub use space::{

@@ -15,9 +15,9 @@
 //! operations that may not have seen that are waited for; and whatever these have mapped is there to be found when
 //! the pages are unmapped. What was given back at the end can be had again by growing.
 
-use crate::backing::{Backing, HoldError, PAGE_BITS, Residency, ResidencyError, pages};
-use crate::coverage::Coverage;
+use crate::backing::{Backing, HoldError, PAGE_BITS, Places, Residency, ResidencyError, pages};
 use crate::epoch::{self, Published, Reading};
+use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::space::{Space, UnmapError};
 use arc_swap::ArcSwapOption;
@@ -35,7 +35,8 @@ pub struct Memory {
     backing: Arc<Backing>,
     /// In bytes of the object.
     offset: u64,
-    account: Account,
+    /// Who is charged. Changes only while the backing's lock for registering and its books are held.
+    payer: Mutex<Account>,
     residency: Residency,
     /// Its number among the registrations of the object.
     number: usize,
@@ -57,7 +58,7 @@ struct Extent {
     /// In bytes. The last one is not given back.
     length: u64,
     /// The places on the bus of the chunks it lies in.
-    places: Box<[Oa]>,
+    places: Places,
 }
 
 /// Where one registration was mapped, one note for each space.
@@ -283,12 +284,12 @@ impl Memory {
             return Err(RegisterError::OutOfBounds { offset, length });
         }
         let mut registrations = backing.registering();
-        let places = hold(backing, &mut registrations, held, account, residency)?.into_boxed_slice();
+        let places = hold(backing, &mut registrations, held, account, residency)?;
         let notes = Arc::new(Notes::default());
         Ok(Arc::new(Memory {
             backing: backing.clone(),
             offset,
-            account: account.clone(),
+            payer: Mutex::new(account.clone()),
             residency,
             number: registrations.enter(notes.clone()),
             extent: Published::new(Extent { length, places }),
@@ -330,7 +331,7 @@ impl Memory {
         let mut registrations = self.backing.registering();
         let (length, mut places) = {
             let extent = self.extent.read();
-            (extent.length, extent.places.to_vec())
+            (extent.length, extent.places.as_slice().to_vec())
         };
         let beyond =
             RegisterError::OutOfBounds { offset: self.offset.wrapping_add(length), length: additional };
@@ -347,11 +348,11 @@ impl Memory {
         if !new.is_empty() {
             let chunk = |page: u64| page >> (self.backing.window_bits() - PAGE_BITS);
             let known = (chunk(new.start) - chunk(all.start)) as usize;
-            let added = hold(&self.backing, &mut registrations, new, &self.account, self.residency)?;
+            let added = hold(&self.backing, &mut registrations, new, &self.account(), self.residency)?;
             places.truncate(known);
-            places.extend(added);
+            places.extend(added.as_slice());
         }
-        self.extent.replace(Extent { length: total, places: places.into_boxed_slice() });
+        self.extent.replace(Extent { length: total, places: places.into() });
         Ok(())
     }
 
@@ -408,23 +409,35 @@ impl Memory {
     fn cut_end(&self) {
         let extent = self.extent.read();
         let all = pages(self.offset, extent.length).unwrap_or(0..0);
-        let end = self.given_back().held_exactly(all.clone(), 0).last().map_or(all.start, |part| part.end);
+        let end = self.given_back().divide(all.clone(), 0).0.last().map_or(all.start, |part| part.end);
         let chunk = |page: u64| page >> (self.backing.window_bits() - PAGE_BITS);
         let (length, chunks) = match end > all.start {
             true => ((end << PAGE_BITS) - self.offset, (chunk(end - 1) - chunk(all.start)) as usize + 1),
             false => (0, 0),
         };
-        let places = extent.places.get(..chunks).unwrap_or(&extent.places).into();
+        let places = extent.places.as_slice();
+        let places = places.get(..chunks).unwrap_or(places).to_vec().into();
         drop(extent);
         self.extent.replace(Extent { length, places });
         self.change_holes(|holes| holes.release(end..all.end));
+    }
+
+    /// The pages that are held, by number in the object. They stay while the backing's lock for registering is held.
+    pub(crate) fn held(&self) -> Vec<Range<u64>> {
+        let all = pages(self.offset, self.length()).unwrap_or_default();
+        self.given_back().divide(all, 0).0
+    }
+
+    /// The account that is charged. Not to be changed unless the backing's books and its lock for registering are held.
+    pub(crate) fn payer(&self) -> &Mutex<Account> {
+        &self.payer
     }
 
     fn given_back(&self) -> RwLockReadGuard<'_, Coverage> {
         self.given_back.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change_holes(&self, change: impl FnOnce(&mut Coverage)) {
+    fn change_holes(&self, change: impl FnOnce(&mut Coverage) -> u64) {
         let mut holes: RwLockWriteGuard<'_, Coverage> =
             self.given_back.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut holes);
@@ -477,10 +490,10 @@ impl Memory {
                 return None;
             }
             let chunk = ((at >> bits) - first_chunk) as usize;
-            let place = extent.places.get(chunk)?.get();
+            let place = extent.places.as_slice().get(chunk)?.get();
             let mut end = at | low;
             // A large object mostly has one window behind the other.
-            let mut behind = extent.places.iter().skip(chunk + 1);
+            let mut behind = extent.places.as_slice().iter().skip(chunk + 1);
             let mut expected = place;
             while end < last {
                 expected += low + 1;
@@ -573,7 +586,7 @@ impl Memory {
     /// Holds the pages no longer.
     fn let_go(&self, registrations: &mut Registrations, part: Range<u64>) {
         self.backing.leave_resident(&mut registrations.locked, part.clone(), self.residency);
-        if !self.backing.release(part, &self.account) {
+        if !self.backing.release(part, &self.account()) {
             registrations.earlier.clear();
         }
     }
@@ -595,7 +608,7 @@ fn hold(
     pages: Range<u64>,
     account: &Account,
     residency: Residency,
-) -> Result<Vec<Oa>, RegisterError> {
+) -> Result<Places, RegisterError> {
     let places = backing.hold(pages.clone(), account)?;
     if let Err(error) = backing.make_resident(&mut registrations.locked, pages.clone(), residency) {
         backing.release(pages, account);
@@ -608,10 +621,7 @@ impl Drop for Memory {
     fn drop(&mut self) {
         let memory = &*self;
         let mut registrations = memory.backing.registering();
-        let mut parts = Vec::new();
-        if let Some(all) = pages(memory.offset, memory.length()) {
-            parts.extend(memory.given_back().held_exactly(all, 0));
-        }
+        let parts = memory.held();
         // Unmapping at any price does not fail.
         let _ = memory.unmap(&mut registrations, &parts, Effort::AtAnyPrice);
         for part in parts {

@@ -511,7 +511,7 @@ impl World {
         }
         for (object, backing) in self.backings.iter().enumerate() {
             for page in BEGINNINGS[object]..BEGINNINGS[object] + OBJECT_PAGES {
-                let holds = self.holds(object, page) as u32;
+                let holds = self.holds(object, page) as u64;
                 assert_eq!(backing.holds(page * PAGE, PAGE), holds..=holds, "page {page} of object {object}");
             }
         }

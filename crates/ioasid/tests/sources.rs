@@ -281,6 +281,11 @@ fn a_part_of_a_window_gives_back_no_window() {
     space.map(Iova::new(4 * G1), &other, 0, K4, RW).unwrap();
     assert_eq!([output(&space, 0), output(&space, K4)], places);
     assert!(!places.contains(&output(&space, 4 * G1)));
+    // With the last page it goes, and somebody else gets it.
+    memory.release(G1 + K4, G1 - K4).unwrap();
+    let next = Memory::register(&Backing::anonymous(&bus, G1).unwrap(), 0, G1, &account).unwrap();
+    space.map(Iova::new(8 * G1), &next, K4, K4, RW).unwrap();
+    assert_eq!(output(&space, 8 * G1), places[1]);
 }
 
 #[test]

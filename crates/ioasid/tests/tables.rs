@@ -79,7 +79,7 @@ struct State {
     /// By address, which is only compared.
     attached: [Option<usize>; 5],
     charged: u64,
-    holds: std::ops::RangeInclusive<u32>,
+    holds: std::ops::RangeInclusive<u64>,
 }
 
 #[track_caller]
@@ -798,4 +798,32 @@ fn memory_is_not_given_back_while_another_unmap_of_it_is_under_way() {
     });
     assert_eq!(mappings(&space), []);
     assert_in_step(&space, &double);
+}
+
+/// A search for room looks at the table while a map is under way that will fail: what it has seen claimed is free
+/// afterwards, and is found again.
+#[test]
+fn what_a_map_claimed_that_failed_is_proposed_again() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    let place = 16 * G1;
+    space.set_allowed(&[range(place, 2 * K4)]).unwrap();
+    let two_pages = || space.map_anywhere(&world.ram, 0, 2 * K4, RW).map(Iova::get);
+    assert_eq!(two_pages().unwrap(), place);
+    space.unmap(range(place, 2 * K4)).unwrap();
+    space.map(Iova::new(place), &world.ram, 0, K4, RW).unwrap();
+    let release = OpenGate(&double);
+    double.switches.close_gate(Stop::Calls);
+    double.switches.fail(Call::Map, 1);
+    std::thread::scope(|scope| {
+        let mapper = scope.spawn(|| space.map(Iova::new(place + K4), &world.ram, 0, K4, RW));
+        double.switches.wait_for_call();
+        assert!(matches!(two_pages(), Err(MapError::NoHole { .. })));
+        drop(release);
+        assert!(matches!(mapper.join().unwrap(), Err(MapError::Table(_))));
+    });
+    assert!(matches!(two_pages(), Err(MapError::NoHole { .. })));
+    space.unmap(range(place, K4)).unwrap();
+    assert_eq!(two_pages().unwrap(), place);
 }

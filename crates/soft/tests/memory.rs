@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
@@ -301,10 +301,12 @@ impl Sequence {
                     RW,
                 );
                 let pages = slot.first + first..slot.first + first + count;
-                if self.objects[slot.object].revoked {
+                let revoked = self.objects[slot.object].revoked;
+                if !pages.clone().all(|page| slot.holds(page)) {
+                    let told = matches!(result, Err(MapError::BeyondMemory { .. }));
+                    assert!(told || revoked && matches!(result, Err(MapError::Revoked)), "{result:?}");
+                } else if revoked {
                     assert!(matches!(result, Err(MapError::Revoked)), "{result:?}");
-                } else if !pages.clone().all(|page| slot.holds(page)) {
-                    assert!(matches!(result, Err(MapError::BeyondMemory { .. })), "{result:?}");
                 } else if self.mapped[space].range(at..at + count).next().is_some() {
                     assert!(matches!(result, Err(MapError::AlreadyMapped { .. })), "{result:?}");
                 } else {
@@ -537,4 +539,66 @@ fn revoking_in_the_middle_of_everything_ends_and_leaves_nothing() {
         panic!("it hangs");
     }
     rounds.join().unwrap();
+}
+
+/// Memory whose first page keeps whoever reads it waiting.
+#[derive(Debug, Default)]
+struct Stubborn {
+    state: Mutex<(bool, bool)>,
+    moved: Condvar,
+}
+
+impl LateBound for Stubborn {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
+        buffer.fill(1);
+        if offset < PAGE {
+            let mut state = self.state.lock().unwrap();
+            state.0 = true;
+            self.moved.notify_all();
+            drop(self.moved.wait_while(state, |(_, open)| !*open).unwrap());
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, _bytes: &[u8]) -> Result<(), MemoryGone> {
+        Err(MemoryGone { offset })
+    }
+}
+
+#[test]
+fn revoked_memory_is_out_of_reach_even_while_an_unmap_of_it_has_to_wait() {
+    let bus = Bus::new();
+    let stubborn = Arc::new(Stubborn::default());
+    let backing = Backing::late_bound(&bus, stubborn.clone() as Arc<dyn LateBound>);
+    let memory = Memory::register(&backing, 0, 2 * PAGE, &Account::new("test", None)).unwrap();
+    let iommu = SoftIommu::new();
+    // The space in which somebody waits is the older one.
+    let spaces = [Space::new(&bus), Space::new(&bus)];
+    let attached = |number: usize| {
+        let rid = Rid(number as u16);
+        let port = iommu.add_device(rid, TableKind::VtdSecondStage).unwrap();
+        let device = Device::new(iommu.clone(), rid).unwrap();
+        spaces[number].map(Iova::new(0), &memory, 0, 2 * PAGE, Permissions::READ).unwrap();
+        device.attach(&Table::for_device(&spaces[number], &device).unwrap()).unwrap();
+        (device, port)
+    };
+    let devices = [attached(0), attached(1)];
+    std::thread::scope(|scope| {
+        scope.spawn(|| devices[0].1.read(0, &mut [0; 8]));
+        let state = stubborn.state.lock().unwrap();
+        drop(stubborn.moved.wait_while(state, |(reading, _)| !*reading).unwrap());
+        let revoking = scope.spawn(|| backing.revoke());
+        let begun = std::time::Instant::now();
+        while devices[1].1.read(PAGE, &mut [0; 8]).is_ok() && begun.elapsed() < Duration::from_secs(30) {
+            std::thread::yield_now();
+        }
+        let out_of_reach = devices[1].1.read(PAGE, &mut [0; 8]).map_err(|fault| fault.reason);
+        let waited = !revoking.is_finished();
+        stubborn.state.lock().unwrap().1 = true;
+        stubborn.moved.notify_all();
+        revoking.join().unwrap();
+        assert!(waited, "somebody was still reading");
+        assert!(out_of_reach.is_err());
+    });
+    assert!(spaces.iter().all(|space| space.leaves(IovaRange::ALL).is_empty()));
 }

@@ -6,8 +6,8 @@
 //! that wanted it locked.
 
 use super::{Backing, Bytes, PAGE_BITS, Source};
-use crate::coverage::Coverage;
 use crate::host_memory::HostMemory;
+use crate::ledger::coverage::Coverage;
 use std::io;
 use std::ops::Range;
 
@@ -72,7 +72,7 @@ impl Backing {
                 .map_err(ResidencyError::NotPopulated),
             Residency::Locked => {
                 let pages = whole_system_pages(pages);
-                let new: Vec<Range<u64>> = locked.held_exactly(pages.clone(), 0).collect();
+                let (new, _) = locked.divide(pages.clone(), 0);
                 for (index, part) in new.iter().enumerate() {
                     let lock = |memory: &HostMemory, offset, length| memory.lock(offset, length);
                     let Err(source) = self.in_host_memory(part.clone(), lock)? else { continue };
@@ -92,7 +92,7 @@ impl Backing {
     pub(crate) fn leave_resident(&self, locked: &mut Coverage, pages: Range<u64>, residency: Residency) {
         if residency == Residency::Locked {
             let pages = whole_system_pages(pages);
-            let last: Vec<Range<u64>> = locked.held_exactly(pages.clone(), 1).collect();
+            let (last, _) = locked.divide(pages.clone(), 1);
             locked.release(pages);
             last.into_iter().for_each(|part| self.unlock(part));
         }

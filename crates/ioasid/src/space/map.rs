@@ -183,11 +183,16 @@ impl Parts for Request<'_> {
     }
 
     fn check(&self) -> Result<(), MapError> {
-        self.memory.check(self.offset, self.length).map_err(|error| match error {
-            Unavailable::Revoked => MapError::Revoked,
-            Unavailable::NotRegistered => MapError::BeyondMemory { offset: self.offset, length: self.length },
-        })
+        available(self.memory, self.offset, self.length)
     }
+}
+
+/// Whether these bytes of the memory can be mapped now.
+fn available(memory: &Memory, offset: u64, length: u64) -> Result<(), MapError> {
+    memory.check(offset, length).map_err(|error| match error {
+        Unavailable::Revoked => MapError::Revoked,
+        Unavailable::NotRegistered => MapError::BeyondMemory { offset, length },
+    })
 }
 
 impl Space {
@@ -261,7 +266,10 @@ impl Space {
         if !Arc::ptr_eq(memory.backing().bus(), self.bus()) {
             return Err(MapError::OtherBus);
         }
-        let mut pieces = memory.pieces(offset, length).ok_or(MapError::BeyondMemory { offset, length })?;
+        let Some(mut pieces) = memory.pieces(offset, length) else {
+            available(memory, offset, length)?;
+            return Err(MapError::BeyondMemory { offset, length });
+        };
         if length % self.granule().bytes() != 0
             || pieces.next().is_some_and(|piece| !piece.oa.is_aligned(self.granule()))
         {

@@ -65,6 +65,7 @@ impl Call<'_> {
         process.check_access(check.uptr, check.length, false)?;
         let backing = self.context.memory.backing_of_process(process.identity());
         let held = backing.map_or(0..=0, |backing| backing.holds(check.uptr, check.length));
-        if held == (check.refs..=check.refs) { Ok(()) } else { Err(Errno::IO) }
+        let expected = u64::from(check.refs);
+        if held == (expected..=expected) { Ok(()) } else { Err(Errno::IO) }
     }
 }
