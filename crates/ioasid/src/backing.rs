@@ -18,7 +18,7 @@
 //! or grown, so there is nothing to race with: what was under way is waited for, and then what it left is unmapped.
 
 use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, Identity, SMALLEST_WINDOW_BITS, Window};
-use crate::epoch;
+use crate::epoch::Replaced;
 use crate::host_memory::HostMemory;
 use crate::ledger::charges::Charges;
 use crate::ledger::{Account, OverLimit};
@@ -291,7 +291,7 @@ impl Backing {
             charges.release(held, account);
             charges.forget(account);
             // Some windows may have been made before the one that could not.
-            self.leave_windows(windows, charges, needed);
+            Replaced::drop_all(self.leave_windows(windows, charges, needed));
         }
         placed
     }
@@ -332,27 +332,30 @@ impl Backing {
         let gone = self.leave_windows(windows, charges, chunks(&held, self.window_bits()));
         let others = !charges.is_empty();
         drop(books);
-        if gone && self.is_borrowed() {
-            // All mappings have gone before, but who asks for an address that no table gave is no reason to touch
-            // memory that is about to be its owner's again.
-            epoch::wait_for_dma();
-        }
+        // All mappings have gone before, but who asks for an address that no table gave is no reason to touch memory
+        // that is about to be its owner's again.
+        Replaced::drop_all(gone);
         others
     }
 
     /// Gives back the windows in which nothing is held any more; whether there were any.
-    fn leave_windows(&self, windows: &mut BTreeMap<u64, Oa>, charges: &Charges, chunks: Range<u64>) -> bool {
-        let before = windows.len();
+    fn leave_windows(
+        &self,
+        windows: &mut BTreeMap<u64, Oa>,
+        charges: &Charges,
+        chunks: Range<u64>,
+    ) -> Vec<Replaced<Window>> {
+        let mut gone = Vec::new();
         let shift = self.window_bits() - PAGE_BITS;
         for chunk in chunks {
             // Pages are numbered below 2^52, so the end of the last chunk does not overflow.
             if charges.is_free(chunk << shift..(chunk + 1) << shift) {
                 if let Some(oa) = windows.remove(&chunk) {
-                    self.bus.remove_window(oa);
+                    gone.extend(self.bus.remove_window(oa));
                 }
             }
         }
-        windows.len() < before
+        gone
     }
 }
 

@@ -22,7 +22,7 @@
 //! second object of the same memory.
 
 use crate::backing::{Backing, Source};
-use arc_swap::ArcSwapOption;
+use crate::epoch::{self, DmaSection, Protected, Replaced};
 use ioasid_pagetable::Oa;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,7 +64,7 @@ pub(crate) enum Identity {
 /// A GiB of the bus, cut into windows of 2^`window_bits` bytes.
 struct Chunk {
     window_bits: u32,
-    windows: Box<[ArcSwapOption<Window>]>,
+    windows: Box<[Protected<Window>]>,
 }
 
 /// Which part of which object stands at a piece of the bus.
@@ -139,22 +139,26 @@ impl Bus {
         }
     }
 
-    /// The window at an address, unless it is closed, and how far into the window it points.
+    /// The window at an address, unless it is closed; how far into the window it points, and how many bytes the window has
+    /// from there on. The window stays until the section ends.
     #[inline]
-    pub(crate) fn find(&self, oa: u64) -> Option<(arc_swap::Guard<Option<Arc<Window>>>, u64)> {
+    pub(crate) fn find<'s>(&'s self, section: &'s DmaSection, oa: u64) -> Option<(&'s Window, u64, u64)> {
         let chunk = self.chunk(oa >> CHUNK_BITS)?;
         let within = oa & ((1 << CHUNK_BITS) - 1);
-        let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load();
-        let open = window.as_ref().is_some_and(|window| !window.revoked.load(Ordering::Acquire));
-        open.then_some((window, within & ((1 << chunk.window_bits) - 1)))
+        let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load(section)?;
+        if window.revoked.load(Ordering::Acquire) {
+            return None;
+        }
+        let size = 1u64 << chunk.window_bits;
+        let offset = within & (size - 1);
+        Some((window, offset, size - offset))
     }
 
     /// The object at an address, where in it that is, and the last address of the same window.
     pub(crate) fn object(&self, oa: u64) -> Option<(Arc<Backing>, u64, u64)> {
-        let bits = self.chunk(oa >> CHUNK_BITS)?.window_bits;
-        let (window, within) = self.find(oa)?;
-        let window = window.as_ref()?;
-        Some((window.backing.upgrade()?, window.start + within, oa | ((1 << bits) - 1)))
+        let section = epoch::dma();
+        let (window, within, left) = self.find(&section, oa)?;
+        Some((window.backing.upgrade()?, window.start + within, oa + (left - 1)))
     }
 
     /// Gives a part of an object 2^`bits` bytes of the bus.
@@ -182,10 +186,11 @@ impl Bus {
             .get_or_init(|| (0..DIRECTORY).map(|_| OnceLock::new()).collect());
         let chunk = upper[number as usize & (DIRECTORY - 1)].get_or_init(|| Chunk {
             window_bits: bits,
-            windows: (0..1usize << (CHUNK_BITS - bits)).map(|_| ArcSwapOption::empty()).collect(),
+            windows: (0..1usize << (CHUNK_BITS - bits)).map(|_| Protected::default()).collect(),
         });
         let within = oa & ((1 << CHUNK_BITS) - 1);
-        chunk.windows[(within >> bits) as usize].store(Some(Arc::new(window)));
+        // Its place was free, so nothing is replaced that anybody could be using.
+        drop(chunk.windows[(within >> bits) as usize].replace(Some(Arc::new(window))));
         Ok(Oa::new(oa))
     }
 
@@ -193,22 +198,23 @@ impl Bus {
     pub(crate) fn close_window(&self, oa: Oa) {
         let Some(chunk) = self.chunk(oa.get() >> CHUNK_BITS) else { return };
         let within = oa.get() & ((1 << CHUNK_BITS) - 1);
+        let section = epoch::dma();
         let slot = chunk.windows.get((within >> chunk.window_bits) as usize);
-        if let Some(window) = slot.and_then(|slot| slot.load_full()) {
+        if let Some(window) = slot.and_then(|slot| slot.load(&section)) {
             window.revoked.store(true, Ordering::SeqCst);
         }
     }
 
-    /// Takes a window back. Nothing maps it any more.
-    pub(crate) fn remove_window(&self, oa: Oa) {
-        let Some(chunk) = self.chunk(oa.get() >> CHUNK_BITS) else { return };
+    /// Takes a window back. Nothing maps it any more; but somebody may be asking for an address that no table gave.
+    pub(crate) fn remove_window(&self, oa: Oa) -> Option<Replaced<Window>> {
+        let chunk = self.chunk(oa.get() >> CHUNK_BITS)?;
         let within = oa.get() & ((1 << CHUNK_BITS) - 1);
-        if let Some(window) = chunk.windows.get((within >> chunk.window_bits) as usize) {
-            if window.swap(None).is_some() {
-                let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-                free.windows[chunk.window_bits as usize].push(oa.get());
-            }
+        let removed = chunk.windows.get((within >> chunk.window_bits) as usize)?.replace(None);
+        if removed.is_some() {
+            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            free.windows[chunk.window_bits as usize].push(oa.get());
         }
+        Some(removed)
     }
 }
 

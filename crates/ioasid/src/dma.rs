@@ -6,13 +6,13 @@
 //! the space, and an unmap waits for it all the same.
 
 use crate::backing::{LateBound, Source};
-use crate::bus::Window;
-use crate::epoch::Section;
+use crate::epoch::DmaSection;
+use crate::host_memory::HostMemory;
 use crate::sleeping::SleepingCopy;
 use crate::space::Space;
-use ioasid_pagetable::{CachedWalk, Leaf, Oa, WalkFault};
+use ioasid_pagetable::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, WalkFault};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Why translated bytes could not be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,56 +27,83 @@ pub enum DmaError {
 
 /// Memory that an output address leads to.
 #[derive(Debug)]
-pub enum Translated<'a> {
+pub enum Translated<'section> {
     /// Memory of this process: to be copied before the section ends.
-    Here(Here),
+    Here(Here<'section>),
     /// Memory that is reached by calls: to be copied after the section has ended.
-    Late(Late<'a>),
+    Late(Late),
 }
 
-/// Memory of this process at an output address. It keeps the section open, however long it lives: without that
-/// the memory could be freed under it.
-#[derive(Debug)]
-pub struct Here {
-    _section: Section,
-    window: arc_swap::Guard<Option<Arc<Window>>>,
+/// Memory of this process at an output address. It borrows the section, without which the memory could be freed under
+/// it.
+#[derive(Clone, Copy, Debug)]
+pub struct Here<'section> {
+    memory: &'section HostMemory,
     offset: u64,
+    /// Bytes to the end of the window.
+    length: u64,
     oa: Oa,
 }
 
 /// Memory behind calls at an output address. As long as this lives, unmaps of the space wait.
 #[derive(Debug)]
-pub struct Late<'a> {
+pub struct Late {
     access: Arc<dyn LateBound>,
     offset: u64,
+    /// Bytes to the end of the window.
+    length: u64,
     oa: Oa,
-    _copy: SleepingCopy<'a>,
+    _copy: SleepingCopy,
 }
 
-impl Here {
-    fn memory(&self) -> Result<(&crate::host_memory::HostMemory, u64), DmaError> {
-        match self.window.as_ref().map(|window| (&*window.source, window.offset)) {
-            Some((Source::Host(memory), base)) => Ok((memory, base + self.offset)),
-            _ => Err(DmaError::NoMemory(self.oa)),
-        }
+impl Here<'_> {
+    /// How many bytes of the same object there are from here on.
+    #[inline(always)]
+    pub fn length(&self) -> u64 {
+        self.length.min(self.memory.length().saturating_sub(self.offset))
     }
 
-    /// Copies out of the memory.
+    /// Copies out of the memory. An aligned read of 1, 2, 4 or 8 bytes happens at once.
     #[inline]
     pub fn read(&self, buffer: &mut [u8]) -> Result<(), DmaError> {
-        let (memory, offset) = self.memory()?;
-        memory.read(offset, buffer).ok_or(DmaError::Gone(self.oa))
+        self.memory.read(self.offset, buffer).ok_or(DmaError::Gone(self.oa))
     }
 
-    /// Copies into the memory.
+    /// Copies into the memory. An aligned write of 1, 2, 4 or 8 bytes happens at once.
     #[inline]
     pub fn write(&self, bytes: &[u8]) -> Result<(), DmaError> {
-        let (memory, offset) = self.memory()?;
-        memory.write(offset, bytes).ok_or(DmaError::Gone(self.oa))
+        self.memory.write(self.offset, bytes).ok_or(DmaError::Gone(self.oa))
+    }
+
+    /// Copies `length` bytes from other memory, which may overlap this.
+    #[inline]
+    pub fn copy_from(&self, source: &Here<'_>, length: usize) -> Result<(), DmaError> {
+        let source_end = source.offset.checked_add(length as u64);
+        if source_end.is_none_or(|end| end > source.memory.length()) {
+            return Err(DmaError::Gone(source.oa));
+        }
+        self.memory
+            .copy_from(self.offset, source.memory, source.offset, length)
+            .ok_or(DmaError::Gone(self.oa))
+    }
+
+    /// The 4 bytes there as an atomic of the CPU; `None` if they are not aligned, or not all there.
+    pub fn atomic_u32(&self) -> Option<&AtomicU32> {
+        self.memory.atomic_u32(self.offset)
+    }
+
+    /// The 8 bytes there as an atomic of the CPU; `None` if they are not aligned, or not all there.
+    pub fn atomic_u64(&self) -> Option<&AtomicU64> {
+        self.memory.atomic_u64(self.offset)
     }
 }
 
-impl Late<'_> {
+impl Late {
+    /// How many bytes of one object there are from here on, as far as the bus knows.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
     /// Copies out of the memory; may block.
     pub fn read(&self, buffer: &mut [u8]) -> Result<(), DmaError> {
         self.access.read(self.offset, buffer).map_err(|_| DmaError::Gone(self.oa))
@@ -93,26 +120,50 @@ impl Space {
     #[inline]
     pub fn walk_for_dma(
         &self,
-        _section: &Section,
+        _section: &DmaSection,
         iova: u64,
         cache: &mut CachedWalk<AtomicU64>,
     ) -> Result<Leaf, WalkFault> {
         self.native().walk_cached(iova, cache)
     }
 
+    /// Translates an address by the native table and one of the remembered ways; see
+    /// [`Radix::translate_remembered`](ioasid_pagetable::Radix::translate_remembered).
+    #[inline(always)]
+    pub fn translate_remembered(
+        &self,
+        _section: &DmaSection,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+        ways: &[SharedWalk<AtomicU64>],
+    ) -> Option<(Oa, u64)> {
+        self.native().translate_remembered(iova, wanted, needed, ways)
+    }
+
+    /// Keeps what [`walk_for_dma`](Self::walk_for_dma) has remembered for all who ask the way.
+    pub fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        self.native().remember(walk, way);
+    }
+
     /// The memory at an output address that one of the space's tables has just given, in the same DMA section.
-    #[inline]
-    pub fn memory_at(&self, section: &Section, oa: Oa) -> Result<Translated<'_>, DmaError> {
-        let (window, offset) = self.bus().find(oa.get()).ok_or(DmaError::NoMemory(oa))?;
-        let late = match window.as_ref().map(|window| (&*window.source, window.offset)) {
-            Some((Source::Late(access), base)) => Some((access.clone(), base)),
-            _ => None,
-        };
-        Ok(match late {
-            None => Translated::Here(Here { _section: section.nested(), window, offset, oa }),
-            Some((access, base)) => {
-                Translated::Late(Late { access, offset: base + offset, oa, _copy: self.sleeping().begin() })
-            }
+    #[inline(always)]
+    pub fn memory_at<'section>(
+        &'section self,
+        section: &'section DmaSection,
+        oa: Oa,
+    ) -> Result<Translated<'section>, DmaError> {
+        let (window, within, length) = self.bus().find(section, oa.get()).ok_or(DmaError::NoMemory(oa))?;
+        let offset = window.offset + within;
+        Ok(match &*window.source {
+            Source::Host(memory) => Translated::Here(Here { memory, offset, length, oa }),
+            Source::Late(access) => Translated::Late(Late {
+                access: access.clone(),
+                offset,
+                length,
+                oa,
+                _copy: self.sleeping().begin(),
+            }),
         })
     }
 }

@@ -17,11 +17,13 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::LocalKey;
 
 mod domain;
+mod protected;
 mod published;
 mod sync;
 
-pub use domain::Section;
+pub(crate) use domain::Section;
 use domain::{Domain, Local, Ticket};
+pub use protected::{Protected, Replaced};
 pub(crate) use published::{Published, Reading};
 
 static DMA: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
@@ -38,11 +40,21 @@ fn enter(local: &'static LocalKey<Local>, domain: &'static Domain) -> Section {
     local.try_with(Local::enter).unwrap_or_else(|_| Local::new(domain).enter())
 }
 
+/// An open DMA section; it ends when this is dropped, on the thread that began it.
+///
+/// A type of its own, because what is safe in a DMA section is not safe in one of another domain.
+#[derive(Debug)]
+#[must_use = "the section ends when this is dropped"]
+pub struct DmaSection {
+    _section: Section,
+}
+
 /// Begins a DMA: until the section ends, memory and tables found in it stay valid, and strict unmaps wait.
 ///
 /// Keep it short, at most 64 KiB of copying, and never block in it: neither unmap nor drop memory or tables.
-pub fn dma() -> Section {
-    enter(&DMA_LOCAL, &DMA)
+#[inline]
+pub fn dma() -> DmaSection {
+    DmaSection { _section: enter(&DMA_LOCAL, &DMA) }
 }
 
 /// Chooses the kind of fence. The kernel takes milliseconds for that in a process of several threads and no time in

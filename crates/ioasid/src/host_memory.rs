@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// A piece of this process's address space.
 #[derive(Debug)]
@@ -140,11 +140,6 @@ impl HostMemory {
         Ok(())
     }
 
-    /// Whether the memory belongs to somebody else.
-    pub(crate) fn is_borrowed(&self) -> bool {
-        matches!(self.owner, Owner::Lender)
-    }
-
     /// How many bytes can be used.
     #[inline]
     pub(crate) fn length(&self) -> u64 {
@@ -230,31 +225,105 @@ impl HostMemory {
         (end <= self.length()).then_some(offset as usize)
     }
 
+    /// Where the byte at `offset` is, if the memory has so many more from there on.
+    #[inline(always)]
+    pub(crate) fn at(&self, offset: u64, length: usize) -> Option<NonNull<u8>> {
+        let end = offset.checked_add(length as u64)?;
+        // SAFETY: at most the end of the memory.
+        (end <= self.length()).then(|| unsafe { self.pointer.add(offset as usize) })
+    }
+
     /// Copies out; `None`, and nothing done, if that is not all inside.
+    ///
+    /// What fits a register and is aligned is read at once: devices and drivers tell each other with single words how
+    /// far they are.
     #[inline]
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) -> Option<()> {
-        let offset = self.check(offset, buffer.len())?;
-        // SAFETY: inside the memory, which is valid for reads; `buffer` is exclusive, so they do not overlap.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                self.pointer.as_ptr().add(offset),
-                buffer.as_mut_ptr(),
-                buffer.len(),
-            );
+        let from = self.at(offset, buffer.len())?;
+        if let (8, true) = (buffer.len(), from.cast::<u64>().is_aligned()) {
+            // SAFETY: inside the memory and aligned, and what others do to it is not a Rust reference's business.
+            let word = unsafe { from.cast::<AtomicU64>().as_ref() };
+            buffer.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+            return Some(());
         }
+        if let (4, true) = (buffer.len(), from.cast::<u32>().is_aligned()) {
+            // SAFETY: as above.
+            let word = unsafe { from.cast::<AtomicU32>().as_ref() };
+            buffer.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+            return Some(());
+        }
+        if let (2, true) = (buffer.len(), from.cast::<u16>().is_aligned()) {
+            // SAFETY: as above.
+            let word = unsafe { from.cast::<AtomicU16>().as_ref() };
+            buffer.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+            return Some(());
+        }
+        // SAFETY: inside the memory, which is valid for reads; `buffer` is exclusive, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), buffer.as_mut_ptr(), buffer.len()) };
         Some(())
     }
 
-    /// Copies in; `None`, and nothing done, if that is not all inside.
+    /// Copies in; `None`, and nothing done, if that is not all inside. Small aligned writes happen at once.
     #[inline]
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Option<()> {
-        let offset = self.check(offset, bytes.len())?;
+        let to = self.at(offset, bytes.len())?;
+        if let (Ok(bytes), true) = (bytes.try_into(), to.cast::<u64>().is_aligned()) {
+            // SAFETY: inside the memory and aligned, and what others do to it is not a Rust reference's business.
+            let word = unsafe { to.cast::<AtomicU64>().as_ref() };
+            word.store(u64::from_ne_bytes(bytes), Ordering::Release);
+            return Some(());
+        }
+        if let (Ok(bytes), true) = (bytes.try_into(), to.cast::<u32>().is_aligned()) {
+            // SAFETY: as above.
+            let word = unsafe { to.cast::<AtomicU32>().as_ref() };
+            word.store(u32::from_ne_bytes(bytes), Ordering::Release);
+            return Some(());
+        }
+        if let (Ok(bytes), true) = (bytes.try_into(), to.cast::<u16>().is_aligned()) {
+            // SAFETY: as above.
+            let word = unsafe { to.cast::<AtomicU16>().as_ref() };
+            word.store(u16::from_ne_bytes(bytes), Ordering::Release);
+            return Some(());
+        }
         // SAFETY: inside the memory, which is valid for writes; nobody may hold a reference to it, so `bytes` lies
         // elsewhere.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.pointer.as_ptr().add(offset), bytes.len());
-        };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) };
         Some(())
+    }
+
+    /// Copies from memory that may be the same; `None`, and nothing done, if that is not all inside of both.
+    #[inline]
+    pub(crate) fn copy_from(
+        &self,
+        offset: u64,
+        source: &HostMemory,
+        source_offset: u64,
+        length: usize,
+    ) -> Option<()> {
+        let (to, from) = (self.at(offset, length)?, source.at(source_offset, length)?);
+        // SAFETY: inside of both memories, which are valid; they may overlap.
+        unsafe { std::ptr::copy(from.as_ptr(), to.as_ptr(), length) };
+        Some(())
+    }
+
+    /// Four aligned bytes.
+    pub(crate) fn atomic_u32(&self, offset: u64) -> Option<&AtomicU32> {
+        let word = self.at(offset, 4)?.cast::<AtomicU32>();
+        if !word.is_aligned() {
+            return None;
+        }
+        // SAFETY: inside the memory, which lives as long as `self`, and aligned.
+        Some(unsafe { word.as_ref() })
+    }
+
+    /// Eight aligned bytes.
+    pub(crate) fn atomic_u64(&self, offset: u64) -> Option<&AtomicU64> {
+        let word = self.at(offset, 8)?.cast::<AtomicU64>();
+        if !word.is_aligned() {
+            return None;
+        }
+        // SAFETY: as above.
+        Some(unsafe { word.as_ref() })
     }
 }
 

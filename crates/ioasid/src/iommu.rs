@@ -135,6 +135,9 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     fn cut(&self, at: u64) -> Result<(), TableError>;
 
     /// Unmaps exactly the range, whose ends were cut before. Parts may not be mapped.
+    ///
+    /// Until an [`invalidate`](Self::invalidate) that covers it, nothing is mapped there. After a deferred unmap that
+    /// comes later, for many ranges at once and from any thread; what the table has to free has to wait for it.
     fn unmap(&self, range: IovaRange);
 
     /// Gives all that is mapped in the range these permissions (reading and writing; nothing else in `permissions`

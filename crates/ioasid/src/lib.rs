@@ -50,6 +50,7 @@ mod device;
 mod dma;
 #[allow(unsafe_code, reason = "frees what nobody can be using any more, and calls membarrier")]
 pub mod epoch;
+mod flusher;
 #[cfg(feature = "vm-memory")]
 mod guest;
 #[allow(unsafe_code, reason = "copies from and to memory that devices share")]
@@ -59,6 +60,7 @@ pub mod iova;
 mod ledger;
 mod memory;
 mod sleeping;
+mod slice;
 pub mod snapshot;
 mod space;
 mod table;
@@ -72,14 +74,20 @@ pub use device::Device;
 pub use dma::{DmaError, Here, Late, Translated};
 #[cfg(feature = "vm-memory")]
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
-pub use ioasid_pagetable::{Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, WalkFault};
+pub use ioasid_pagetable::{
+    Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
+};
 pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, RegisterError, ReleaseError};
+pub use slice::{
+    BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
+};
 pub use snapshot::Snapshot;
 pub use space::{
-    AliasError, Extent, Extents, MapError, Mapped, MappingPolicy, Permissions, ProtectError, RemapError,
-    ReservationOwner, ReserveError, Space, SpaceStatistics, UnmapError, Unmapped,
+    AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped, MappingPolicy,
+    Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceStatistics,
+    UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::Table;
 

@@ -6,7 +6,7 @@
 //! blocks its own memory makes only its own unmaps wait.
 
 use std::collections::BTreeSet;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Knows the blocking copies that are running; a waiter waits for those that began before it did.
 #[derive(Debug, Default)]
@@ -22,38 +22,62 @@ struct State {
     running: BTreeSet<u64>,
 }
 
+/// A point in time, by the number of the next copy.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark(u64);
+
+impl State {
+    fn passed(&self, mark: Mark) -> bool {
+        self.running.first().is_none_or(|&oldest| oldest >= mark.0)
+    }
+}
+
 impl SleepingCopies {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins a copy.
-    pub(crate) fn begin(&self) -> SleepingCopy<'_> {
+    pub(crate) fn begin(self: &Arc<Self>) -> SleepingCopy {
         let mut state = self.lock();
         let number = state.next;
         state.next += 1;
         state.running.insert(number);
-        SleepingCopy { copies: self, number }
+        SleepingCopy { copies: self.clone(), number }
     }
 
     /// Returns when every copy that had begun has ended. Copies that begin meanwhile are not waited for.
     pub(crate) fn wait(&self) {
+        self.wait_for(self.mark());
+    }
+
+    /// The copies that have begun until now.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(self.lock().next)
+    }
+
+    /// Returns when every copy that had begun at the mark has ended.
+    pub(crate) fn wait_for(&self, mark: Mark) {
         let mut state = self.lock();
-        let now = state.next;
-        while state.running.first().is_some_and(|&oldest| oldest < now) {
+        while !state.passed(mark) {
             state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
+
+    /// Whether every copy that had begun at the mark has ended.
+    pub(crate) fn passed(&self, mark: Mark) -> bool {
+        self.lock().passed(mark)
+    }
 }
 
-/// A copy that is running.
+/// A copy that is running. It may outlive the space, whose table a device may leave meanwhile.
 #[derive(Debug)]
-pub(crate) struct SleepingCopy<'a> {
-    copies: &'a SleepingCopies,
+pub(crate) struct SleepingCopy {
+    copies: Arc<SleepingCopies>,
     number: u64,
 }
 
-impl Drop for SleepingCopy<'_> {
+impl Drop for SleepingCopy {
     fn drop(&mut self) {
         self.copies.lock().running.remove(&self.number);
         self.copies.ended.notify_all();
@@ -68,7 +92,7 @@ mod tests {
 
     #[test]
     fn waits_for_what_began_before_and_for_nothing_else() {
-        let copies = SleepingCopies::default();
+        let copies = Arc::new(SleepingCopies::default());
         copies.wait();
         let old = copies.begin();
         let waited = AtomicBool::new(false);

@@ -14,13 +14,17 @@
 use crate::bus::Bus;
 use crate::epoch;
 use crate::sleeping::SleepingCopies;
+use crate::slice::Slices;
 use arc_swap::ArcSwap;
-use ioasid_pagetable::{Attributes, Iova, IovaRange, Leaf, Native, PageSize, Radix};
+use ioasid_pagetable::{
+    Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
+};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 mod alias;
+mod deferred;
 mod held;
 mod layout;
 mod map;
@@ -34,6 +38,8 @@ mod snapshot;
 mod unmap;
 
 pub use alias::AliasError;
+use deferred::Deferred;
+pub use deferred::{DEFERRED_RANGES, DEFERRED_TIME, UnmapBatch};
 use layout::Layout;
 pub use layout::{ReservationOwner, ReserveError};
 pub use map::MapError;
@@ -68,7 +74,8 @@ impl Permissions {
         Permissions(attributes & (Attributes::READ | Attributes::WRITE))
     }
 
-    pub(crate) fn attributes(self) -> Attributes {
+    /// What a page table calls it.
+    pub fn attributes(self) -> Attributes {
         self.0
     }
 }
@@ -96,7 +103,12 @@ pub struct Space {
     /// Held by whoever changes the layout, or must not see it change.
     changing: Mutex<()>,
     /// Copies to and from late-bound memory that went through this space.
-    sleeping: SleepingCopies,
+    sleeping: Arc<SleepingCopies>,
+    /// What was unmapped and not waited for yet.
+    deferred: Deferred,
+    /// What device models have borrowed.
+    slices: Slices,
+    this: Weak<Space>,
     /// Where to look for room, from the first time on that somebody wants it.
     placement: OnceLock<Box<Placement>>,
 }
@@ -130,7 +142,7 @@ impl Space {
 
     /// An empty space that does not allow everything.
     pub fn with_policy(bus: &Arc<Bus>, format: Native, policy: MappingPolicy) -> Arc<Space> {
-        Arc::new(Space {
+        Arc::new_cyclic(|this| Space {
             id: SPACES.fetch_add(1, Ordering::Relaxed),
             bus: bus.clone(),
             native: Radix::native(format),
@@ -139,7 +151,10 @@ impl Space {
             layout: ArcSwap::from_pointee(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
-            sleeping: SleepingCopies::default(),
+            sleeping: Arc::default(),
+            deferred: Deferred::default(),
+            slices: Slices::new(),
+            this: this.clone(),
             placement: OnceLock::new(),
         })
     }
@@ -171,14 +186,36 @@ impl Space {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn sleeping(&self) -> &SleepingCopies {
+    pub(crate) fn sleeping(&self) -> &Arc<SleepingCopies> {
         &self.sleeping
+    }
+
+    pub(crate) fn slices(&self) -> &Slices {
+        &self.slices
     }
 
     /// The leaf that translates `iova`.
     pub fn walk(&self, iova: Iova) -> Option<Leaf> {
         let _operation = epoch::operation();
         self.native.walk(iova.get()).ok()
+    }
+
+    /// The leaf that translates an address and that no operation owns. `None`: an operation is at work there; `Some(None)`:
+    /// nothing is mapped. Inside a section of either kind.
+    pub(crate) fn settled_leaf(&self, iova: u64) -> Option<Option<Leaf>> {
+        let mut found = Some(None);
+        self.native.raw_leaves(IovaRange::new(iova, iova)?, |level, _, value| {
+            found = match self.native.format().decode(level, value) {
+                _ if value & Native::BUSY != 0 => None,
+                Entry::Leaf { oa, size, attributes } => {
+                    let first = iova & !(size.bytes() - 1);
+                    Some(Some(Leaf { iova: first, oa: Oa::new(oa), size, attributes }))
+                }
+                _ => Some(None),
+            };
+            ControlFlow::Break(())
+        });
+        found
     }
 
     /// The leaves that have an address in the range, ascending.
@@ -225,12 +262,18 @@ impl std::fmt::Debug for Space {
     }
 }
 
-/// Waits for another operation to get on, outside of any section.
-fn step_aside(tries: &mut u32) {
-    *tries = tries.saturating_add(1);
-    match *tries {
-        0..64 => std::hint::spin_loop(),
-        64..256 => std::thread::yield_now(),
-        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+impl Space {
+    /// After an operation has met a busy entry, outside of any section: gets the entry's owner on, or gives it time. What
+    /// was [deferred](deferred) stays busy until somebody flushes.
+    pub(crate) fn step_aside(&self, tries: &mut u32) {
+        if self.flush_any() {
+            return;
+        }
+        *tries = tries.saturating_add(1);
+        match *tries {
+            0..64 => std::hint::spin_loop(),
+            64..256 => std::thread::yield_now(),
+            _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+        }
     }
 }

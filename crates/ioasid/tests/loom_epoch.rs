@@ -163,8 +163,8 @@ fn inner_sections_end_without_ending_the_outer_one() {
             let place = reader.read(&outer);
             drop(local.enter());
             reader.read_again(&outer, place);
-            // One that was made from the section itself and outlives it, as memory in a device's hands may.
-            let kept = outer.nested();
+            // One that begins later and ends later.
+            let kept = local.enter();
             drop(outer);
             reader.read_again(&kept, place);
         });

@@ -102,5 +102,5 @@ pub use memory::HeapTables;
 pub use memory::{OutOfTables, TableMemory};
 pub use radix::{
     CachedWalk, ClaimError, Cursor, CutError, Leaf, MapError, ProtectError, Radix, RemapError, RetractError,
-    Span, UnmapError, WalkFault,
+    SharedWalk, Span, UnmapError, WalkFault,
 };

@@ -78,7 +78,7 @@ pub use map::MapError;
 pub use protect::ProtectError;
 pub use remap::RemapError;
 pub use unmap::UnmapError;
-pub use walk::{CachedWalk, Leaf, WalkFault};
+pub use walk::{CachedWalk, Leaf, SharedWalk, WalkFault};
 
 /// The table is retired or about to be; nobody may add to it.
 const DEAD: u64 = 1 << 63;
@@ -638,6 +638,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> core::fmt::Debug for Radix<F,
 }
 
 /// A leaf's first and last address, given any address in it.
+#[inline(always)]
 fn leaf_span(iova: u64, size: PageSize) -> (u64, u64) {
     let low = size.bytes() - 1;
     (iova & !low, iova | low)

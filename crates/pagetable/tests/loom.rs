@@ -21,7 +21,8 @@
 
 use ioasid_pagetable::{
     Attributes, CachedWalk, ClaimError, ClaimFormat, Entry, Format, Gather, IovaRange, LiveChanges, MapError,
-    Oa, OutOfTables, PageSize, Pattern, Radix, RetractError, Span, TableLayout, TableMemory, WalkFault,
+    Oa, OutOfTables, PageSize, Pattern, Radix, RetractError, SharedWalk, Span, TableLayout, TableMemory,
+    WalkFault,
 };
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::thread;
@@ -701,6 +702,75 @@ fn cached_walk_against_retirement() {
             unsafe { retired.free() };
         }
         assert_eq!(output_cached(&radix, 0, &mut cache), Some(HIGH));
+        finish(radix, &memory, []);
+    });
+}
+
+/// By the shared way if it leads there, and otherwise from the root; then the way is remembered.
+fn output_shared(radix: &Table, page: u64, way: &SharedWalk<AtomicU64>) -> Option<u64> {
+    let needed = READ_WRITE;
+    if let Some((oa, _)) = radix.translate_remembered(page << 12, 1, needed, std::slice::from_ref(way)) {
+        return Some(oa.get());
+    }
+    let mut walk = CachedWalk::new();
+    let seen = output_cached(radix, page, &mut walk);
+    radix.remember(&walk, way);
+    seen
+}
+
+/// Three threads use one remembered way for two tables. Nobody takes the address of one for the other.
+#[test]
+fn shared_walk_of_two_tables() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 1), LOW);
+        map(&radix, pages(4, 1), HIGH);
+        let way = Arc::new(SharedWalk::new());
+        assert_eq!(output_shared(&radix, 0, &way), Some(LOW));
+        let other = {
+            let way = Arc::clone(&way);
+            spawn(&radix, move |radix| assert_eq!(output_shared(radix, 4, &way), Some(HIGH)))
+        };
+        let walker = {
+            let way = Arc::clone(&way);
+            spawn(&radix, move |radix| {
+                assert_eq!(output_shared(radix, 0, &way), Some(LOW));
+            })
+        };
+        other.join().unwrap();
+        walker.join().unwrap();
+        assert_eq!(output_shared(&radix, 4, &way), Some(HIGH));
+        finish(radix, &memory, []);
+    });
+}
+
+/// As `cached_walk_against_retirement`, by a way that both threads know.
+#[test]
+fn shared_walk_against_retirement() {
+    check(|| {
+        let (radix, memory) = table(2);
+        map(&radix, pages(0, 1), LOW);
+        let way = Arc::new(SharedWalk::new());
+        assert_eq!(output_shared(&radix, 0, &way), Some(LOW));
+        let mapped = Arc::new(AtomicBool::new(false));
+        let walker = {
+            let (way, mapped) = (Arc::clone(&way), Arc::clone(&mapped));
+            spawn(&radix, move |radix| {
+                let mapped = mapped.load(Ordering::Acquire);
+                let seen = output_shared(radix, 0, &way);
+                assert!(seen == Some(HIGH) || !mapped && seen.is_none_or(|oa| oa == LOW));
+            })
+        };
+        let mut gather = Gather::new();
+        radix.unmap(pages(0, 4), &mut gather).unwrap();
+        map(&radix, pages(0, 1), HIGH);
+        mapped.store(true, Ordering::Release);
+        walker.join().unwrap();
+        for retired in gather.retired.drain(..) {
+            // SAFETY: the only walk beside has ended.
+            unsafe { retired.free() };
+        }
+        assert_eq!(output_shared(&radix, 0, &way), Some(HIGH));
         finish(radix, &memory, []);
     });
 }

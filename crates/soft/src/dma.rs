@@ -50,6 +50,10 @@ pub enum DmaFaultReason {
     MemoryGone,
     /// The transfer runs past the last address that can be translated.
     OutOfRange,
+    /// The address of an atomic operation is no multiple of its size.
+    Misaligned,
+    /// The memory is there, but takes no atomic operations.
+    NotAtomic,
 }
 
 impl fmt::Display for DmaFaultReason {
@@ -60,6 +64,8 @@ impl fmt::Display for DmaFaultReason {
             Self::Blocked => "the device is attached to no address space",
             Self::MemoryGone => "the memory behind the mapping is gone",
             Self::OutOfRange => "the transfer runs past the end of the address space",
+            Self::Misaligned => "an atomic operation needs an address that is a multiple of its size",
+            Self::NotAtomic => "the memory takes no atomic operations",
         })
     }
 }

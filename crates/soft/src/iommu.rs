@@ -10,17 +10,24 @@
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
-use arc_swap::ArcSwapOption;
+use ioasid::epoch::Protected;
 use ioasid::pagetable::VtdSecondStage;
-use ioasid::{AttachError, DerivedTable, Iommu, IovaRange, RadixTable, Requirements, Rid, Table, TableClass};
+use ioasid::{
+    AttachError, DerivedTable, Iommu, IovaRange, RadixTable, Requirements, Rid, SliceHandle, Space, Table,
+    TableClass,
+};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+mod faults;
 mod iotlb;
 mod port;
 
-pub use port::{Port, PortStatistics};
+pub use faults::{FAULT_LOG_RECORDS, FaultLog, FaultRecord};
+pub use port::{
+    AtomicOperation, DmaSegment, PartialTransfer, Port, PortBorrowError, PortStatistics, Translation,
+};
 
 static IOMMUS: AtomicU64 = AtomicU64::new(0);
 
@@ -51,16 +58,56 @@ pub struct SoftIommu {
 struct Attachment {
     kind: TableKind,
     /// None: all DMA is refused.
-    table: ArcSwapOption<Table>,
+    table: Protected<Table>,
+    /// What the device model has borrowed, and perhaps given back.
+    slices: Mutex<Slices>,
+}
+
+#[derive(Debug, Default)]
+struct Slices {
+    handles: Vec<SliceHandle>,
+    /// How many there may be before those that were given back are looked for.
+    limit: usize,
 }
 
 impl Attachment {
     /// Exchanges the table and waits until nothing goes through the old one.
     fn replace(&self, table: Option<Arc<Table>>) {
-        if let Some(old) = self.table.swap(table) {
+        let space = table.as_ref().map(|table| table.space().clone());
+        if let Some(old) = self.table.replace(table).after_dma() {
+            // Copies of memory behind calls leave their sections, and are counted with the space.
             old.wait_for_dma();
-            // The last reference may go here, and no DMA section can be the one that drops it.
+            if !space.is_some_and(|space| Arc::ptr_eq(&space, old.space())) {
+                let handles = self.take_slices_of(old.space());
+                if let Err(error) = SliceHandle::recall_all(&handles) {
+                    tracing::warn!(%error, "a device is taken from its space, but its model does not let go");
+                }
+            }
+            // The last reference may go here.
         }
+    }
+
+    fn slices(&self) -> MutexGuard<'_, Slices> {
+        self.slices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_slices_of(&self, space: &Arc<Space>) -> Vec<SliceHandle> {
+        let mut slices = self.slices();
+        let (taken, others) = std::mem::take(&mut slices.handles)
+            .into_iter()
+            .partition(|slice: &SliceHandle| slice.is_of(space));
+        slices.handles = others;
+        taken
+    }
+
+    /// Notes what the device model has borrowed.
+    fn note_slice(&self, handle: SliceHandle) {
+        let mut slices = self.slices();
+        if slices.handles.len() >= slices.limit {
+            slices.handles.retain(SliceHandle::is_held);
+            slices.limit = (2 * slices.handles.len()).max(64);
+        }
+        slices.handles.push(handle);
     }
 }
 
@@ -90,7 +137,7 @@ impl SoftIommu {
         if devices.contains_key(&rid) {
             return Err(RidTaken(rid));
         }
-        let attachment = Arc::new(Attachment { kind, table: ArcSwapOption::empty() });
+        let attachment = Arc::new(Attachment { kind, table: Protected::default(), slices: Mutex::default() });
         devices.insert(rid, attachment.clone());
         Ok(Arc::new(Port::new(rid, attachment)))
     }

@@ -5,7 +5,7 @@ use ioasid::{
     Table,
 };
 use ioasid_soft::dma::{DmaFaultReason, DmaPort};
-use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
+use ioasid_soft::iommu::{Port, PortBorrowError, SoftIommu, TableKind};
 use std::sync::{Arc, Mutex};
 
 const MIB: u64 = 1 << 20;
@@ -188,4 +188,50 @@ fn replacing_a_table_moves_the_device_in_one_step() {
         let seen = reader.join().unwrap();
         assert_eq!(seen[0], 0);
     });
+}
+
+#[test]
+fn a_device_that_is_taken_from_its_space_lets_go_of_what_it_has_borrowed() {
+    let machine = Machine::new();
+    let (first, second) = (Space::new(&machine.bus), Space::new(&machine.bus));
+    let memory = machine.memory(2 * MIB);
+    for space in [&first, &second] {
+        space.map(Iova::new(0x1000), &memory, 0, 0x1000, Permissions::READ_WRITE).unwrap();
+    }
+    let (device, port) = machine.device(0x8, TableKind::VtdSecondStage);
+    let borrow = || {
+        let held = Arc::new(Mutex::new(None));
+        let place = Arc::downgrade(&held);
+        let let_go = move |_: IovaRange| drop(place.upgrade().and_then(|held| held.lock().unwrap().take()));
+        let slice = port.borrow(0x1800, 16, Permissions::READ_WRITE, Arc::new(let_go))?;
+        *held.lock().unwrap() = Some(slice);
+        Ok::<_, PortBorrowError>(held)
+    };
+    assert_eq!(borrow().unwrap_err(), PortBorrowError::Blocked);
+    let table = Table::for_device(&first, &device).unwrap();
+    device.attach(&table).unwrap();
+    let held = borrow().unwrap();
+    held.lock().unwrap().as_ref().unwrap().write(0, b"from the device").unwrap();
+    let mut bytes = [0; 15];
+    port.read(0x1800, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"from the device");
+    // Another table of the same space changes nothing of what is mapped.
+    device.attach(&Table::new(&first, &device).unwrap()).unwrap();
+    assert!(held.lock().unwrap().is_some());
+    device.attach(&Table::for_device(&second, &device).unwrap()).unwrap();
+    assert!(held.lock().unwrap().is_none());
+    let held = borrow().unwrap();
+    device.detach();
+    assert!(held.lock().unwrap().is_none());
+    // A model that does not let go keeps its memory pinned, and nothing else.
+    device.attach(&table).unwrap();
+    let stubborn = port.borrow(0x1800, 16, Permissions::READ, Arc::new(|_| {})).unwrap();
+    device.detach();
+    stubborn.read(0, &mut bytes).unwrap();
+    assert!(first.unmap(range(0x1000, 0x1000)).is_err());
+    second.unmap(range(0x1000, 0x1000)).unwrap();
+    drop(stubborn);
+    first.unmap(range(0x1000, 0x1000)).unwrap();
+    let many: Vec<_> = (0..500).filter_map(|_| borrow().ok()).collect();
+    assert!(many.is_empty());
 }

@@ -3,7 +3,7 @@
 //! The backing is the memory's identity: whoever registers the same memory from several places shares the backing. Two
 //! backings of the same memory are two objects, with output addresses and charges of their own.
 
-use super::{Backing, Bytes, Source};
+use super::{Backing, Source};
 use crate::bus::Bus;
 use crate::host_memory::HostMemory;
 use std::ptr::NonNull;
@@ -14,17 +14,11 @@ impl Backing {
     ///
     /// # Safety
     ///
-    /// The memory stays valid for reads and writes until the backing and all that was registered of it are
-    /// dropped. As long as a device can reach it, nobody holds a Rust reference to it.
+    /// The memory stays valid for reads and writes until the backing, all that was registered of it and every
+    /// [`BorrowedSlice`](crate::BorrowedSlice) that leads to it are dropped. As long as a device can reach it, nobody holds a Rust reference to it.
     pub unsafe fn host(bus: &Arc<Bus>, pointer: NonNull<u8>, length: u64) -> Arc<Backing> {
         // SAFETY: passed on to the caller.
         let memory = unsafe { HostMemory::new(pointer, length) };
         Backing::whole(bus, Source::Host(memory), Some(length))
-    }
-
-    /// Whether its memory belongs to somebody who wants it back.
-    pub(super) fn is_borrowed(&self) -> bool {
-        let Bytes::Whole { source, .. } = &self.bytes else { return false };
-        matches!(&**source, Source::Host(memory) if memory.is_borrowed())
     }
 }

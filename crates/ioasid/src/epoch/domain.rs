@@ -176,19 +176,9 @@ impl Drop for Local {
 /// An open section; it ends when this is dropped, on the thread that began it.
 #[derive(Debug)]
 #[must_use = "the section ends when this is dropped"]
-pub struct Section {
+pub(crate) struct Section {
     participant: &'static Participant,
     on_this_thread: PhantomData<*const ()>,
-}
-
-impl Section {
-    /// One more section inside this one; the outermost ends when all of them have.
-    #[inline]
-    pub(crate) fn nested(&self) -> Section {
-        let depth = self.participant.depth.load(Ordering::Relaxed);
-        self.participant.depth.store(depth + 1, Ordering::Relaxed);
-        Section { participant: self.participant, on_this_thread: PhantomData }
-    }
 }
 
 impl Drop for Section {

@@ -16,7 +16,7 @@
 use super::held::{Held, Portion};
 use super::map::{MapError, Part, Parts, Try};
 use super::protect::Stretch;
-use super::{Permissions, Space, step_aside};
+use super::{Permissions, Space};
 use crate::backing::Backing;
 use crate::epoch;
 use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize};
@@ -132,7 +132,7 @@ impl Space {
                 }
             }
             drop(registrations);
-            step_aside(&mut tries);
+            self.step_aside(&mut tries);
         }
     }
 

@@ -8,12 +8,15 @@
 //! held is let go; then changes of the layout are shut out and what has been got is kept, so that this ends even if
 //! others never stop changing small pieces of a large range.
 
+use super::Space;
 use super::layout::Layout;
-use super::{Space, step_aside};
+use super::protect::NativeCut;
+use super::unmap::Manner;
 use crate::epoch;
+use crate::slice::Recalled;
 use arc_swap::Guard;
 use ioasid_pagetable::{
-    CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
+    Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
 use std::sync::atomic::AtomicU64;
@@ -133,6 +136,26 @@ impl Drop for Held<'_> {
 }
 
 impl Space {
+    /// Like [`hold`](Self::hold), for a change that takes rights away or leads elsewhere: with nobody who has borrowed them, and nobody who
+    /// can until the second value is dropped.
+    pub(super) fn hold_unborrowed<P: Iterator<Item = Portion>>(
+        &self,
+        range: IovaRange,
+        rights: Attributes,
+        portions: impl Fn() -> P,
+    ) -> Result<(Held<'_>, Option<Recalled<'_>>), NativeCut> {
+        let mut recalled = self.recall(range, rights, Manner::Strict)?;
+        loop {
+            let held = self.hold(range, &portions)?;
+            // Who borrows from now on meets the held leaves, and waits.
+            if recalled.is_some() || !self.slices.any(range, rights) {
+                return Ok((held, recalled));
+            }
+            drop(held);
+            recalled = self.recall(range, rights, Manner::Strict)?;
+        }
+    }
+
     /// Like [`hold`](Self::hold), but never waits. `None`: another operation is at work in the range.
     pub(super) fn try_hold<P: Iterator<Item = Portion>>(
         &self,
@@ -173,7 +196,7 @@ impl Space {
                         from = range.first();
                     }
                     held.stay = None;
-                    step_aside(&mut tries);
+                    self.step_aside(&mut tries);
                     if lock {
                         unchanging = Some(self.changing());
                     }

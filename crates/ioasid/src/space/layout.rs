@@ -8,7 +8,7 @@
 //! happen the copy finds an equal leaf. A table joins in two such steps, so that at no time an operation maps in it
 //! what another one, running beside it, does not know to unmap there.
 
-use super::{Space, step_aside};
+use super::Space;
 use crate::epoch;
 use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
 use crate::table::Table;
@@ -174,6 +174,8 @@ impl Space {
         new.undecided = ranges.to_vec();
         self.layout.store(Arc::new(new.clone()));
         epoch::wait_for_operations();
+        // What is unmapped already and only waits for a flush is in nobody's way.
+        self.flush();
         let mapped = {
             let _operation = epoch::operation();
             ranges.iter().find(|range| self.occupied_in(**range).is_some())
@@ -326,7 +328,7 @@ impl Space {
                 Err(RetractError::Contended { at }) => {
                     drop(operation);
                     first = Some(at);
-                    step_aside(&mut tries);
+                    self.step_aside(&mut tries);
                 }
                 Err(RetractError::Cut(_)) => break,
             }

@@ -12,7 +12,7 @@
 //! starts again.
 
 use super::layout::Layout;
-use super::{Permissions, Space, step_aside};
+use super::{Permissions, Space};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::{Memory, Unavailable};
@@ -215,7 +215,7 @@ impl Space {
             match self.try_map(&request) {
                 Ok(()) => return Ok(()),
                 Err(Try::Failed(error)) => return Err(error),
-                Err(Try::Contended) => step_aside(&mut tries),
+                Err(Try::Contended) => self.step_aside(&mut tries),
             }
         }
     }
@@ -238,7 +238,13 @@ impl Space {
         let granule = self.granule().bytes();
         let alignment = length.checked_next_power_of_two().unwrap_or(largest).clamp(granule, largest);
         loop {
-            let place = self.propose(length, &[alignment, granule]).ok_or(MapError::NoHole { length })?;
+            let Some(place) = self.propose(length, &[alignment, granule]) else {
+                // Addresses that were unmapped and not flushed yet are free in a moment.
+                if self.flush_any() {
+                    continue;
+                }
+                return Err(MapError::NoHole { length });
+            };
             let iova = Iova::new(place.first());
             match self.map(iova, memory, offset, length, permissions) {
                 Ok(()) => return Ok(iova),

@@ -124,12 +124,15 @@ impl Space {
     }
 
     /// What an unmap has left of mappings behind the runs are mappings of their own from now on. Outside of all sections.
-    pub(super) fn begin_behind(&self, runs: &Runs) {
+    pub(super) fn begin_behind_runs(&self, runs: &Runs) {
+        if !self.policy.knows_mappings() {
+            return;
+        }
         for at in runs.iter().filter_map(|run| run.last().checked_add(1)) {
             let Some(page) = IovaRange::new(at, at) else { continue };
             let mut tries = 0;
             while !self.begin_at(at, page) {
-                super::step_aside(&mut tries);
+                self.step_aside(&mut tries);
             }
         }
     }

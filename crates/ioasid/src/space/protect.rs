@@ -8,8 +8,10 @@
 //! If a table refuses, those before it go back to what the native table still says.
 
 use super::held::{Held, Portion};
+use super::unmap::ALL_RIGHTS;
 use super::{Permissions, Space};
 use crate::iommu::{DerivedTable, TableError};
+use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Attributes, CutError, Iova, IovaRange, Leaf, Oa, PageSize, Runs, Span};
 
 /// Why no permission was changed.
@@ -32,12 +34,22 @@ pub enum ProtectError {
     /// A derived table refused. [`TableError::NeedsBreak`]: what is mapped there has to be unmapped and mapped again.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A device model has borrowed some of it for what would be taken away, and does not let go.
+    #[error(transparent)]
+    Borrowed(#[from] StillBorrowed),
 }
 
-/// What a cut of the native table's can fail of.
+/// What holding leaves, and cutting the native table for it, can fail of.
 pub(super) enum NativeCut {
+    Borrowed(StillBorrowed),
     OutOfTables,
     Table(TableError),
+}
+
+impl From<StillBorrowed> for NativeCut {
+    fn from(error: StillBorrowed) -> NativeCut {
+        NativeCut::Borrowed(error)
+    }
 }
 
 impl From<CutError> for NativeCut {
@@ -161,12 +173,14 @@ impl Space {
             return Err(ProtectError::NoPermission);
         }
         let portion = Portion { range, largest: ANY_SIZE };
-        let held = self.hold(range, || std::iter::once(portion)).map_err(NativeCut::from);
-        let mut held = held.map_err(|error| match error {
+        let attributes = permissions.attributes();
+        let taken = ALL_RIGHTS.difference(attributes);
+        let held = self.hold_unborrowed(range, taken, || std::iter::once(portion));
+        let (mut held, _recalled) = held.map_err(|error| match error {
+            NativeCut::Borrowed(error) => error.into(),
             NativeCut::OutOfTables => ProtectError::OutOfTables,
             NativeCut::Table(error) => error.into(),
         })?;
-        let attributes = permissions.attributes();
         let runs = held.runs().clone();
         held.change_followers(
             |table| {

@@ -13,9 +13,11 @@
 use super::held::Portion;
 use super::map::{MapError, Part, Parts, Request};
 use super::protect::NativeCut;
+use super::unmap::ALL_RIGHTS;
 use super::{Permissions, Space};
 use crate::iommu::TableError;
 use crate::memory::Memory;
+use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Iova, IovaRange, PageSize};
 use std::sync::Arc;
 
@@ -37,6 +39,9 @@ pub enum RemapError {
     /// A derived table refused. [`TableError::NeedsBreak`]: what is mapped there has to be unmapped and mapped again.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A device model has borrowed some of it and does not let go.
+    #[error(transparent)]
+    Borrowed(#[from] StillBorrowed),
 }
 
 /// The largest leaf that can begin at both addresses at once, wherever their common offset lets one begin.
@@ -81,8 +86,9 @@ impl Space {
         memory.note_mapped(self, range);
         let portions =
             || request.parts().map(|part| Portion { range: part.range, largest: Some(largest_leaf(&part)) });
-        let held = self.hold(range, portions).map_err(NativeCut::from);
-        let mut held = held.map_err(|error| match error {
+        let held = self.hold_unborrowed(range, ALL_RIGHTS, portions);
+        let (mut held, _recalled) = held.map_err(|error| match error {
+            NativeCut::Borrowed(error) => error.into(),
             NativeCut::OutOfTables => RemapError::OutOfTables,
             NativeCut::Table(error) => error.into(),
         })?;

@@ -1,5 +1,6 @@
 //! Unmapping: exactly the range, whatever leaves it was mapped with.
 //!
+//! 0. Device models that have borrowed some of the range are asked to let go (`slice.rs`). Nearly always nobody has.
 //! 1. The ends of the range are made boundaries between leaves, in the native and in every derived table. All that
 //!    can fail happens here, and nothing has changed for anybody.
 //! 2. The native leaves are retracted, present to busy. They translate no more, and nobody can map there yet. The
@@ -19,16 +20,20 @@
 //! back at once; then it shuts out changes of the layout, starts again, and keeps what it gets, so that it ends
 //! even if others never stop mapping and unmapping small pieces of a large range.
 
+use super::Space;
 use super::layout::Layout;
-use super::{Space, step_aside};
 use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::Piece;
+use crate::slice::{Recalled, SLICE_PATIENCE, StillBorrowed};
 use arc_swap::Guard;
-use ioasid_pagetable::{CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs};
+use ioasid_pagetable::{
+    Attributes, CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs,
+};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 /// What an unmap took away.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,7 +82,24 @@ pub enum UnmapError {
     /// A derived table refused to be cut.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A device model has borrowed some of it and does not let go.
+    #[error(transparent)]
+    Borrowed(#[from] StillBorrowed),
 }
+
+/// Who waits for the DMA that had begun before, and for device models that have borrowed the range.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// The unmap itself; it fails if a slice is not given back.
+    Strict,
+    /// The next flush waits for DMA.
+    Deferred,
+    /// As strict; but what is not given back in time is unmapped all the same, because the memory goes.
+    AtAnyPrice,
+}
+
+/// What an unmap takes away.
+pub(super) const ALL_RIGHTS: Attributes = Attributes::READ.union(Attributes::WRITE);
 
 /// Why a step has to be tried again or given up.
 enum Step {
@@ -114,7 +136,30 @@ impl Space {
     ///
     /// When it returns, no device reaches the memory that was mapped there.
     pub fn unmap(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
-        self.unmap_wanted(range, None)
+        self.unmap_wanted(range, None, Manner::Strict)
+    }
+
+    /// The same without waiting for devices: DMA that had begun before may reach the memory until the next
+    /// [`flush`](Self::flush), which comes by itself after at most [`DEFERRED_TIME`](super::DEFERRED_TIME), and when
+    /// [`DEFERRED_RANGES`](super::DEFERRED_RANGES) are waiting for it.
+    ///
+    /// Until then nothing else gets the addresses, and dropping the [`Memory`](crate::Memory) waits; but memory that stays
+    /// registered must not be given to anybody else before the flush.
+    ///
+    /// ```
+    /// # use ioasid::{Account, Backing, Bus, Iova, IovaRange, Memory, Permissions, Space};
+    /// # let bus = Bus::new();
+    /// # let memory = Memory::register(&Backing::anonymous(&bus, 1 << 20)?, 0, 1 << 20, &Account::new("guest", None))?;
+    /// # let space = Space::new(&bus);
+    /// space.map(Iova::new(0), &memory, 0, 0x2000, Permissions::READ_WRITE)?;
+    /// space.unmap_deferred(IovaRange::with_length(0x1000, 0x1000).unwrap())?;
+    /// assert!(space.walk(Iova::new(0x1000)).is_none());
+    /// space.flush();
+    /// // Now no device can be using the second page any more.
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn unmap_deferred(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
+        self.unmap_wanted(range, None, Manner::Deferred)
     }
 
     /// The same, for the leaves alone that `wanted` says yes to.
@@ -122,6 +167,7 @@ impl Space {
         &self,
         range: IovaRange,
         wanted: Option<&dyn Fn(&Leaf) -> bool>,
+        manner: Manner,
     ) -> Result<Unmapped, UnmapError> {
         if !range.is_aligned(self.granule()) {
             return Err(UnmapError::Misaligned { range, granule: self.granule() });
@@ -130,13 +176,23 @@ impl Space {
         let mut rest = range;
         let mut tries = 0;
         let mut unchanging = None;
+        // Asked before anything is retracted, so that devices notice nothing of an unmap that fails.
+        let mut recalled = self.recall(range, ALL_RIGHTS, manner)?;
         loop {
             let operation = epoch::operation();
             let layout = self.layout.load();
             match self.cut_and_retract(range, wanted, &mut rest, &layout, &mut gather) {
+                Ok(()) if recalled.is_none() && self.slices.any(range, ALL_RIGHTS) => {
+                    self.give_back(&mut gather);
+                    rest = range;
+                    drop(layout);
+                    drop(operation);
+                    drop(unchanging.take());
+                    recalled = self.recall(range, ALL_RIGHTS, manner)?;
+                }
                 Ok(()) => {
                     drop(unchanging);
-                    self.settle(operation, layout, &mut gather);
+                    self.settle(operation, layout, &mut gather, manner);
                     return Ok(Unmapped { runs: gather.runs, leaves: gather.leaves });
                 }
                 Err(Step::Contended) => {
@@ -148,7 +204,7 @@ impl Space {
                     }
                     drop(layout);
                     drop(operation);
-                    step_aside(&mut tries);
+                    self.step_aside(&mut tries);
                     if lock {
                         unchanging = Some(self.changing());
                     }
@@ -162,6 +218,24 @@ impl Space {
                     return Err(error);
                 }
             }
+        }
+    }
+
+    /// Gets back what is borrowed of these rights in the range, and lets nobody borrow them meanwhile; `None`: there was
+    /// nothing. Outside of all sections.
+    pub(super) fn recall(
+        &self,
+        range: IovaRange,
+        rights: Attributes,
+        manner: Manner,
+    ) -> Result<Option<Recalled<'_>>, StillBorrowed> {
+        if !self.slices.any(range, rights) {
+            return Ok(None);
+        }
+        match self.slices.recall(range, rights, Instant::now() + SLICE_PATIENCE) {
+            Ok(recalled) => Ok(Some(recalled)),
+            Err((recalled, _)) if manner == Manner::AtAnyPrice => Ok(Some(recalled)),
+            Err((_, error)) => Err(error),
         }
     }
 
@@ -278,33 +352,42 @@ impl Space {
         mut operation: epoch::Section,
         layout: Guard<Arc<Layout>>,
         gather: &mut Gather<HeapTables, AtomicU64>,
+        manner: Manner,
     ) {
         if !gather.runs.is_empty() {
             for table in layout.derived() {
                 for run in gather.runs.iter() {
                     table.unmap(run);
                 }
-                table.invalidate(&gather.runs);
+                if manner != Manner::Deferred {
+                    table.invalidate(&gather.runs);
+                }
             }
+            self.count_out_runs(&gather.runs);
             if layout.table_count() > 0 {
                 drop(layout);
                 drop(operation);
+                if manner == Manner::Deferred {
+                    if self.defer(&gather.runs) {
+                        epoch::retire(std::mem::take(&mut gather.retired));
+                        self.begin_behind_runs(&gather.runs);
+                        return;
+                    }
+                    self.invalidate(&gather.runs);
+                }
                 epoch::wait_for_dma();
                 self.sleeping.wait();
                 operation = epoch::operation();
             }
         }
         let runs = gather.runs.clone();
-        self.count_out_runs(&runs);
         for run in runs.iter() {
             self.native.release(run, gather);
             self.propose_again(run);
         }
         epoch::retire(std::mem::take(&mut gather.retired));
         drop(operation);
-        if self.policy.knows_mappings() {
-            self.begin_behind(&runs);
-        }
+        self.begin_behind_runs(&runs);
     }
 
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
@@ -319,7 +402,9 @@ impl Space {
     /// The same, but nothing else. On an error some of the leaves may have been unmapped.
     pub(crate) fn unmap_outputs_exactly(&self, hull: IovaRange, pieces: &[Piece]) -> Result<(), UnmapError> {
         let wanted = |leaf: &Leaf| pieces_under(leaf, pieces).next().is_some();
-        self.unmap_found(hull, pieces, |range| self.unmap_wanted(range, Some(&wanted)).map(drop))
+        self.unmap_found(hull, pieces, |range| {
+            self.unmap_wanted(range, Some(&wanted), Manner::Strict).map(drop)
+        })
     }
 
     /// Has every range unmapped that leads to one of the pieces, until there is none.
@@ -329,6 +414,8 @@ impl Space {
         pieces: &[Piece],
         mut unmap: impl FnMut(IovaRange) -> Result<(), UnmapError>,
     ) -> Result<(), UnmapError> {
+        // Devices may still reach what was unmapped without waiting for them.
+        self.flush();
         let mut unknown = vec![hull];
         let mut tries = 0;
         while !unknown.is_empty() {
@@ -340,7 +427,7 @@ impl Space {
             // decided, and when the DMA that the other one waits for has ended.
             unknown = busy;
             if !unknown.is_empty() {
-                step_aside(&mut tries);
+                self.step_aside(&mut tries);
             }
         }
         Ok(())
@@ -388,7 +475,10 @@ impl Space {
         let (mut first, mut last) = (range.first() & !granule, range.last() | granule);
         let Some(exact) = IovaRange::new(first, last) else { return };
         // Something else may be mapped there by now, and is none of our business.
-        if self.unmap_wanted(exact, Some(&|leaf| pieces_under(leaf, pieces).next().is_some())).is_ok() {
+        if self
+            .unmap_wanted(exact, Some(&|leaf| pieces_under(leaf, pieces).next().is_some()), Manner::Strict)
+            .is_ok()
+        {
             return;
         }
         while self.may_lead_to(exact, pieces) {
@@ -399,7 +489,9 @@ impl Space {
             (first, last) = (first & !block, last | block);
             // Whatever the space's policy is.
             let all = Some::<&dyn Fn(&Leaf) -> bool>(&|_| true);
-            if IovaRange::new(first, last).is_none_or(|range| self.unmap_wanted(range, all).is_ok()) {
+            if IovaRange::new(first, last)
+                .is_none_or(|range| self.unmap_wanted(range, all, Manner::AtAnyPrice).is_ok())
+            {
                 return;
             }
         }

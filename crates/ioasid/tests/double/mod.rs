@@ -188,6 +188,9 @@ pub(crate) struct DoubleTable {
     switches: Arc<Switches>,
     /// The ranges of the calls that are running, other than cuts.
     running: Mutex<Vec<IovaRange>>,
+    /// What was unmapped and not invalidated since: hardware may still be using it.
+    stale: Mutex<Vec<IovaRange>>,
+    invalidations: AtomicU64,
 }
 
 /// A call that is running.
@@ -208,6 +211,23 @@ impl DoubleTable {
         assert!(clash.is_none(), "two calls at the same time for {range} and {}", clash.unwrap());
         running.push(range);
         Running(self, range)
+    }
+
+    /// Whether something that was unmapped has not been invalidated yet.
+    pub(crate) fn is_stale(&self) -> bool {
+        !self.stale.lock().unwrap().is_empty()
+    }
+
+    /// How often anything was invalidated.
+    pub(crate) fn invalidations(&self) -> u64 {
+        self.invalidations.load(Ordering::SeqCst)
+    }
+
+    /// Hardware that still remembers the former translation would use it in place of a new one.
+    fn assert_fresh(&self, range: IovaRange) {
+        let stale = self.stale.lock().unwrap();
+        let before = stale.iter().find(|stale| stale.overlaps(&range));
+        assert!(before.is_none(), "{range} is mapped, but {} was not invalidated", before.unwrap());
     }
 
     /// What is mapped in it.
@@ -330,6 +350,7 @@ impl DoubleTable {
 impl DerivedTable for DoubleTable {
     fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let _running = self.run(range);
+        self.assert_fresh(range);
         let fails = self.switches.fails(Call::Map);
         if fails && !self.switches.late.load(Ordering::SeqCst) {
             return Err(refused());
@@ -344,6 +365,7 @@ impl DerivedTable for DoubleTable {
 
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let _running = self.run(range);
+        self.assert_fresh(range);
         let fails = self.switches.fails(Call::Fill);
         if !fails || self.switches.late.load(Ordering::SeqCst) {
             self.inner.fill(range, oa, attributes)?;
@@ -373,6 +395,7 @@ impl DerivedTable for DoubleTable {
             assert!(self.across(at).is_none(), "unmap of {range} across a leaf at {at:#x}");
         }
         self.inner.unmap(range);
+        self.stale.lock().unwrap().push(range);
     }
 
     fn protect(&self, range: IovaRange, permissions: Attributes) -> Result<(), TableError> {
@@ -396,6 +419,8 @@ impl DerivedTable for DoubleTable {
 
     fn invalidate(&self, runs: &Runs) {
         assert!(!runs.is_empty(), "nothing to invalidate");
+        self.invalidations.fetch_add(1, Ordering::SeqCst);
+        self.stale.lock().unwrap().retain(|stale| !runs.iter().any(|run| run.covers(stale)));
         for run in runs.iter() {
             let mut changed = self.changed.lock().unwrap();
             let before = changed.len();
@@ -562,6 +587,8 @@ impl Iommu for Double {
             refused: AtomicBool::new(false),
             switches: self.switches.clone(),
             running: Mutex::default(),
+            stale: Mutex::default(),
+            invalidations: AtomicU64::new(0),
         });
         self.tables.lock().unwrap().push(Arc::downgrade(&table));
         Ok(table)

@@ -8,6 +8,10 @@ use crate::memory::TableMemory;
 use core::ops::ControlFlow;
 use core::ptr::NonNull;
 
+mod shared;
+
+pub use shared::SharedWalk;
+
 /// A leaf that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
@@ -89,6 +93,12 @@ impl<A> core::fmt::Debug for Node<A> {
     }
 }
 
+/// The leaf around an address that an entry has told of.
+#[inline(always)]
+fn leaf(iova: u64, oa: u64, size: PageSize, attributes: Attributes) -> Leaf {
+    Leaf { iova: leaf_span(iova, size).0, oa: Oa::new(oa), size, attributes }
+}
+
 /// Calls back for every entry that is not empty.
 struct Look<C> {
     callback: C,
@@ -135,12 +145,13 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     pub fn walk_cached(&self, iova: u64, cache: &mut CachedWalk<A>) -> Result<Leaf, WalkFault> {
         let generation = self.generation.load();
         if let Some(node) = cache.node {
-            // Below the sign the gap looks like what is mapped.
-            let outside = self.format.sign_extended() && !self.reaches(*self.format.top_levels().end(), iova);
-            if cache.generation == generation && cache.tag == self.tag(node.level, iova) && !outside {
+            if cache.generation == generation
+                && cache.tag == self.tag(node.level, iova)
+                && !self.outside(iova)
+            {
                 let value = self.entry(node, self.index(node.level, iova)).load();
                 if let Entry::Leaf { oa, size, attributes } = self.format.decode(node.level, value) {
-                    return Ok(Leaf { iova: leaf_span(iova, size).0, oa: Oa::new(oa), size, attributes });
+                    return Ok(leaf(iova, oa, size, attributes));
                 }
                 // Absent there: the table may have been retired a moment ago and another one be in its place.
                 // Only the walk from the root can say that nothing is mapped.
@@ -153,6 +164,12 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             *cache = CachedWalk { generation, tag: self.tag(node.level, iova), node: Some(node) };
         }
         leaf
+    }
+
+    /// Whether the address lies in the gap of a sign-extended table: below the sign the gap looks like what is mapped.
+    #[inline(always)]
+    fn outside(&self, iova: u64) -> bool {
+        self.format.sign_extended() && !self.reaches(*self.format.top_levels().end(), iova)
     }
 
     #[inline(always)]
@@ -178,10 +195,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
             }
             match self.format.decode(at, value) {
                 Entry::Table(address) if at > 1 => node = self.child(node, address),
-                Entry::Leaf { oa, size, attributes } => {
-                    let iova = leaf_span(iova, size).0;
-                    return (Ok(Leaf { iova, oa: Oa::new(oa), size, attributes }), node);
-                }
+                Entry::Leaf { oa, size, attributes } => return (Ok(leaf(iova, oa, size, attributes)), node),
                 Entry::Absent => return (Err(WalkFault::NotMapped(iova)), node),
                 Entry::Table(_) | Entry::Malformed => break,
             }

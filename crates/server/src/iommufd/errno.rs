@@ -26,6 +26,7 @@ pub(super) fn unmap_errno(error: UnmapError) -> Errno {
         UnmapError::OutOfTables => Errno::NOMEM,
         UnmapError::Table(error) => table_errno(&error),
         UnmapError::Misaligned { .. } | UnmapError::CutsMapping { .. } => Errno::INVAL,
+        UnmapError::Borrowed(_) => Errno::BUSY,
     }
 }
 

@@ -9,28 +9,44 @@
 //!    section ends. Memory behind calls may block: the section ends first, and the copy is made while the space
 //!    counts it.
 //!
-//! A transfer of several pieces is translated whole before the first byte moves, so that it faults without having
-//! moved anything. If it is unmapped half-way, it ends half-way: that is what a device sees on a real machine too.
+//! A [`read`](DmaPort::read), [`write`](DmaPort::write) or [`copy`](Port::copy) is translated whole before the first byte
+//! moves, so that it faults without having moved anything. If it is unmapped half-way, it ends half-way: that is what
+//! a device sees on a real machine too. Lists of segments ([`list`]) are not, and say how far they came; atomic
+//! operations ([`atomic`]) are one word.
 
-use super::iotlb::Iotlb;
+use super::faults::{FaultLog, FaultRecord, Faults};
+use super::iotlb::{Iotlb, NativeTable};
 use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
-use ioasid::pagetable::VtdSecondStage;
-use ioasid::{Attributes, CachedWalk, Leaf, RadixTable, Rid, Table, Translated, WalkFault, epoch};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use ioasid::epoch::{self, DmaSection};
+use ioasid::pagetable::{Radix, VtdSecondStage};
+use ioasid::{Attributes, Here, Late, Leaf, Oa, Permissions, RadixTable, Rid, Table, Translated, WalkFault};
+use std::sync::Arc;
 
-/// What is copied within one DMA section.
+mod atomic;
+mod borrow;
+mod copy;
+mod list;
+
+pub use atomic::AtomicOperation;
+pub use borrow::PortBorrowError;
+pub use list::{DmaSegment, PartialTransfer};
+
+/// How many bytes are copied within one DMA section.
 const PIECE: u64 = 64 * 1024;
+/// How often a table is looked at within one DMA section when nothing is copied; each time that is one table's leaves at
+/// most.
+const LOOKS: u32 = 64;
 
 /// A device's way to memory.
+///
+/// Any number of threads of the device may use it at the same time.
 #[derive(Debug)]
 pub struct Port {
     rid: Rid,
     attachment: Arc<Attachment>,
     iotlb: Iotlb,
-    faults: AtomicU64,
-    last_fault: Mutex<Option<DmaFault>>,
+    faults: Faults,
 }
 
 /// What became of a device's DMA.
@@ -58,15 +74,56 @@ impl Transfer<'_> {
         }
     }
 
-    fn is_write(&self) -> bool {
-        matches!(self, Transfer::Write(_))
+    fn access(&self) -> Access {
+        match self {
+            Transfer::Read(_) => Access::READ,
+            Transfer::Write(_) => Access::WRITE,
+        }
     }
+}
+
+/// What a device wants to do at an address.
+#[derive(Clone, Copy)]
+struct Access(Attributes);
+
+impl Access {
+    const READ: Access = Access(Attributes::READ);
+    const WRITE: Access = Access(Attributes::WRITE);
+    const READ_WRITE: Access = Access(Attributes::READ.union(Attributes::WRITE));
+
+    #[inline(always)]
+    fn fault(self, iova: u64, reason: DmaFaultReason) -> DmaFault {
+        DmaFault { iova, write: self.0.contains(Attributes::WRITE), reason }
+    }
+}
+
+/// Where an address of a device leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The output address.
+    pub oa: Oa,
+    /// How many bytes lead to consecutive addresses, this one included, as far as that is known: all in the same leaf at
+    /// least.
+    pub length: u64,
+}
+
+/// Memory behind an IOVA, and how many bytes of it are in one piece from there on: at most what was asked for.
+enum Reached<'section> {
+    Here(Here<'section>, u64),
+    Late(Late, u64),
+}
+
+/// How a step within a section ended.
+enum Step {
+    /// So many bytes have moved.
+    Moved(u64),
+    /// The memory is behind calls, and so many of the bytes wanted are in one piece: the section has to end first.
+    Late(Late, u64),
 }
 
 impl Port {
     pub(super) fn new(rid: Rid, attachment: Arc<Attachment>) -> Port {
-        let faults = AtomicU64::new(0);
-        Port { rid, attachment, iotlb: Iotlb::new(), faults, last_fault: Mutex::new(None) }
+        Port { rid, attachment, iotlb: Iotlb::new(), faults: Faults::default() }
     }
 
     /// The device's requester ID.
@@ -76,137 +133,313 @@ impl Port {
 
     /// What became of its DMA so far.
     pub fn statistics(&self) -> PortStatistics {
-        let last_fault = *self.last_fault.lock().unwrap_or_else(PoisonError::into_inner);
-        PortStatistics { faults: self.faults.load(Ordering::Relaxed), last_fault }
+        let (faults, last_fault) = self.faults.total_and_latest();
+        PortStatistics { faults, last_fault }
     }
 
-    fn transfer(&self, iova: u64, transfer: Transfer<'_>) -> Result<(), DmaFault> {
-        self.try_transfer(iova, transfer).inspect_err(|fault| {
-            tracing::debug!(device = %self.rid, %fault, "DMA fault");
-            self.faults.fetch_add(1, Ordering::Relaxed);
-            *self.last_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(*fault);
+    /// Takes the faults that were written down since this was called last.
+    pub fn take_faults(&self) -> FaultLog {
+        self.faults.take()
+    }
+
+    /// Where an address leads, for a device model that wants to know no more.
+    ///
+    /// What it says holds until the section ends. An address that does not translate is no fault of the device, and
+    /// is not written down.
+    ///
+    /// ```
+    /// # use ioasid::{Account, Backing, Bus, Device, Iova, Memory, Permissions, Rid, Space, Table, epoch};
+    /// # use ioasid_soft::iommu::{SoftIommu, TableKind};
+    /// # let bus = Bus::new();
+    /// # let memory = Memory::register(&Backing::anonymous(&bus, 4096)?, 0, 4096, &Account::new("guest", None))?;
+    /// # let space = Space::new(&bus);
+    /// # let iommu = SoftIommu::new();
+    /// let port = iommu.add_device(Rid(8), TableKind::Native)?;
+    /// let device = Device::new(iommu.clone(), Rid(8)).unwrap();
+    /// device.attach(&Table::for_device(&space, &device)?)?;
+    /// space.map(Iova::new(0x1000), &memory, 0, 4096, Permissions::READ)?;
+    ///
+    /// let section = epoch::dma();
+    /// let translation = port.translate(&section, 0x1234, Permissions::READ)?;
+    /// assert_eq!((translation.oa.get() & 0xfff, translation.length), (0x234, 0xdcc));
+    /// assert!(port.translate(&section, 0x1234, Permissions::WRITE).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[inline]
+    pub fn translate(
+        &self,
+        section: &DmaSection,
+        iova: u64,
+        wanted: Permissions,
+    ) -> Result<Translation, DmaFault> {
+        let access = Access(wanted.attributes());
+        self.translation(section, self.table(section, iova, access)?, iova, 1, access)
+    }
+
+    /// Writes a fault down.
+    #[inline(always)]
+    fn noted<T>(&self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
+        if let Err(fault) = &result {
+            self.faults.record(FaultRecord { device: self.rid, fault: *fault });
+        }
+        result
+    }
+
+    /// The table that the device is attached to.
+    #[inline(always)]
+    fn table<'s>(
+        &'s self,
+        section: &'s DmaSection,
+        iova: u64,
+        access: Access,
+    ) -> Result<&'s Table, DmaFault> {
+        self.attachment.table.load(section).ok_or(access.fault(iova, DmaFaultReason::Blocked))
+    }
+
+    #[inline(always)]
+    fn transfer(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), DmaFault> {
+        let length = transfer.length();
+        if length == 0 {
+            return Ok(());
+        }
+        // What lies in one piece is done here: one section, no loop.
+        let access = transfer.access();
+        let result = self.first_step(iova, &mut transfer, access);
+        self.noted(match result {
+            Ok(true) => Ok(()),
+            Ok(false) => self.transfer_slowly(iova, transfer),
+            Err(fault) => Err(fault),
         })
     }
 
-    fn try_transfer(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), DmaFault> {
+    /// Copies all or nothing in one step; `Ok(false)`: nothing, because it takes more than that.
+    #[inline(always)]
+    fn first_step(&self, iova: u64, transfer: &mut Transfer<'_>, access: Access) -> Result<bool, DmaFault> {
         let length = transfer.length();
-        let write = transfer.is_write();
-        let Some(last_byte) = length.checked_sub(1) else { return Ok(()) };
-        if iova.checked_add(last_byte).is_none() {
-            return Err(DmaFault { iova, write, reason: DmaFaultReason::OutOfRange });
+        let section = epoch::dma();
+        let table = self.table(&section, iova, access)?;
+        let translation = self.translation(&section, table, iova, length.min(PIECE), access)?;
+        if length > PIECE || length > translation.length {
+            return Ok(false);
         }
-        let mut done = self.copy_piece(iova, &mut transfer, 0, true)?;
+        let gone = |_| access.fault(iova, DmaFaultReason::MemoryGone);
+        match table.space().memory_at(&section, translation.oa).map_err(gone)? {
+            Translated::Here(memory) if memory.length() >= length => match transfer {
+                Transfer::Read(buffer) => memory.read(buffer).map_err(gone)?,
+                Transfer::Write(bytes) => memory.write(bytes).map_err(gone)?,
+            },
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    #[inline(never)]
+    fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), DmaFault> {
+        let (length, access) = (transfer.length(), transfer.access());
+        self.check(iova, length, access)?;
+        let mut done = 0;
         while done < length {
-            done += self.copy_piece(iova, &mut transfer, done, false)?;
+            done += self.piece(iova + done, &mut transfer, done)?;
         }
         Ok(())
     }
 
-    /// Copies as much of the transfer, from `done` on, as one leaf and one section allow. `first`: nothing has
-    /// moved yet, so all of the rest is translated before anything does.
-    fn copy_piece(
+    /// Makes sure that all of a range translates at this moment.
+    fn check(&self, iova: u64, length: u64, access: Access) -> Result<(), DmaFault> {
+        let Some(last) = length.checked_sub(1).map(|last| iova.checked_add(last)) else { return Ok(()) };
+        let last = last.ok_or(access.fault(iova, DmaFaultReason::OutOfRange))?;
+        let mut at = iova;
+        loop {
+            let section = epoch::dma();
+            let table = self.table(&section, at, access)?;
+            for _ in 0..LOOKS {
+                let length =
+                    self.translation(&section, table, at, (last - at).saturating_add(1), access)?.length;
+                if last - at < length {
+                    return Ok(());
+                }
+                at += length;
+            }
+        }
+    }
+
+    /// Copies what one section allows of a transfer, of which `done` bytes have moved and the next is for `iova`.
+    fn piece(&self, iova: u64, transfer: &mut Transfer<'_>, done: u64) -> Result<u64, DmaFault> {
+        let access = transfer.access();
+        let wanted = (transfer.length() - done).min(PIECE);
+        let section = epoch::dma();
+        let table = self.table(&section, iova, access)?;
+        let mut moved = 0;
+        while moved < wanted {
+            match self.step(&section, table, iova + moved, transfer, done + moved, wanted - moved) {
+                Ok(Step::Moved(count)) => moved += count,
+                // What has moved is a piece of its own: then comes the fault, or the memory behind calls.
+                _ if moved > 0 => break,
+                Ok(Step::Late(memory, count)) => {
+                    drop(section);
+                    Self::move_late(&memory, iova, transfer, done, count)?;
+                    return Ok(count);
+                }
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Copies at most `wanted` bytes of a transfer, from byte `done` on, within a section.
+    #[inline(always)]
+    fn step(
         &self,
+        section: &DmaSection,
+        table: &Table,
         iova: u64,
         transfer: &mut Transfer<'_>,
         done: u64,
-        first: bool,
-    ) -> Result<u64, DmaFault> {
-        let write = transfer.is_write();
-        let at = iova + done;
-        let left = transfer.length() - done;
-        let fault = |iova, reason| DmaFault { iova, write, reason };
-        let section = epoch::dma();
-        let attached = self.attachment.table.load();
-        let Some(table) = attached.as_ref() else { return Err(fault(at, DmaFaultReason::Blocked)) };
-        let leaf = self.translate(&section, table, at, write)?;
-        let in_leaf = leaf.range().last() - at;
-        if first && in_leaf < left - 1 {
-            self.check_rest(&section, table, at + in_leaf, at + (left - 1), write)?;
-        }
-        let count = left.min(in_leaf.saturating_add(1)).min(PIECE);
-        let bytes = done as usize..(done + count) as usize;
-        let gone = |_| fault(at, DmaFaultReason::MemoryGone);
-        match table.space().memory_at(&section, leaf.output(at)).map_err(gone)? {
-            Translated::Here(memory) => match transfer {
-                Transfer::Read(buffer) => memory.read(&mut buffer[bytes]).map_err(gone)?,
-                Transfer::Write(source) => memory.write(&source[bytes]).map_err(gone)?,
-            },
-            Translated::Late(memory) => {
-                drop(section);
-                match transfer {
-                    Transfer::Read(buffer) => memory.read(&mut buffer[bytes]).map_err(gone)?,
-                    Transfer::Write(source) => memory.write(&source[bytes]).map_err(gone)?,
-                }
-            }
-        }
-        Ok(count)
-    }
-
-    /// Translates everything behind `done`, the last address of a leaf, up to `last`.
-    fn check_rest(
-        &self,
-        section: &epoch::Section,
-        table: &Table,
-        mut done: u64,
-        last: u64,
-        write: bool,
-    ) -> Result<(), DmaFault> {
-        while done < last {
-            done = self.translate(section, table, done + 1, write)?.range().last();
-        }
-        Ok(())
-    }
-
-    /// Finds the leaf for an address and checks that it allows the direction.
-    fn translate(
-        &self,
-        section: &epoch::Section,
-        table: &Table,
-        iova: u64,
-        write: bool,
-    ) -> Result<Leaf, DmaFault> {
-        let walked = match self.iotlb.entry(iova) {
-            Some(mut cache) => self.walk(section, table, iova, &mut cache),
-            None => self.walk(section, table, iova, &mut CachedWalk::new()),
+        wanted: u64,
+    ) -> Result<Step, DmaFault> {
+        let access = transfer.access();
+        let (memory, count) = match self.reach(section, table, iova, wanted, access)? {
+            Reached::Here(memory, count) => (memory, count),
+            Reached::Late(memory, count) => return Ok(Step::Late(memory, count)),
         };
-        let leaf = walked.map_err(|error| {
-            let reason = match error {
-                WalkFault::OutOfRange(_) => DmaFaultReason::OutOfRange,
-                WalkFault::NotMapped(_) | WalkFault::Malformed(_) => DmaFaultReason::NotMapped,
+        let bytes = done as usize..(done + count) as usize;
+        let gone = |_| access.fault(iova, DmaFaultReason::MemoryGone);
+        match transfer {
+            Transfer::Read(buffer) => memory.read(&mut buffer[bytes]).map_err(gone)?,
+            Transfer::Write(source) => memory.write(&source[bytes]).map_err(gone)?,
+        }
+        Ok(Step::Moved(count))
+    }
+
+    /// Copies to or from memory behind calls, outside of all sections.
+    fn move_late(
+        memory: &Late,
+        iova: u64,
+        transfer: &mut Transfer<'_>,
+        done: u64,
+        count: u64,
+    ) -> Result<(), DmaFault> {
+        let access = transfer.access();
+        let bytes = done as usize..(done + count) as usize;
+        let copied = match transfer {
+            Transfer::Read(buffer) => memory.read(&mut buffer[bytes]),
+            Transfer::Write(source) => memory.write(&source[bytes]),
+        };
+        copied.map_err(|_| access.fault(iova, DmaFaultReason::MemoryGone))
+    }
+
+    /// Finds the memory behind an address, and how much of it, up to `wanted`, lies in one piece. Leaves whose output
+    /// addresses follow each other are one piece of memory.
+    #[inline(always)]
+    fn reach<'s>(
+        &self,
+        section: &'s DmaSection,
+        table: &'s Table,
+        iova: u64,
+        wanted: u64,
+        access: Access,
+    ) -> Result<Reached<'s>, DmaFault> {
+        let Translation { oa, mut length } = self.translation(section, table, iova, wanted, access)?;
+        while length < wanted {
+            // What is not there will be a fault when its turn comes.
+            let Ok(next) = self.translation(section, table, iova + length, wanted - length, access) else {
+                break;
             };
-            DmaFault { iova, write, reason }
-        })?;
-        let needed = if write { Attributes::WRITE } else { Attributes::READ };
-        if leaf.attributes.contains(needed) {
-            Ok(leaf)
-        } else {
-            Err(DmaFault { iova, write, reason: DmaFaultReason::NoPermission })
+            if next.oa.get() != oa.get() + length {
+                break;
+            }
+            length += next.length;
+        }
+        let wanted = wanted.min(length);
+        let gone = |_| access.fault(iova, DmaFaultReason::MemoryGone);
+        Ok(match table.space().memory_at(section, oa).map_err(gone)? {
+            Translated::Here(memory) => {
+                // The pages behind each other may be the end of one object and the beginning of another.
+                let count = memory.length().min(wanted);
+                if count == 0 {
+                    return Err(access.fault(iova, DmaFaultReason::MemoryGone));
+                }
+                Reached::Here(memory, count)
+            }
+            Translated::Late(memory) => {
+                let count = memory.length().min(wanted);
+                Reached::Late(memory, count)
+            }
+        })
+    }
+
+    /// Finds where an address leads and checks what is allowed there. How far that goes on is looked for up to `wanted`.
+    #[inline(always)]
+    fn translation(
+        &self,
+        section: &DmaSection,
+        table: &Table,
+        iova: u64,
+        wanted: u64,
+        access: Access,
+    ) -> Result<Translation, DmaFault> {
+        let remembered = match self.attachment.kind {
+            TableKind::Native => {
+                let table = NativeTable { space: table.space(), section };
+                self.iotlb.translate(&table, iova, wanted, access.0)
+            }
+            TableKind::VtdSecondStage => match vtd(table) {
+                Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
+                None => None,
+            },
+        };
+        match remembered {
+            Some((oa, length)) => Ok(Translation { oa, length }),
+            None => self.translate_from_root(section, table, iova, access),
         }
     }
 
-    fn walk(
+    /// The same for an address that no way is remembered to, or at which something is wrong.
+    #[cold]
+    #[inline(never)]
+    fn translate_from_root(
         &self,
-        section: &epoch::Section,
+        section: &DmaSection,
         table: &Table,
         iova: u64,
-        cache: &mut CachedWalk<AtomicU64>,
-    ) -> Result<Leaf, WalkFault> {
-        match self.attachment.kind {
-            TableKind::Native => table.space().walk_for_dma(section, iova, cache),
+        access: Access,
+    ) -> Result<Translation, DmaFault> {
+        let walked = match self.attachment.kind {
+            TableKind::Native => self.iotlb.walk(iova, &NativeTable { space: table.space(), section }),
             TableKind::VtdSecondStage => {
-                let derived = table.derived().and_then(|derived| derived.as_any().downcast_ref());
-                let derived: &RadixTable<VtdSecondStage> = derived.ok_or(WalkFault::NotMapped(iova))?;
-                derived.radix().walk_cached(iova, cache)
+                vtd(table).ok_or(WalkFault::NotMapped(iova)).and_then(|radix| self.iotlb.walk(iova, radix))
+            }
+        };
+        match walked {
+            Ok(leaf) if leaf.attributes.contains(access.0) => Ok(translation(&leaf, iova)),
+            Ok(_) => Err(access.fault(iova, DmaFaultReason::NoPermission)),
+            Err(WalkFault::OutOfRange(_)) => Err(access.fault(iova, DmaFaultReason::OutOfRange)),
+            Err(WalkFault::NotMapped(_) | WalkFault::Malformed(_)) => {
+                Err(access.fault(iova, DmaFaultReason::NotMapped))
             }
         }
     }
 }
 
+#[inline(always)]
+fn translation(leaf: &Leaf, iova: u64) -> Translation {
+    let size = leaf.size.bytes();
+    Translation { oa: leaf.output(iova), length: size - (iova & (size - 1)) }
+}
+
+#[inline(always)]
+fn vtd(table: &Table) -> Option<&Radix<VtdSecondStage>> {
+    let derived = table.derived()?.as_any().downcast_ref::<RadixTable<VtdSecondStage>>()?;
+    Some(derived.radix())
+}
+
 impl DmaPort for Port {
+    #[inline]
     fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
         self.transfer(iova, Transfer::Read(buffer))
     }
 
+    #[inline]
     fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault> {
         self.transfer(iova, Transfer::Write(bytes))
     }

@@ -1,0 +1,185 @@
+//! A remembered way that several threads use at the same time.
+//!
+//! A [`CachedWalk`] has one owner. An IOTLB is asked by every thread of its device, and a lock around each entry would
+//! cost more than the walk that it saves. So an entry is a *sequence lock*: who writes makes the number odd, writes,
+//! and makes it even again; who reads looks at the number before and after, and takes what is in between for nothing
+//! if the two differ or are odd. Readers write nothing, so that they do not take the line from each other, and nobody
+//! waits: a writer that meets another one leaves the entry to it.
+
+use super::{CachedWalk, Node, Radix};
+use crate::address::Oa;
+use crate::atomic::AtomicEntry;
+use crate::format::{Attributes, Entry, Format};
+use crate::memory::TableMemory;
+use core::ptr::NonNull;
+
+#[cfg(not(loom))]
+use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicPtr, AtomicU64, Ordering, fence};
+
+/// How many bits the level takes beside a generation.
+const LEVEL_BITS: u32 = 3;
+/// The bits of `span` that hold the logarithm of what the table spans, which is more than that.
+const SPAN_BITS: u64 = 63;
+
+/// A remembered way to one leaf table, for any number of threads.
+///
+/// Like a [`CachedWalk`] it holds no translation, may have served other tables before, and needs not be told of an
+/// unmap.
+#[derive(Debug)]
+pub struct SharedWalk<A> {
+    /// Odd: being written.
+    sequence: AtomicU64,
+    /// The generation, and the level of the table.
+    generation: AtomicU64,
+    /// The first address below the table, and the logarithm of how many there are.
+    span: AtomicU64,
+    table: AtomicPtr<A>,
+}
+
+impl<A> SharedWalk<A> {
+    /// Nothing remembered yet.
+    #[cfg(not(loom))]
+    pub const fn new() -> SharedWalk<A> {
+        SharedWalk {
+            sequence: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            span: AtomicU64::new(0),
+            table: AtomicPtr::new(core::ptr::null_mut()),
+        }
+    }
+
+    /// Nothing remembered yet.
+    #[cfg(loom)]
+    pub fn new() -> SharedWalk<A> {
+        SharedWalk {
+            sequence: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            span: AtomicU64::new(0),
+            table: AtomicPtr::new(core::ptr::null_mut()),
+        }
+    }
+
+    /// Writes all three, unless another thread is doing the same.
+    fn store(&self, generation: u64, span: u64, table: NonNull<A>) {
+        let even = self.sequence.load(Ordering::Relaxed) & !1;
+        let odd = even.wrapping_add(1);
+        if self.sequence.compare_exchange(even, odd, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return;
+        }
+        // Whoever reads one of these values also sees that the number is odd, or another one.
+        fence(Ordering::Release);
+        self.generation.store(generation, Ordering::Relaxed);
+        self.span.store(span, Ordering::Relaxed);
+        self.table.store(table.as_ptr(), Ordering::Relaxed);
+        self.sequence.store(even.wrapping_add(2), Ordering::Release);
+    }
+
+    /// The table, if it is one above the address and of this generation.
+    #[inline(always)]
+    fn find(&self, generation: u64, iova: u64) -> Option<Node<A>> {
+        let above = |span: u64| (iova ^ span) >> (span & SPAN_BITS) == 0;
+        // Most ways lead elsewhere, and that is seen at once. What is seen here is not relied on.
+        if !above(self.span.load(Ordering::Relaxed)) {
+            return None;
+        }
+        let before = self.sequence.load(Ordering::Acquire);
+        let of = self.generation.load(Ordering::Relaxed);
+        let span = self.span.load(Ordering::Relaxed);
+        let table = self.table.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let after = self.sequence.load(Ordering::Relaxed);
+        if !above(span) || of >> LEVEL_BITS != generation || before != after || before & 1 != 0 {
+            return None;
+        }
+        Some(Node { table: NonNull::new(table)?, level: (of & ((1 << LEVEL_BITS) - 1)) as u8 })
+    }
+}
+
+impl<A> Default for SharedWalk<A> {
+    fn default() -> SharedWalk<A> {
+        SharedWalk::new()
+    }
+}
+
+impl<A> CachedWalk<A> {
+    /// The level of the table that it remembers.
+    pub fn level(&self) -> Option<u8> {
+        self.node.map(|node| node.level)
+    }
+}
+
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// Keeps what a walk of this table has remembered for all who ask the way.
+    pub fn remember(&self, walk: &CachedWalk<A>, way: &SharedWalk<A>) {
+        let Some(node) = walk.node else { return };
+        let bits = self.format.shift(node.level) + self.format.index_bits(node.level);
+        // The top table of 64 bits spans everything: no shift can say that, and so it is not remembered.
+        if bits < 64 {
+            let span = (walk.tag >> bits << bits) | u64::from(bits);
+            way.store(walk.generation << LEVEL_BITS | u64::from(node.level), span, node.table);
+        }
+    }
+
+    /// Translates an address by one of the remembered ways, if one of them leads to it, and if its leaf allows what is
+    /// `needed`: the output address, and how many bytes follow it without a gap. At least that is the rest of the leaf; if
+    /// more are wanted, it is as many of them as one table knows to be consecutive.
+    ///
+    /// `None` says nothing about the address: that takes a [`walk_cached`](Radix::walk_cached), whose way can be
+    /// [kept](Self::remember) then.
+    #[inline(always)]
+    pub fn translate_remembered(
+        &self,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+        ways: &[SharedWalk<A>],
+    ) -> Option<(Oa, u64)> {
+        let generation = self.generation.load();
+        let node = ways.iter().find_map(|way| way.find(generation, iova))?;
+        if self.outside(iova) {
+            return None;
+        }
+        // Where nothing is mapped the table may have been retired a moment ago. Only the walk from the root can tell.
+        let (oa, size) = self.leaf_in(node, iova, needed)?;
+        let within = iova & (size - 1);
+        let (oa, mut length) = (oa + within, size - within);
+        if length < wanted {
+            length = self.consecutive(node, iova, oa, length, wanted, needed);
+        }
+        Some((Oa::new(oa), length))
+    }
+
+    /// How far the leaves behind one lead on where it ends, within their table.
+    #[inline(never)]
+    fn consecutive(
+        &self,
+        node: Node<A>,
+        iova: u64,
+        oa: u64,
+        mut length: u64,
+        wanted: u64,
+        needed: Attributes,
+    ) -> u64 {
+        while length < wanted {
+            let Some(next) = iova.checked_add(length) else { break };
+            let index = self.index(node.level, next);
+            match self.leaf_in(node, next, needed) {
+                Some((behind, size)) if index != 0 && behind == oa + length => length += size,
+                _ => break,
+            }
+        }
+        length
+    }
+
+    /// Where the leaf of an address in a table leads, and its size.
+    #[inline(always)]
+    fn leaf_in(&self, node: Node<A>, iova: u64, needed: Attributes) -> Option<(u64, u64)> {
+        let value = self.entry(node, self.index(node.level, iova)).load();
+        match self.format.decode(node.level, value) {
+            Entry::Leaf { oa, size, attributes } if attributes.contains(needed) => Some((oa, size.bytes())),
+            _ => None,
+        }
+    }
+}
