@@ -19,6 +19,7 @@ use crate::iommu::TableError;
 use crate::memory::Memory;
 use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Iova, IovaRange, PageSize};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Why the range leads where it led before.
@@ -86,20 +87,26 @@ impl Space {
         memory.note_mapped(self, range);
         let portions =
             || request.parts().map(|part| Portion { range: part.range, largest: Some(largest_leaf(&part)) });
-        let held = self.hold_unborrowed(range, ALL_RIGHTS, portions);
-        let (mut held, _recalled) = held.map_err(|error| match error {
-            NativeCut::Borrowed(error) => error.into(),
-            NativeCut::OutOfTables => RemapError::OutOfTables,
-            NativeCut::Table(error) => error.into(),
-        })?;
+        let (mut held, _recalled) = loop {
+            let held = self.hold_unborrowed(range, ALL_RIGHTS, portions);
+            let held = held.map_err(|error| match error {
+                NativeCut::Borrowed(error) => error.into(),
+                NativeCut::OutOfTables => RemapError::OutOfTables,
+                NativeCut::Table(error) => RemapError::from(error),
+            })?;
+            // Memory that was given back and grown again while this waited may stand elsewhere by now.
+            if self.all_fit(&request) {
+                break held;
+            }
+        };
+        // What is held is held within an operation.
+        request.check().map_err(RemapError::Request)?;
         let begins = held.runs().iter().next().filter(|run| run.first() == range.first());
         match begins {
             Some(run) if run == range => {}
             Some(run) => return Err(RemapError::NotMapped { at: run.last().wrapping_add(1) }),
             None => return Err(RemapError::NotMapped { at: range.first() }),
         }
-        // What is held is held within an operation.
-        request.check().map_err(RemapError::Request)?;
         held.change_followers(
             |table| {
                 let mut done = None;
@@ -117,5 +124,17 @@ impl Space {
         held.invalidate();
         held.wait_for_dma();
         Ok(())
+    }
+
+    /// Whether every leaf of the range can lead to the memory's output addresses as it is.
+    fn all_fit(&self, request: &Request<'_>) -> bool {
+        request.parts().all(|part| {
+            let mut fit = true;
+            self.native.leaves(part.range, |leaf| {
+                fit = part.range.covers(&leaf.range()) && leaf.size <= largest_leaf(&part);
+                if fit { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            });
+            fit
+        })
     }
 }

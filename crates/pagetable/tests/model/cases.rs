@@ -6,7 +6,7 @@ use crate::specification::READ_WRITE;
 use crate::{native, vtd};
 use ioasid_pagetable::{
     AmdV1, Attributes, CachedWalk, CutError, Gather, IovaRange, MapError, Oa, OutOfTables, PageSize,
-    ProtectError, Radix, RiscV, WalkFault,
+    ProtectError, Radix, RemapError, RetractError, RiscV, WalkFault,
 };
 
 fn with_length(first: u64, length: u64) -> IovaRange {
@@ -247,4 +247,81 @@ fn permissions_that_no_leaf_can_have_are_refused() {
     // Where nothing is mapped, nothing is wrong.
     radix.protect(IovaRange::new(1 << 48, u64::MAX).unwrap(), Attributes::READ, &mut gather).unwrap();
     assert!(gather.runs.is_empty());
+}
+
+#[test]
+fn leaves_are_cut_as_small_as_a_new_output_asks_for() {
+    let radix = Radix::new(vtd(4), Accounting::default());
+    let mut gather = Gather::new();
+    let gigabyte = with_length(1 << 30, 1 << 30);
+    radix.map(gigabyte, Oa::new(1 << 30), READ_WRITE, &mut gather).unwrap();
+    for (oa, size) in [
+        (5 << 30, PageSize::SIZE_1G),
+        ((1 << 30) + (6 << 20), PageSize::SIZE_2M),
+        ((3 << 30) + 0x5000, PageSize::SIZE_4K),
+        // Going back needs nothing, and merges nothing.
+        (1 << 30, PageSize::SIZE_4K),
+    ] {
+        radix.remap(gigabyte, Oa::new(oa), Attributes::READ, &mut gather).unwrap();
+        for offset in [0, 0x1000, 0x20_0000, 0x1234_5000, (1 << 30) - 0x1000] {
+            let leaf = radix.walk(gigabyte.first() + offset).unwrap();
+            let found = (leaf.output(gigabyte.first() + offset).get(), leaf.size, leaf.attributes);
+            assert_eq!(found, (oa + offset, size, Attributes::READ), "{offset:#x} to {oa:#x}");
+        }
+    }
+    let all = gather.retired.len();
+    assert_eq!(all, 0, "a remap takes no table away");
+}
+
+#[test]
+fn what_needs_a_break_is_not_remapped() {
+    let mut gather = Gather::new();
+    let range = with_length(0x1_0000, 0x1_0000);
+    let amd = Radix::new(AmdV1::new(), Accounting::default());
+    amd.map(range, Oa::new(0x1_0000), READ_WRITE, &mut gather).unwrap();
+    let size = PageSize::from_log2(16).unwrap();
+    let needs_break = Err(RemapError::NeedsBreak { at: 0x1_0000, size });
+    assert_eq!(amd.remap(range, Oa::new(0x5_0000), READ_WRITE, &mut gather), needs_break);
+    // Where nothing would change, nothing has to.
+    assert_eq!(amd.remap(range, Oa::new(0x1_0000), READ_WRITE, &mut gather), Ok(()));
+    let risc_v = Radix::new(RiscV::new(4).unwrap(), Accounting::default());
+    let page = with_length(0x1000, 0x1000);
+    risc_v.map(page, Oa::new(0x1000), READ_WRITE, &mut gather).unwrap();
+    let needs_break = Err(RemapError::NeedsBreak { at: 0x1000, size: PageSize::SIZE_4K });
+    assert_eq!(risc_v.remap(page, Oa::new(0x2000), READ_WRITE, &mut gather), needs_break);
+    assert_eq!(risc_v.walk(0x1000).unwrap().oa, Oa::new(0x1000));
+}
+
+#[test]
+fn who_holds_leaves_has_them_alone_and_as_small_as_he_wants_them() {
+    let radix = Radix::new(native(12, None), Accounting::default());
+    let mut gather = Gather::new();
+    let block = with_length(1 << 21, 1 << 22);
+    radix.claim(block, Oa::new(1 << 21), READ_WRITE, &mut gather).unwrap();
+    radix.publish(block);
+    let mut held = Gather::new();
+    let first = with_length(1 << 21, 1 << 21);
+    radix.hold_exactly(first, PageSize::SIZE_4K, &mut held).unwrap();
+    assert_eq!((held.leaves, held.leaf_sizes), (512, 0x1000));
+    assert_eq!(held.runs.iter().collect::<Vec<_>>(), [first]);
+    // In a table of pages and from above.
+    let mut others: Gathered = Gather::new();
+    for range in [with_length((1 << 21) + 0x3000, 0x2000), block] {
+        let contended = Err(RetractError::Contended { at: range.first() });
+        assert_eq!(radix.hold_all(range, &mut others), contended);
+        assert_eq!(radix.hold_exactly(range, PageSize::SIZE_4K, &mut others), contended);
+        assert_eq!(radix.retract(range, &mut others), contended);
+        assert!(others.runs.is_empty());
+    }
+    radix.remap_held(first, Oa::new(0x7000), Attributes::READ);
+    radix.let_go_all(first);
+    let page = radix.walk((1 << 21) + 0x3000).unwrap();
+    assert_eq!((page.oa, page.attributes), (Oa::new(0xa000), Attributes::READ));
+    // The other half is as it was, and can be had.
+    assert_eq!(radix.walk(2 << 21).unwrap().size, PageSize::SIZE_2M);
+    radix.hold_all(block, &mut others).unwrap();
+    assert_eq!(others.leaves, 513);
+    radix.let_go_all(block);
+    radix.retract(block, &mut held).unwrap();
+    radix.release(block, &mut held);
 }
