@@ -342,7 +342,7 @@ mod tests {
         let transfer = |charges: &mut Charges, from: &Account, to: &Account| {
             let (mut credits, mut debits) = (Vec::new(), Vec::new());
             let note = |list: &mut Vec<(String, u64)>, level: &Account, pages| {
-                list.push((level.name().into(), pages))
+                list.push((level.name().into(), pages));
             };
             charges.transfer(
                 0..8,
