@@ -463,6 +463,10 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// The level, from `top` down, at which all leaves of a mapping stand that has leaves of one size and of one entry.
     #[inline(always)]
     fn leaf_level(&self, top: u8, mapping: &Mapping) -> Option<u8> {
+        // Nothing but the smallest page fits anywhere: every format has that, as a leaf of one entry.
+        if mapping.possible >> self.format.shift(1) == 1 {
+            return Some(1);
+        }
         let mut level = top;
         loop {
             let sizes = self.format.leaf_sizes(level) & mapping.possible;
