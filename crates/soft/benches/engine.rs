@@ -9,9 +9,8 @@
 //!
 //! Nobody's memory is touched except where a copy is measured: the cost of the books is all there is.
 
-use ioasid::{
-    Account, Backing, Bus, CachedWalk, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch,
-};
+use ioasid::pagetable::{Attributes, Gather, HeapTables, Native, Oa, Radix, VtdSecondStage};
+use ioasid::{Account, Backing, Bus, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch};
 use ioasid_soft::dma::DmaPort;
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -176,10 +175,10 @@ fn translating() {
         for page in 0..PAGES {
             scene.map(BASE + page * PAGE, behind(page) * PAGE, PAGE);
         }
-        let mut cache = CachedWalk::new();
+        let port = &scene.ports[0];
         translate_rows("ioasid", |iova| {
             let section = epoch::dma();
-            scene.space.walk_for_dma(&section, iova, &mut cache).map_or(0, |leaf| leaf.output(iova).get())
+            port.translate(&section, iova, RW).map_or(0, |found| found.oa.get())
         });
     }
     {
@@ -237,6 +236,55 @@ fn pairs(scene: &Scene, iova: u64, calls: u64) {
     }
 }
 
+/// The same without waiting for DMA each time.
+fn deferred_pairs(scene: &Scene, iova: u64, calls: u64) {
+    for call in 0..calls {
+        let at = iova + (call % 64) * PAGE;
+        scene.map(at, (call % 64) * PAGE, PAGE);
+        black_box(scene.space.unmap_deferred(IovaRange::with_length(at, PAGE).unwrap()).unwrap());
+    }
+}
+
+/// Pages mapped, and then unmapped together.
+fn batches(scene: &Scene, iova: u64, calls: u64) {
+    for _ in 0..calls / 64 {
+        for page in 0..64 {
+            scene.map(iova + page * PAGE, page * PAGE, PAGE);
+        }
+        let mut batch = scene.space.batch();
+        for page in 0..64 {
+            black_box(batch.unmap(IovaRange::with_length(iova + page * PAGE, PAGE).unwrap()).unwrap());
+        }
+        batch.finish();
+    }
+}
+
+/// What the page tables alone take for a pair: the native one, which is claimed, and a derived one.
+fn table_pairs(calls: u64) -> Duration {
+    let native = Radix::native(Native::new());
+    let derived = Radix::new(VtdSecondStage::new(4).unwrap(), HeapTables);
+    let mut gather = Gather::new();
+    let range = |page| IovaRange::with_length(BASE + page * PAGE, PAGE).unwrap();
+    let attributes = Attributes::READ | Attributes::WRITE;
+    // So that the tables stay.
+    native.claim(range(64), Oa::new(PAGE), attributes, &mut gather).unwrap();
+    native.publish(range(64));
+    derived.map(range(64), Oa::new(PAGE), attributes, &mut gather).unwrap();
+    timed(|| {
+        for call in 0..calls {
+            let (range, oa) = (range(call % 64), Oa::new((call % 64) * PAGE));
+            native.claim(range, oa, attributes, &mut gather).unwrap();
+            derived.map(range, oa, attributes, &mut gather).unwrap();
+            native.publish(range);
+            let mut gather = Gather::new();
+            native.retract(range, &mut gather).unwrap();
+            derived.unmap(range, &mut gather).unwrap();
+            native.release(range, &mut gather);
+            black_box(gather.leaves);
+        }
+    })
+}
+
 /// Calls `work` while a device does copies of 1 MiB.
 fn beside_copies<T>(port: &Arc<Port>, iova: u64, work: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
@@ -268,12 +316,23 @@ fn mapping() {
         row(op, "ioasid", median(21, PAIRS, || timed(|| pairs(&scene, BASE, PAIRS))));
     }
     {
+        let op = "map_unmap_4K_deferred_one_derived";
+        let scene = Scene::new(64 * MIB, &[TableKind::VtdSecondStage]);
+        row(op, "ioasid", median(21, PAIRS, || timed(|| deferred_pairs(&scene, BASE, PAIRS))));
+        row(op, "page tables", median(21, PAIRS, || table_pairs(PAIRS)));
+    }
+    {
         let scene = Scene::new(64 * MIB, &[TableKind::VtdSecondStage]);
         scene.map(BASE - MIB, 32 * MIB, MIB);
-        let time = beside_copies(&scene.ports[0], BASE - MIB, || {
-            median(5, PAIRS, || timed(|| pairs(&scene, BASE, PAIRS)))
-        });
-        row("map_unmap_4K_strict_busy", "ioasid", time);
+        for (op, work) in [
+            ("map_unmap_4K_strict_busy", pairs as fn(&Scene, u64, u64)),
+            ("map_unmap_4K_strict_busy_batch_64", batches),
+        ] {
+            let time = beside_copies(&scene.ports[0], BASE - MIB, || {
+                median(9, PAIRS, || timed(|| work(&scene, BASE, PAIRS)))
+            });
+            row(op, "ioasid", time);
+        }
     }
     {
         let scene = Scene::new(TIB, &[]);
@@ -452,13 +511,13 @@ fn sizes() {
 }
 
 const GROUPS: [(&str, fn()); 6] = [
+    // First: table pages that others have given back would be taken for nothing.
+    ("memory", sizes),
     ("translate", translating),
     ("map", mapping),
     ("register", registering),
     ("threads", threads),
     ("copy", copying),
-    // Last: what the allocator keeps for others would otherwise be taken for small.
-    ("memory", sizes),
 ];
 
 fn main() {
