@@ -142,8 +142,14 @@ impl Space {
     }
 
     /// Keeps what [`walk_for_dma`](Self::walk_for_dma) has remembered for all who ask the way.
-    pub fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
-        self.native().remember(walk, way);
+    pub fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        self.native().remember(iova, walk, way);
+    }
+
+    /// Whether a way is of no use for the native table any more; see
+    /// [`Radix::is_forgotten`](ioasid_pagetable::Radix::is_forgotten).
+    pub fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
+        self.native().is_forgotten(way)
     }
 
     /// The memory at an output address that one of the space's tables has just given, in the same DMA section.

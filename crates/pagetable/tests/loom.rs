@@ -714,7 +714,7 @@ fn output_shared(radix: &Table, page: u64, way: &SharedWalk<AtomicU64>) -> Optio
     }
     let mut walk = CachedWalk::new();
     let seen = output_cached(radix, page, &mut walk);
-    radix.remember(&walk, way);
+    radix.remember(page << 12, &walk, way);
     seen
 }
 

@@ -141,9 +141,10 @@ struct Mapping {
 
 // ------------------------------------------------------------------------------------------------- translating
 
-/// Translates random addresses among the mapped pages. What comes out goes into the next address, or does not.
+/// Translates random addresses among the mapped pages. What comes out goes into the next address, or does not: which of the
+/// two must be known when this is compiled, or a conditional move makes every address wait for the last answer.
 #[inline(never)]
-fn translations(dependent: bool, bits: u32, mut translate: impl FnMut(u64) -> u64) -> Duration {
+fn translations<const DEPENDENT: bool>(bits: u32, mut translate: impl FnMut(u64) -> u64) -> Duration {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let (mut answer, mut sum) = (0, 0u64);
     timed(|| {
@@ -151,7 +152,7 @@ fn translations(dependent: bool, bits: u32, mut translate: impl FnMut(u64) -> u6
             state = next(state ^ answer);
             let output = translate(BASE + ((state >> (64 - bits)) * PAGE) + 0x128);
             sum = sum.wrapping_add(output);
-            if dependent {
+            if DEPENDENT {
                 answer = output;
             }
         }
@@ -160,13 +161,11 @@ fn translations(dependent: bool, bits: u32, mut translate: impl FnMut(u64) -> u6
 }
 
 fn translate_rows(who: &str, mut translate: impl FnMut(u64) -> u64) {
-    for (op, dependent, bits) in [
-        ("translate_random_1M", false, PAGES_BITS),
-        ("translate_random_1M_dependent", true, PAGES_BITS),
-        ("translate_hot", false, 3),
-    ] {
-        row(op, who, median(5, LOOK_UPS, || translations(dependent, bits, &mut translate)));
-    }
+    let random = median(5, LOOK_UPS, || translations::<false>(PAGES_BITS, &mut translate));
+    row("translate_random_1M", who, random);
+    let dependent = median(5, LOOK_UPS, || translations::<true>(PAGES_BITS, &mut translate));
+    row("translate_random_1M_dependent", who, dependent);
+    row("translate_hot", who, median(5, LOOK_UPS, || translations::<false>(3, &mut translate)));
 }
 
 fn translating() {

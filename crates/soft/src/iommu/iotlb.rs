@@ -1,18 +1,20 @@
-//! The IOTLB: remembered ways to leaf tables.
+//! The IOTLB: remembered ways to tables.
 //!
-//! A hardware IOTLB holds translations and must be told of every one that goes. This one holds the address of the
-//! *table* in which a leaf was found and reads the leaf again each time. An unmap searches nothing here, a
-//! translation can never be stale, and one entry serves all the pages of a leaf table, 2 MiB of 4 KiB pages. Only the
-//! retirement of a table makes an entry useless, and the table's generation says so without a search either.
+//! A hardware IOTLB holds translations and must be told of every one that goes. This one holds the address of a
+//! *table*, and reads the leaf again each time. An unmap searches nothing here, and a translation can never be stale.
+//! Only the retirement of a table makes an entry useless, and the table's generation says so without a search either.
 //!
-//! The price is one load more per translation, which is in the cache as often as the translation is hot.
+//! Which table? Hardware has caches for the upper levels beside that for translations. Here the second level alone is enough:
+//! its tables hold the leaves of 2 MiB and the links to those of 4 KiB pages, and each spans a GiB. So a few entries serve
+//! all that a device does, and nothing has to be written down for each of the small tables on a random way. The price is
+//! two loads per translation, which are in the cache as often as the translation is hot.
 //!
 //! # Two arrays
 //!
-//! Which level a leaf stands at is known only when it is found. Tables of small pages are many, so they have the large
-//! array, 64 sets of 4 ways, indexed by the 2 MiB that such a table spans: 512 MiB of 4 KiB pages are remembered at
-//! once. The tables above them span a GiB and more, and 4 of those have an array without an index that is asked when the
-//! first has nothing. Within a set the oldest way is replaced. All of it is 8.5 KiB a device.
+//! Which level a leaf stands at is known only when it is found. The tables of the second level have the large array, 16 sets of
+//! 4 ways, indexed by the GiB. Those above, with leaves of a GiB and more, have 4 ways without an index, which are asked
+//! when the first array has nothing. A set is filled from its first way on, so that where there is no crowd the first is
+//! always the right one; in a crowd they are replaced in turn. All of it is 2 KiB a device.
 //!
 //! Threads of one device share it without a lock (see [`SharedWalk`]).
 
@@ -21,12 +23,12 @@ use ioasid::pagetable::{Format, Radix};
 use ioasid::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, Space, WalkFault};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// How many sets there are for tables of small pages.
-const SETS: usize = 64;
+/// How many sets there are for tables of the second level.
+const SETS: usize = 16;
 /// How many tables whose addresses fall into one set are remembered.
 const WAYS: usize = 4;
-/// Addresses that differ above this share a leaf table of 4 KiB pages, and so an entry.
-const SPAN_BITS: u32 = 21;
+/// Addresses that are the same above this share a table of the second level, where pages are 4 KiB.
+const SPAN_BITS: u32 = 30;
 
 pub(super) type Ways = [SharedWalk<AtomicU64>; WAYS];
 
@@ -39,7 +41,10 @@ pub(super) trait WalkedTable {
     fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault>;
 
     /// See [`Radix::remember`].
-    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>);
+    fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>);
+
+    /// See [`Radix::is_forgotten`].
+    fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool;
 }
 
 impl<F: Format> WalkedTable for Radix<F> {
@@ -52,8 +57,12 @@ impl<F: Format> WalkedTable for Radix<F> {
         self.walk_cached(iova, walk)
     }
 
-    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
-        Radix::remember(self, walk, way);
+    fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        Radix::remember(self, iova, walk, way);
+    }
+
+    fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
+        Radix::is_forgotten(self, way)
     }
 }
 
@@ -73,8 +82,12 @@ impl WalkedTable for NativeTable<'_> {
         self.space.walk_for_dma(self.section, iova, walk)
     }
 
-    fn remember(&self, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
-        self.space.remember(walk, way);
+    fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
+        self.space.remember(iova, walk, way);
+    }
+
+    fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
+        self.space.is_forgotten(way)
     }
 }
 
@@ -100,7 +113,7 @@ impl Iotlb {
     fn set(&self, iova: u64) -> &Ways {
         let span = iova >> SPAN_BITS;
         // Buffers are often spaced by powers of two: fold the upper bits in.
-        &self.small[(span ^ (span >> 6) ^ (span >> 15)) as usize % SETS]
+        &self.small[(span ^ (span >> 4) ^ (span >> 9)) as usize % SETS]
     }
 
     /// Translates an address by one of the remembered ways, as [`Radix::translate_remembered`] does.
@@ -122,11 +135,14 @@ impl Iotlb {
     pub(super) fn walk(&self, iova: u64, table: &impl WalkedTable) -> Result<Leaf, WalkFault> {
         let mut walk = CachedWalk::new();
         let leaf = table.walk(iova, &mut walk)?;
-        // Two threads may come to the same number: then one of them finds its way a second time later.
-        let turn = self.replaced.load(Ordering::Relaxed);
-        self.replaced.store(turn.wrapping_add(1), Ordering::Relaxed);
-        let ways = if walk.level() == Some(1) { self.set(iova) } else { &self.large };
-        table.remember(&walk, &ways[turn % WAYS]);
+        let ways = if walk.level().is_some_and(|level| level <= 2) { self.set(iova) } else { &self.large };
+        let way = ways.iter().find(|way| table.is_forgotten(way)).unwrap_or_else(|| {
+            // Two threads may come to the same number: then one of them finds its way a second time later.
+            let turn = self.replaced.load(Ordering::Relaxed);
+            self.replaced.store(turn.wrapping_add(1), Ordering::Relaxed);
+            &ways[turn % WAYS]
+        });
+        table.remember(iova, &walk, way);
         Ok(leaf)
     }
 }

@@ -1,5 +1,8 @@
 //! A remembered way that several threads use at the same time.
 //!
+//! It leads to the table above the smallest pages' where it can: that spans 512 times as much as they do, so that a few
+//! ways are enough for everything a device does, and the link below it is read anew with the leaf.
+//!
 //! A [`CachedWalk`] has one owner. An IOTLB is asked by every thread of its device, and a lock around each entry would
 //! cost more than the walk that it saves. So an entry is a *sequence lock*: who writes makes the number odd, writes,
 //! and makes it even again; who reads looks at the number before and after, and takes what is in between for nothing
@@ -23,7 +26,7 @@ const LEVEL_BITS: u32 = 3;
 /// The bits of `span` that hold the logarithm of what the table spans, which is more than that.
 const SPAN_BITS: u64 = 63;
 
-/// A remembered way to one leaf table, for any number of threads.
+/// A remembered way to a table with leaves, or with links to such tables, for any number of threads.
 ///
 /// Like a [`CachedWalk`] it holds no translation, may have served other tables before, and needs not be told of an
 /// unmap.
@@ -111,20 +114,28 @@ impl<A> CachedWalk<A> {
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
-    /// Keeps what a walk of this table has remembered for all who ask the way.
-    pub fn remember(&self, walk: &CachedWalk<A>, way: &SharedWalk<A>) {
-        let Some(node) = walk.node else { return };
-        let bits = self.format.shift(node.level) + self.format.index_bits(node.level);
+    /// Keeps what a walk of this table to `iova` has remembered for all who ask the way.
+    pub fn remember(&self, iova: u64, walk: &CachedWalk<A>, way: &SharedWalk<A>) {
+        let Some(found) = walk.node else { return };
+        // What is linked there now is newer than the generation, and holds as long as that does.
+        let root = self.root_over(iova).ok().filter(|root| found.level == 1 && root.level > 1);
+        let node = root.and_then(|root| self.descend(root, 2, iova)).unwrap_or(found);
+        let bits = self.span_bits(node);
         // The top table of 64 bits spans everything: no shift can say that, and so it is not remembered.
         if bits < 64 {
-            let span = (walk.tag >> bits << bits) | u64::from(bits);
+            let span = (iova >> bits << bits) | u64::from(bits);
             way.store(walk.generation << LEVEL_BITS | u64::from(node.level), span, node.table);
         }
     }
 
+    #[inline(always)]
+    fn span_bits(&self, node: Node<A>) -> u32 {
+        self.format.shift(node.level) + self.format.index_bits(node.level)
+    }
+
     /// Translates an address by one of the remembered ways, if one of them leads to it, and if its leaf allows what is
     /// `needed`: the output address, and how many bytes follow it without a gap. At least that is the rest of the leaf; if
-    /// more are wanted, it is as many of them as one table knows to be consecutive.
+    /// more are wanted, it is as many of them as are consecutive within what the way spans.
     ///
     /// `None` says nothing about the address: that takes a [`walk_cached`](Radix::walk_cached), whose way can be
     /// [kept](Self::remember) then.
@@ -151,7 +162,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         Some((Oa::new(oa), length))
     }
 
-    /// How far the leaves behind one lead on where it ends, within their table.
+    /// How far the leaves behind one lead on where it ends, within what a table spans.
     #[inline(never)]
     fn consecutive(
         &self,
@@ -163,23 +174,40 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         needed: Attributes,
     ) -> u64 {
         while length < wanted {
-            let Some(next) = iova.checked_add(length) else { break };
-            let index = self.index(node.level, next);
-            match self.leaf_in(node, next, needed) {
-                Some((behind, size)) if index != 0 && behind == oa + length => length += size,
+            let next = iova.checked_add(length).filter(|next| (next ^ iova) >> self.span_bits(node) == 0);
+            match next.and_then(|next| self.leaf_in(node, next, needed)) {
+                Some((behind, size)) if behind == oa + length => length += size,
                 _ => break,
             }
         }
         length
     }
 
-    /// Where the leaf of an address in a table leads, and its size.
+    /// Where the leaf of an address leads, and its size, if it stands in a table or, where that is of the second level, in
+    /// one below.
     #[inline(always)]
     fn leaf_in(&self, node: Node<A>, iova: u64, needed: Attributes) -> Option<(u64, u64)> {
-        let value = self.entry(node, self.index(node.level, iova)).load();
-        match self.format.decode(node.level, value) {
+        // The levels are constants where it matters.
+        let decoded = if node.level == 2 {
+            let node = Node { level: 2, ..node };
+            let value = self.entry(node, self.index(2, iova)).load();
+            if self.format.table_pattern(2).matches(value) {
+                let below = self.child(node, self.format.table_address(value));
+                self.format.decode(1, self.entry(below, self.index(1, iova)).load())
+            } else {
+                self.format.decode(2, value)
+            }
+        } else {
+            self.format.decode(node.level, self.entry(node, self.index(node.level, iova)).load())
+        };
+        match decoded {
             Entry::Leaf { oa, size, attributes } if attributes.contains(needed) => Some((oa, size.bytes())),
             _ => None,
         }
+    }
+
+    /// Whether a way is of no use any more, or has never been.
+    pub fn is_forgotten(&self, way: &SharedWalk<A>) -> bool {
+        way.generation.load(Ordering::Relaxed) >> LEVEL_BITS != self.generation.load()
     }
 }
