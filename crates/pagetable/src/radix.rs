@@ -643,3 +643,10 @@ fn leaf_span(iova: u64, size: PageSize) -> (u64, u64) {
     let low = size.bytes() - 1;
     (iova & !low, iova | low)
 }
+
+/// The addresses of neighbouring leaves, from number `began` to before number `end` of those that begin at `first`.
+#[inline(always)]
+fn leaves_span(first: u64, began: usize, end: usize, size: PageSize) -> Option<IovaRange> {
+    let last = first + ((end as u64).checked_sub(1)? << size.log2()) + (size.bytes() - 1);
+    IovaRange::new(first + ((began as u64) << size.log2()), last)
+}

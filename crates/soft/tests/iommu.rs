@@ -1,11 +1,11 @@
 //! Devices on both kinds of table, attached to the same space.
 
-use ioasid::{
-    Account, Backing, Bus, Device, Iova, IovaRange, LateBound, Memory, MemoryGone, Permissions, Rid, Space,
-    Table,
-};
+mod remote;
+
+use ioasid::{Account, Backing, Bus, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table};
 use ioasid_soft::dma::{DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{Port, PortBorrowError, SoftIommu, TableKind};
+use remote::Remote;
 use std::sync::{Arc, Mutex};
 
 const MIB: u64 = 1 << 20;
@@ -117,26 +117,6 @@ fn the_interrupt_window_and_the_width_of_the_table_are_reserved() {
     device.detach();
     drop(table);
     assert_eq!(space.usable_ranges(), [IovaRange::ALL]);
-}
-
-/// Memory behind calls, in a vector.
-#[derive(Debug)]
-struct Remote(Mutex<Vec<u8>>);
-
-impl LateBound for Remote {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
-        let bytes = self.0.lock().unwrap();
-        let part = bytes.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(part.ok_or(MemoryGone { offset })?);
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, source: &[u8]) -> Result<(), MemoryGone> {
-        let mut bytes = self.0.lock().unwrap();
-        let part = bytes.get_mut(offset as usize..).and_then(|rest| rest.get_mut(..source.len()));
-        part.ok_or(MemoryGone { offset })?.copy_from_slice(source);
-        Ok(())
-    }
 }
 
 #[test]

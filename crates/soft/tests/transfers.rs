@@ -1,12 +1,13 @@
 //! Transfers of every kind against a plain model: an array of the device's addresses, each with its byte and what is
 //! allowed there.
 
-use ioasid::{
-    Account, Backing, Bus, Device, Iova, LateBound, Memory, MemoryGone, Permissions, Rid, Space, Table,
-};
+mod remote;
+
+use ioasid::{Account, Backing, Bus, Device, Iova, Memory, Permissions, Rid, Space, Table};
 use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{AtomicOperation, DmaSegment, FAULT_LOG_RECORDS, Port, SoftIommu, TableKind};
 use proptest::prelude::*;
+use remote::Remote;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -15,26 +16,6 @@ const K4: u64 = 4 << 10;
 const BASE: u64 = (2 << 20) - 16 * K4;
 /// How many pages of addresses, and of each of the two objects, there are.
 const PAGES: u64 = 48;
-
-/// Memory behind calls, in a vector.
-#[derive(Debug)]
-struct Remote(Mutex<Vec<u8>>);
-
-impl LateBound for Remote {
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
-        let bytes = self.0.lock().unwrap();
-        let part = bytes.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(part.ok_or(MemoryGone { offset })?);
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, source: &[u8]) -> Result<(), MemoryGone> {
-        let mut bytes = self.0.lock().unwrap();
-        let part = bytes.get_mut(offset as usize..).and_then(|rest| rest.get_mut(..source.len()));
-        part.ok_or(MemoryGone { offset })?.copy_from_slice(source);
-        Ok(())
-    }
-}
 
 /// What a page of addresses is: which page of which object, and what is allowed.
 #[derive(Clone, Copy, Debug)]

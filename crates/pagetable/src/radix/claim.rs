@@ -19,7 +19,7 @@
 use super::cut::SoftwareBits;
 use super::map::{ClaimBits, Install, InstallError, MapError, Mapping};
 use super::retire::Filling;
-use super::{CutError, Leaf, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::{CutError, Leaf, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span, leaves_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
@@ -150,10 +150,8 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Retrac
             !ours || entry.compare_exchange(value, (value & !F::PRESENT) | F::BUSY).is_err()
         });
         let done = taken.unwrap_or(entries.len());
-        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
-            if let Some(range) = IovaRange::new(first, leaf_span(last, size).1) {
-                self.gather.removed(range, size, done as u64);
-            }
+        if let Some(range) = leaves_span(first, 0, done, size) {
+            self.gather.removed(range, size, done as u64);
         }
         Ok(done)
     }

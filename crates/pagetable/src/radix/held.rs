@@ -8,7 +8,7 @@
 //! Here are also the few questions about where mappings begin: the bit for it belongs to whoever owns the leaf.
 
 use super::claim::software_bits;
-use super::{CutError, Next, Radix, RetractError, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::{CutError, Next, Radix, RetractError, Slot, Stop, Stretch, Visitor, leaf_span, leaves_span};
 use crate::address::{IovaRange, Oa, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, ClaimFormat, Entry};
@@ -43,10 +43,8 @@ impl<F: ClaimFormat, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for HoldAl
             !free || entry.compare_exchange(value, value | F::BUSY).is_err()
         });
         let done = other.unwrap_or(entries.len());
-        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
-            if let Some(range) = IovaRange::new(first, leaf_span(last, size).1) {
-                self.gather.removed(range, size, done as u64);
-            }
+        if let Some(range) = leaves_span(first, 0, done, size) {
+            self.gather.removed(range, size, done as u64);
         }
         Ok(done)
     }

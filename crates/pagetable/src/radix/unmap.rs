@@ -9,7 +9,7 @@
 
 use super::cut::SoftwareBits;
 use super::retire::Filling;
-use super::{CutError, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use super::{CutError, Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span, leaves_span};
 use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Entry, Format};
@@ -40,13 +40,6 @@ pub(super) fn all_plain_leaves<F: Format, A: AtomicEntry>(format: &F, level: u8,
 #[inline(always)]
 fn empty<A: AtomicEntry>(entries: &[A]) {
     entries.iter().for_each(|entry| entry.store(0));
-}
-
-/// The addresses of neighbouring leaves, from number `began` to before number `end` of those that begin at `first`.
-#[inline(always)]
-fn leaves_span(first: u64, began: usize, end: usize, size: PageSize) -> Option<IovaRange> {
-    let last = first + ((end as u64).checked_sub(1)? << size.log2()) + (size.bytes() - 1);
-    IovaRange::new(first + ((began as u64) << size.log2()), last)
 }
 
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Remove<'_, F, M, A> {

@@ -12,7 +12,7 @@ use crate::format::{Attributes, Entry, Format};
 use crate::gather::{Gather, Runs};
 use crate::memory::{OutOfTables, TableMemory};
 use crate::radix::retire::{Filling, Sweep, all_absent};
-use crate::radix::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
+use crate::radix::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span, leaves_span};
 
 /// What a claiming mapper may meet besides.
 pub(in crate::radix) enum InstallError {
@@ -217,9 +217,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for Install<'_,
             self.take_back(node, first, entries.split_at(done).0);
             return Err(Stop::Stale(first));
         }
-        if let Some(last) = (done as u64).checked_sub(1).map(|last| first + (last << size.log2())) {
-            self.installed.extend(IovaRange::new(first, leaf_span(last, size).1));
-        }
+        self.installed.extend(leaves_span(first, 0, done, size));
         Ok(done)
     }
 
