@@ -323,10 +323,9 @@ fn mapping() {
     {
         let scene = Scene::new(64 * MIB, &[TableKind::VtdSecondStage]);
         scene.map(BASE - MIB, 32 * MIB, MIB);
-        for (op, work) in [
-            ("map_unmap_4K_strict_busy", pairs as fn(&Scene, u64, u64)),
-            ("map_unmap_4K_strict_busy_batch_64", batches),
-        ] {
+        for (op, work) in
+            [("map_unmap_4K_strict_busy", pairs as Pairs), ("map_unmap_4K_strict_busy_batch_64", batches)]
+        {
             let time = beside_copies(&scene.ports[0], BASE - MIB, || {
                 median(9, PAIRS, || timed(|| work(&scene, BASE, PAIRS)))
             });
@@ -385,8 +384,11 @@ fn registering() {
 
 // ------------------------------------------------------------------------------------------------- two threads
 
+/// Maps and unmaps pages of a scene: from an address on, so many times.
+type Pairs = fn(&Scene, u64, u64);
+
 /// Pairs per microsecond of two threads, each with a scene and a base of its own.
-fn two_threads(scenes: [&Scene; 2]) -> f64 {
+fn two_threads(scenes: [&Scene; 2], pairs: Pairs) -> f64 {
     const CALLS: u64 = 100_000;
     let barrier = std::sync::Barrier::new(2);
     let work = |scene: &Scene, iova: u64| {
@@ -409,14 +411,26 @@ fn middle(mut ratios: Vec<f64>) -> f64 {
 
 fn threads() {
     let kinds = [TableKind::Native, TableKind::VtdSecondStage];
-    for (op, kinds) in
-        [("one_space_to_two_no_table_ratio", &kinds[..0]), ("one_space_to_two_with_tables_ratio", &kinds[..])]
-    {
+    for (op, kinds, pairs) in [
+        ("one_space_to_two_no_table_ratio", &kinds[..0], pairs as Pairs),
+        ("one_space_to_two_with_tables_ratio", &kinds[..], pairs),
+        ("one_space_to_two_deferred_ratio", &kinds[..], deferred_pairs),
+    ] {
         let scenes = [Scene::new(64 * MIB, kinds), Scene::new(64 * MIB, kinds)];
-        let ratio = |_| two_threads([&scenes[0], &scenes[0]]) / two_threads([&scenes[0], &scenes[1]]);
+        let ratio =
+            |_| two_threads([&scenes[0], &scenes[0]], pairs) / two_threads([&scenes[0], &scenes[1]], pairs);
         row(op, "ioasid", middle((0..9).map(ratio).collect()));
     }
-    // What a device loses while somebody maps.
+    for (op, pairs) in [
+        ("dma_beside_mapping_to_alone_ratio", pairs as Pairs),
+        ("dma_beside_deferred_mapping_to_alone_ratio", deferred_pairs),
+    ] {
+        row(op, "ioasid", middle((0..9).map(|_| dma_beside_mapping(pairs)).collect()));
+    }
+}
+
+/// What a device still does while somebody maps and unmaps, of what it does alone.
+fn dma_beside_mapping(pairs: Pairs) -> f64 {
     let scene = Scene::new(64 * MIB, &[TableKind::Native]);
     scene.map(BASE - MIB, 32 * MIB, MIB);
     let copies = |count: u64| {
@@ -427,22 +441,19 @@ fn threads() {
             }
         })
     };
-    let ratio = |_| {
-        let alone = copies(4000);
-        let stop = AtomicBool::new(false);
-        let beside = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !stop.load(Relaxed) {
-                    pairs(&scene, BASE, 64);
-                }
-            });
-            let beside = copies(4000);
-            stop.store(true, Relaxed);
-            beside
+    let alone = copies(4000);
+    let stop = AtomicBool::new(false);
+    let beside = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                pairs(&scene, BASE, 64);
+            }
         });
-        alone.as_nanos() as f64 / beside.as_nanos() as f64
-    };
-    row("dma_beside_mapping_to_alone_ratio", "ioasid", middle((0..9).map(ratio).collect()));
+        let beside = copies(4000);
+        stop.store(true, Relaxed);
+        beside
+    });
+    alone.as_nanos() as f64 / beside.as_nanos() as f64
 }
 
 // ------------------------------------------------------------------------------------------------- copying
