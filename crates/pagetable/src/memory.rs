@@ -127,6 +127,12 @@ mod heap {
         pub fn set_limit(bytes: u64) {
             pool().limit = usize::try_from(bytes / PAGE as u64).unwrap_or(usize::MAX);
         }
+
+        /// How many bytes of pages all tables of the process have together, retired ones included that somebody may still be
+        /// walking: what [`set_limit`](Self::set_limit) bounds.
+        pub fn bytes_in_use() -> u64 {
+            (pool().in_use * PAGE) as u64
+        }
     }
 
     /// The first page of a slab. The states are shared with the walkers; the rest is only touched under the pool's lock.

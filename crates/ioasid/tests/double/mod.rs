@@ -91,6 +91,9 @@ impl Call {
 pub(crate) struct Switches {
     /// Calls of each kind until one fails: 1 is the next; 0: none fails.
     countdown: [AtomicI64; 7],
+    /// The same for calls of any kind.
+    any: AtomicU64,
+    any_failed: AtomicBool,
     /// A call that fails does its work first and undoes it.
     pub(crate) late: AtomicBool,
     /// Leaves cannot be cut.
@@ -129,6 +132,27 @@ impl Switches {
         self.countdown[call as usize].swap(0, Ordering::SeqCst) <= 0
     }
 
+    /// Lets the `number`th call from now on fail that can, once.
+    pub(crate) fn fail_any(&self, number: u64) {
+        self.any_failed.store(false, Ordering::SeqCst);
+        self.any.store(number, Ordering::SeqCst);
+    }
+
+    /// Takes back what [`fail_any`](Self::fail_any) asked for. Whether a call has failed.
+    pub(crate) fn any_has_failed(&self) -> bool {
+        self.any.store(0, Ordering::SeqCst);
+        self.any_failed.swap(false, Ordering::SeqCst)
+    }
+
+    fn any_fails(&self) -> bool {
+        let left = self.any.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        let fails = left == Ok(1);
+        if fails {
+            self.any_failed.store(true, Ordering::SeqCst);
+        }
+        fails
+    }
+
     fn fails(&self, call: Call) -> bool {
         let micros = self.sleep_micros.load(Ordering::Relaxed);
         if micros > 0 {
@@ -136,7 +160,8 @@ impl Switches {
         }
         self.pass_gate(Stop::Calls);
         let countdown = &self.countdown[call as usize];
-        countdown.load(Ordering::SeqCst) > 0 && countdown.fetch_sub(1, Ordering::SeqCst) == 1
+        let one = countdown.load(Ordering::SeqCst) > 0 && countdown.fetch_sub(1, Ordering::SeqCst) == 1;
+        one || self.any_fails()
     }
 
     /// Stops these calls at their beginning until the gate is opened.
