@@ -11,6 +11,7 @@
 
 use super::Space;
 use ioasid_pagetable::{IovaRange, Runs};
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a space allows of mappings. By default everything.
@@ -89,7 +90,13 @@ impl Space {
             return self.mappings.0.load(Ordering::Relaxed);
         }
         let _operation = crate::epoch::operation();
-        self.native.beginnings(IovaRange::ALL)
+        let mut count = 0;
+        // What was unmapped and only waits for a flush is no mapping any more.
+        self.native.mapped(IovaRange::ALL, |_, begins| {
+            count += u64::from(begins);
+            ControlFlow::Continue(())
+        });
+        count
     }
 
     /// A mapping that an unmap of the range would cut. Inside an operation.

@@ -260,6 +260,11 @@ impl DoubleTable {
         join(self.inner.leaves(IovaRange::ALL))
     }
 
+    /// Its leaves.
+    pub(crate) fn leaves(&self) -> Vec<Leaf> {
+        self.inner.leaves(IovaRange::ALL)
+    }
+
     /// What should be mapped in it, by the native table.
     pub(crate) fn expected(&self, space: &Space) -> Vec<Mapping> {
         let leaves = space.leaves(IovaRange::ALL).into_iter();

@@ -12,6 +12,8 @@
 mod double;
 
 mod checks;
+mod failures;
+mod history;
 mod plain;
 mod runner;
 mod steps;

@@ -280,6 +280,11 @@ impl World {
         self.hit
     }
 
+    /// Whether the last step was refused for reasons of tables, and has not happened.
+    pub(crate) fn was_refused(&self) -> bool {
+        self.refused
+    }
+
     /// Calls the engine, with the step's trouble.
     fn call<T>(&mut self, call: impl FnOnce(&World) -> T) -> T {
         let switches = self.double.switches.clone();
