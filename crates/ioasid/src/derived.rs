@@ -4,11 +4,13 @@
 //! what hardware of that kind would read.
 
 use crate::epoch;
-use crate::iommu::{DerivedTable, TableError};
+use crate::iommu::{Change, DerivedTable, TableError};
 use ioasid_pagetable::{
-    Attributes, CutError, Format, Gather, IovaRange, MapError, Oa, ProtectError, Radix, RemapError, Runs,
+    Attributes, CutError, Entry, Format, Gather, IovaRange, Leaf, LiveChanges, MapError, Oa, PageSize,
+    ProtectError, Radix, RemapError, Runs,
 };
 use std::any::Any;
+use std::ops::ControlFlow;
 
 /// A radix table that follows a space's native one.
 #[derive(Debug)]
@@ -25,6 +27,69 @@ impl<F: Format> RadixTable<F> {
     /// The table itself, for walkers.
     pub fn radix(&self) -> &Radix<F> {
         &self.radix
+    }
+}
+
+impl<F: Format> RadixTable<F> {
+    fn levels(&self) -> std::ops::RangeInclusive<u8> {
+        1..=*self.radix.format().top_levels().end()
+    }
+
+    /// Whether walkers can meet any change of any leaf.
+    fn is_flexible(&self) -> bool {
+        let format = self.radix.format();
+        format.live_changes() == LiveChanges::all()
+            && self.levels().all(|level| format.leaf_sizes(level).count_ones() <= 1)
+    }
+
+    /// Whether a leaf of this size is one entry.
+    fn is_one_entry(&self, size: PageSize) -> bool {
+        self.levels().any(|level| self.radix.format().shift(level) == size.log2())
+    }
+
+    /// Whether a leaf of this size can be cut while walkers use it.
+    fn can_cut(&self, size: PageSize) -> bool {
+        let format = self.radix.format();
+        let pieces = |level: u8| format.leaf_sizes(level - 1) & (1 << format.shift(level - 1)) != 0;
+        format.live_changes().contains(LiveChanges::SIZE)
+            && self.levels().skip(1).any(|level| format.shift(level) == size.log2() && pieces(level))
+    }
+
+    /// What a leaf of the table says that was made with these attributes.
+    fn said(&self, leaf: &Leaf, attributes: Attributes) -> Attributes {
+        let format = self.radix.format();
+        let level = self.levels().find(|level| format.leaf_sizes(*level) & leaf.size.bytes() != 0);
+        let entry =
+            |level| format.decode(level, format.leaf_entry(level, leaf.size, leaf.oa.get(), attributes));
+        match level.map(entry) {
+            Some(Entry::Leaf { attributes, .. }) => attributes,
+            _ => attributes,
+        }
+    }
+
+    /// Why a leaf cannot be changed while walkers use it.
+    fn refuses(&self, leaf: &Leaf, range: IovaRange, change: Change) -> Option<TableError> {
+        let live = self.radix.format().live_changes();
+        let needs_break = TableError::NeedsBreak { at: leaf.iova };
+        match change {
+            Change::Unmap => None,
+            Change::Protect(permissions) => {
+                let permissions = permissions & Attributes::PERMISSIONS;
+                let wanted = leaf.attributes.difference(Attributes::PERMISSIONS) | permissions;
+                let changes = (self.said(leaf, wanted) ^ leaf.attributes).intersects(Attributes::PERMISSIONS);
+                (changes && !live.contains(LiveChanges::PERMISSIONS)).then_some(needs_break)
+            }
+            Change::Remap(oa, attributes) => {
+                let output = oa.get().wrapping_add(leaf.iova.wrapping_sub(range.first()));
+                let fits = range.covers(&leaf.range()) && output & (leaf.size.bytes() - 1) == 0;
+                let changes = (self.said(leaf, attributes) ^ leaf.attributes).difference(Attributes::USED);
+                if fits && output == leaf.oa.get() && changes.is_empty() {
+                    return None;
+                }
+                let live = live.contains(LiveChanges::OUTPUT) && self.is_one_entry(leaf.size);
+                (!live || !(fits || self.can_cut(leaf.size))).then_some(needs_break)
+            }
+        }
     }
 }
 
@@ -57,6 +122,26 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         let result = self.radix.fill(range, oa, attributes, &mut gather);
         epoch::retire(gather.retired);
         result.map_err(|error| map_error(error, range))
+    }
+
+    fn check(&self, range: IovaRange, change: Change) -> Result<(), TableError> {
+        if self.is_flexible() {
+            return Ok(());
+        }
+        for at in std::iter::once(range.first()).chain(range.last().checked_add(1)) {
+            let Ok(leaf) = self.radix.walk(at) else { continue };
+            if leaf.iova != at && !self.can_cut(leaf.size) {
+                return Err(TableError::CannotCut { at });
+            }
+        }
+        let mut refused = None;
+        if change != Change::Unmap {
+            self.radix.leaves(range, |leaf| {
+                refused = self.refuses(&leaf, range, change);
+                if refused.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+        }
+        refused.map_or(Ok(()), Err)
     }
 
     fn reaches_over(&self, at: u64) -> bool {

@@ -111,6 +111,17 @@ pub enum TableError {
     Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// What is going to happen to a range; see [`DerivedTable::check`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing will be mapped.
+    Unmap,
+    /// All that is mapped will allow this.
+    Protect(Attributes),
+    /// All that is mapped will lead to the output addresses from here on, with these attributes.
+    Remap(Oa, Attributes),
+}
+
 /// A table that follows the native one, for devices that cannot walk that.
 ///
 /// The engine calls from many threads. For any one address it makes no two calls at the same time, except that
@@ -124,6 +135,16 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// filled while operations run, and they may have been there first. On an error anything may be mapped; the
     /// table is thrown away.
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError>;
+
+    /// Whether the table would refuse a change for what it is and not for want of memory: because it cannot cut its leaf at
+    /// an end of the range, or cannot change a leaf while devices use it. Asked before anything is done, in any table, so that
+    /// what one table cannot do leaves no leaf cut in another. A table that does not know says nothing, as this does, and
+    /// refuses when it comes to it.
+    ///
+    /// Changes nothing. Others may be at work in the range meanwhile.
+    fn check(&self, _range: IovaRange, _change: Change) -> Result<(), TableError> {
+        Ok(())
+    }
 
     /// Whether a leaf would have to be cut to make `at` a boundary. A table that does not know says yes.
     fn reaches_over(&self, _at: u64) -> bool {

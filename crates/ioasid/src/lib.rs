@@ -78,7 +78,7 @@ pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
 pub use ioasid_pagetable::{
     Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
 };
-pub use iommu::{AttachError, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
+pub use iommu::{AttachError, Change, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, RegisterError, ReleaseError};
 pub use slice::{

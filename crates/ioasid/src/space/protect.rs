@@ -8,11 +8,13 @@
 //! If a table refuses, those before it go back to what the native table still says.
 
 use super::held::{Held, Portion};
-use super::unmap::ALL_RIGHTS;
+use super::unmap::{ALL_RIGHTS, Settled};
 use super::{Permissions, Space};
-use crate::iommu::{DerivedTable, TableError};
+use crate::epoch;
+use crate::iommu::{Change, DerivedTable, TableError};
 use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Attributes, CutError, Iova, IovaRange, Leaf, Oa, PageSize, Runs, Span};
+use std::sync::Arc;
 
 /// Why no permission was changed.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +124,7 @@ impl Held<'_> {
     ) -> Result<(), TableError> {
         let Some(layout) = self.layout() else { return Ok(()) };
         let tables: Vec<_> = layout.derived().cloned().collect();
+        self.make_way_back(&tables)?;
         for (position, table) in tables.iter().enumerate() {
             let Err((error, done)) = change(&**table) else { continue };
             let all = self.runs().iter().next().zip(self.runs().iter().next_back());
@@ -138,6 +141,24 @@ impl Held<'_> {
             }
             self.wait_for_dma();
             return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Cuts the derived tables wherever what the native table says changes from one page to the next: a format that cannot
+    /// tell two permissions apart may have one leaf for both, and to go back to two after a change would take memory.
+    fn make_way_back(&self, tables: &[Arc<dyn DerivedTable>]) -> Result<(), TableError> {
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let mut end = None;
+        for stretch in self.stretches(IovaRange::ALL) {
+            let at = stretch.range.first();
+            if end.replace(stretch.range.last().wrapping_add(1)) == Some(at) {
+                for table in tables.iter().filter(|table| table.reaches_over(at)) {
+                    table.cut(at)?;
+                }
+            }
         }
         Ok(())
     }
@@ -174,6 +195,7 @@ impl Space {
         }
         let portion = Portion { range, largest: ANY_SIZE };
         let attributes = permissions.attributes();
+        self.check_change(range, Change::Protect(attributes))?;
         let taken = ALL_RIGHTS.difference(attributes);
         let held = self.hold_unborrowed(range, taken, || std::iter::once(portion));
         let (mut held, _recalled) = held.map_err(|error| match error {
@@ -205,6 +227,16 @@ impl Space {
             held.wait_for_dma();
         }
         Ok(runs.bytes())
+    }
+
+    /// Asks all derived tables whether they can make a change, before anything is cut for it. Where somebody is at work, that
+    /// is found out in time.
+    pub(super) fn check_change(&self, range: IovaRange, change: Change) -> Result<(), TableError> {
+        let _operation = epoch::operation();
+        match self.refused_by(&self.layout.load(), range, change) {
+            Some((error, Settled(true))) => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// What is mapped at an address: the whole leaf that translates it.

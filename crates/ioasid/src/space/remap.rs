@@ -15,7 +15,7 @@ use super::map::{MapError, Part, Parts, Request};
 use super::protect::NativeCut;
 use super::unmap::ALL_RIGHTS;
 use super::{Permissions, Space};
-use crate::iommu::TableError;
+use crate::iommu::{Change, TableError};
 use crate::memory::Memory;
 use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Iova, IovaRange, PageSize};
@@ -84,6 +84,9 @@ impl Space {
         let request =
             Request::new(self, iova, memory, offset, length, permissions).map_err(RemapError::Request)?;
         let range = request.range;
+        for part in request.parts() {
+            self.check_change(part.range, Change::Remap(part.oa, part.attributes))?;
+        }
         memory.note_mapped(self, range);
         let portions =
             || request.parts().map(|part| Portion { range: part.range, largest: Some(largest_leaf(&part)) });

@@ -23,7 +23,7 @@
 use super::Space;
 use super::layout::Layout;
 use crate::epoch;
-use crate::iommu::TableError;
+use crate::iommu::{Change, TableError};
 use crate::memory::Piece;
 use crate::slice::{Recalled, SLICE_PATIENCE, StillBorrowed};
 use arc_swap::Guard;
@@ -97,6 +97,9 @@ pub(super) enum Manner {
     /// As strict; but what is not given back in time is unmapped all the same, because the memory goes.
     AtAnyPrice,
 }
+
+/// Whether nobody is at work at a place, so that what is found there is no step of something else.
+pub(super) struct Settled(pub(super) bool);
 
 /// What an unmap takes away.
 pub(super) const ALL_RIGHTS: Attributes = Attributes::READ.union(Attributes::WRITE);
@@ -251,6 +254,8 @@ impl Space {
         let whole = wanted.is_none() && self.policy.whole_only;
         if gather.runs.is_empty() {
             self.refuse_to_cut(whole, range)?;
+            // What one table cannot do is known before another one is cut for it.
+            self.check_tables(layout, range, Change::Unmap)?;
             self.native.cut_claimed(range)?;
             self.cut_unowned(range, layout)?;
         }
@@ -286,10 +291,51 @@ impl Space {
 
     /// Refuses to cut a mapping in a space that keeps them whole.
     fn refuse_to_cut(&self, whole: bool, range: IovaRange) -> Result<(), Step> {
-        match whole.then(|| self.cut_by(range)).flatten() {
-            Some(mapping) => Err(Step::Failed(UnmapError::CutsMapping { mapping })),
+        let Some(mapping) = whole.then(|| self.cut_by(range)).flatten() else { return Ok(()) };
+        // What another unmap has retracted is no mapping any more, unless it has to give it back.
+        let places = [mapping.first(), mapping.last(), range.first(), range.last()];
+        if places.into_iter().all(|at| self.is_settled(at)) {
+            return Err(Step::Failed(UnmapError::CutsMapping { mapping }));
+        }
+        Err(Step::Contended)
+    }
+
+    /// Whether nobody is at work at an address. Inside an operation.
+    fn is_settled(&self, at: u64) -> bool {
+        let mut settled = true;
+        if let Some(page) = IovaRange::new(at, at) {
+            self.native.settled(page, |_, leaf| {
+                settled = leaf.is_some();
+                ControlFlow::Break(())
+            });
+        }
+        settled
+    }
+
+    /// Asks all derived tables whether they can do that.
+    fn check_tables(&self, layout: &Layout, range: IovaRange, change: Change) -> Result<(), Step> {
+        match self.refused_by(layout, range, change) {
+            Some((_, Settled(false))) => Err(Step::Contended),
+            Some((error, _)) => Err(Step::Failed(error.into())),
             None => Ok(()),
         }
+    }
+
+    /// Why a derived table cannot make a change, if one cannot, and whether nobody is at work where that is.
+    pub(super) fn refused_by(
+        &self,
+        layout: &Layout,
+        range: IovaRange,
+        change: Change,
+    ) -> Option<(TableError, Settled)> {
+        let error = layout.derived().find_map(|table| table.check(range, change).err())?;
+        let at = match error {
+            TableError::CannotCut { at } | TableError::NeedsBreak { at } => at,
+            _ => range.first(),
+        };
+        let sides = [Some(at), at.checked_sub(1)];
+        let settled = sides.into_iter().flatten().all(|side| self.is_settled(side));
+        Some((error, Settled(settled)))
     }
 
     /// Cuts the derived tables at the ends of a range before anything is retracted, so that an unmap which cannot be

@@ -9,8 +9,8 @@
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::{
-    AttachError, Attributes, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable, Requirements, Rid,
-    Runs, Space, Table, TableClass, TableError,
+    AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable,
+    Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
 use std::collections::HashMap;
@@ -401,6 +401,10 @@ impl DerivedTable for DoubleTable {
             self.inner.fill(range, oa, attributes)?;
         }
         if fails { Err(refused()) } else { Ok(()) }
+    }
+
+    fn check(&self, range: IovaRange, change: Change) -> Result<(), TableError> {
+        self.inner.check(range, change)
     }
 
     fn reaches_over(&self, _at: u64) -> bool {
