@@ -15,6 +15,7 @@ mod generic_pt;
 mod kernel_selftest;
 mod kernel_source;
 mod msrv;
+mod sequences;
 mod uapi_check;
 mod workspace;
 
@@ -59,6 +60,13 @@ enum Chore {
     /// operations on its tables and on ours, and compares results, translations and, where nothing was cut, the entries
     /// bit for bit. The exit status is 0 only if nothing differs.
     GenericPt(generic_pt::Arguments),
+
+    /// Run sequences of calls of the engine against its model, for minutes or hours
+    ///
+    /// Spaces, derived tables of every format, accounts, memory, devices and snapshots, drawn at random: whole calls, each
+    /// failure point in turn, devices that come and go, several threads. Every round has a new seed; a sequence that fails is
+    /// shrunk and printed, with what brings it back.
+    Sequences(sequences::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -69,6 +77,7 @@ fn main() -> anyhow::Result<()> {
         Chore::KernelSelftest(arguments) => kernel_selftest::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::GenericPt(arguments) => generic_pt::run(&arguments),
+        Chore::Sequences(arguments) => sequences::run(&arguments),
     }
 }
 

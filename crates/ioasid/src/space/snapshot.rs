@@ -7,6 +7,7 @@
 //! space. What cannot be said to a map is put right afterwards: where mappings begin and how many there are.
 
 use super::{Permissions, Space};
+use crate::backing::PAGE_BITS;
 use crate::bus::Bus;
 use crate::epoch;
 use crate::memory::Memory;
@@ -25,6 +26,8 @@ struct Named {
     first: u64,
     last: u64,
     name: u64,
+    /// Where in the object the memory of that name begins.
+    offset: u64,
 }
 
 impl Names {
@@ -36,10 +39,16 @@ impl Names {
                 return Err(SnapshotError::NamedTwice { name });
             }
             let object = Arc::as_ptr(memory.backing()) as usize;
-            // All of it may have been given back.
-            let last = memory.length().checked_sub(1).map(|length| memory.offset() + length);
-            let part = last.map(|last| Named { first: memory.offset(), last, name });
-            objects.entry(object).or_default().extend(part);
+            let parts = objects.entry(object).or_default();
+            let offset = memory.offset();
+            let Some(last) = memory.length().checked_sub(1).map(|length| offset + length) else { continue };
+            // What was given back may be mapped all the same, as a part of another memory.
+            parts.extend(memory.held().into_iter().map(|pages| Named {
+                first: offset.max(pages.start << PAGE_BITS),
+                last: last.min(((pages.end - 1) << PAGE_BITS) | ((1 << PAGE_BITS) - 1)),
+                name,
+                offset,
+            }));
         }
         for parts in objects.values_mut() {
             parts.sort_unstable_by_key(|part| (part.first, std::cmp::Reverse(part.last)));
@@ -59,7 +68,7 @@ impl Names {
         let parts = self.0.get(&object)?;
         let until = parts.partition_point(|part| part.first <= first);
         let part = parts[..until].last().filter(|part| part.last >= last)?;
-        Some((part.name, first - part.first))
+        Some((part.name, first - part.offset))
     }
 }
 

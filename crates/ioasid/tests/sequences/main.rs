@@ -17,6 +17,7 @@ mod history;
 mod plain;
 mod runner;
 mod steps;
+mod threads;
 mod world;
 
 use proptest::collection::vec;

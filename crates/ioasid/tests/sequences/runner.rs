@@ -1,8 +1,8 @@
 //! Running a property, for a moment or for hours.
 //!
-//! By itself each test draws some cases from a seed of the moment. `IOASID_SEQUENCES_SEED` names the seed and
-//! `IOASID_SEQUENCES_CASES` how many times as many cases there shall be, in percent; `cargo xtask sequences` sets both, again and again. A case that
-//! fails is shrunk, and reported with what brings it back.
+//! By itself each test draws some cases from a seed of the moment. `IOASID_SEQUENCES_SEED` names the seed,
+//! `IOASID_SEQUENCES_CASES` how many cases there shall be, in percent of the usual, and `IOASID_SEQUENCES_ONLY` the one property;
+//! `cargo xtask sequences` sets them, again and again. A case that fails is shrunk, and reported with what brings it back.
 //!
 //! One test runs at a time, because the bound on table memory is the process's.
 
@@ -45,6 +45,9 @@ pub(crate) fn run<S: Strategy>(name: &str, cases: u32, strategy: S, property: im
 where
     S::Value: Debug,
 {
+    if std::env::var("IOASID_SEQUENCES_ONLY").is_ok_and(|only| only != name) {
+        return;
+    }
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     keep_panics();
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos() as u64 >> 10);
@@ -61,14 +64,18 @@ where
         PANIC.set(Some(String::new()));
         let run = panic::catch_unwind(AssertUnwindSafe(|| property(value)));
         let said = PANIC.take().unwrap_or_default();
-        run.map_err(|_| TestCaseError::fail(said))
+        run.map_err(|panic| {
+            // A thread that the property has started keeps nothing here, but what it said is handed on.
+            let handed = panic.downcast_ref::<String>().cloned();
+            TestCaseError::fail(if said.is_empty() { handed.unwrap_or_default() } else { said })
+        })
     });
     match result {
         Ok(()) => {}
         Err(TestError::Abort(reason)) => panic!("{name}, seed {seed}: no cases: {reason}"),
         Err(TestError::Fail(reason, smallest)) => panic!(
             "{reason}\n\nof {name}, which fails for\n{smallest:#?}\n\n\
-             again: cargo xtask sequences --seed {seed} --rounds 1 --only {name}"
+             again: cargo xtask sequences --seed {seed} --rounds 1 --only {name} --cases {percent}"
         ),
     }
 }
