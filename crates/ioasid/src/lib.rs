@@ -86,9 +86,9 @@ pub use slice::{
 };
 pub use snapshot::Snapshot;
 pub use space::{
-    AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped, MappingPolicy,
-    Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceStatistics,
-    UnmapBatch, UnmapError, Unmapped,
+    ALIAS_PATIENCE, AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped,
+    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space,
+    SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::Table;
 

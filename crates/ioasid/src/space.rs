@@ -37,7 +37,7 @@ mod remap;
 mod snapshot;
 mod unmap;
 
-pub use alias::AliasError;
+pub use alias::{ALIAS_PATIENCE, AliasError};
 use deferred::Deferred;
 pub use deferred::{DEFERRED_RANGES, DEFERRED_TIME, UnmapBatch};
 use layout::Layout;

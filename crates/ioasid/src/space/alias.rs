@@ -11,6 +11,9 @@
 //! 3. Each object notes that it may be mapped at the target. Whichever of its registrations goes last will look there.
 //! 4. The target is mapped like any other range.
 //!
+//! To give everything back each time is what keeps it from waiting in a circle with a release, and what may keep it
+//! from ever getting a range that never rests. So it gives up after a time, and says so.
+//!
 //! So a release of the memory comes before all of this, and there is nothing to copy, or after it, and finds the alias.
 
 use super::held::{Held, Portion};
@@ -23,6 +26,10 @@ use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long an alias goes on trying while others are at work in its source or its target, again and again.
+pub const ALIAS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why there is no alias.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +46,9 @@ pub enum AliasError {
         /// An address in the source.
         at: u64,
     },
+    /// Others were at work in the source or the target each time it was tried, for [`ALIAS_PATIENCE`].
+    #[error("other operations have kept the source or the target busy for {} s", ALIAS_PATIENCE.as_secs())]
+    Busy,
     /// The target could not be mapped.
     #[error(transparent)]
     Target(#[from] MapError),
@@ -91,6 +101,9 @@ impl Space {
     /// It is a mapping of its own: unmapping or protecting the one does nothing to the other. When the memory is released
     /// both go.
     ///
+    /// While others go on changing the source or the target without a rest it has to begin again, and gives up after
+    /// [`ALIAS_PATIENCE`] ([`AliasError::Busy`]).
+    ///
     /// Takes the lock of each object that the memory belongs to, so that aliases of one object wait for each other and for
     /// its registrations. Whoever has the [`Memory`](crate::Memory) at hand maps it again instead.
     pub fn alias(
@@ -109,7 +122,7 @@ impl Space {
         if !Arc::ptr_eq(self.bus(), target.bus()) {
             return Err(MapError::OtherBus.into());
         }
-        let mut tries = 0;
+        let (mut tries, mut began) = (0, None);
         loop {
             let objects = self.objects_behind(source);
             let mut registrations: Vec<_> = objects.values().map(|object| object.registering()).collect();
@@ -132,7 +145,14 @@ impl Space {
                 }
             }
             drop(registrations);
+            if began.get_or_insert_with(Instant::now).elapsed() > ALIAS_PATIENCE {
+                return Err(AliasError::Busy);
+            }
             self.step_aside(&mut tries);
+            if !Arc::ptr_eq(self, target) {
+                // What is in the way may be something that only waits for a flush there.
+                target.flush_any();
+            }
         }
     }
 

@@ -151,13 +151,14 @@ impl Held<'_> {
         if tables.is_empty() {
             return Ok(());
         }
-        let mut end = None;
+        let mut before: Option<Stretch> = None;
         for stretch in self.stretches(IovaRange::ALL) {
             let at = stretch.range.first();
-            if end.replace(stretch.range.last().wrapping_add(1)) == Some(at) {
-                for table in tables.iter().filter(|table| table.reaches_over(at)) {
-                    table.cut(at)?;
-                }
+            let changes = before.replace(stretch).is_some_and(|before| {
+                before.range.last().checked_add(1) == Some(at) && before.attributes != stretch.attributes
+            });
+            for table in tables.iter().filter(|table| changes && table.reaches_over(at)) {
+                table.cut(at)?;
             }
         }
         Ok(())

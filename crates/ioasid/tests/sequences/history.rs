@@ -6,7 +6,7 @@
 
 use crate::double::DoubleTable;
 use crate::runner;
-use crate::steps::{self, DEVICES, END, LAST, RIGID, SPACES, Step, Trouble};
+use crate::steps::{self, DEVICES, END, GIANT, LAST, RIGID, SPACES, Step, Trouble};
 use crate::world::World;
 use ioasid::{IovaRange, Leaf, Rid};
 use proptest::collection::vec;
@@ -35,7 +35,8 @@ fn event() -> impl Strategy<Value = Event> {
 /// Whether a step can be done with the visitor there as without: nothing is mapped where its table cannot reach.
 fn reaches_low(step: &Step) -> bool {
     match step {
-        Step::Map { at, .. } | Step::Remap { at, .. } | Step::Alias { at, .. } => *at < END - LAST,
+        Step::Map { at, .. } | Step::Remap { at, .. } => *at < END - LAST,
+        Step::Alias { at, pages, .. } => *at < END - LAST && pages.count <= GIANT.end,
         // What the visitor's table cannot reach must not be wanted by anybody else, and of a batch a part may be refused.
         Step::Allow { .. } | Step::Batch { .. } => false,
         _ => true,

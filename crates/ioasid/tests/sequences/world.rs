@@ -7,7 +7,7 @@
 use crate::double::{Double, WIDE};
 use crate::plain::{Lead, Levels, PlainSpace, Registration, Registrations, numbers};
 use crate::steps::{
-    ACCOUNTS, BEGINNINGS, COUNTED, DEVICES, END, GIANT, LATE, LOW, MEMORIES, MOST, Manner, OBJECT_PAGES,
+    ACCOUNTS, BEGINNINGS, COUNTED, DEVICES, END, GIANT, GIB, LATE, LOW, MEMORIES, MOST, Manner, OBJECT_PAGES,
     PAGE, Pages, RIGID, SMALL_LEAVES, SPACES, Step, Trouble, WHOLE, What, permissions,
 };
 use ioasid::pagetable::{HeapTables, Native};
@@ -310,7 +310,8 @@ impl World {
     fn is_explained(&mut self, rigid: bool, kind: Option<Kind>) -> bool {
         let hit = match self.trouble {
             Trouble::Call { .. } if self.failed => {
-                let told = matches!(kind, Some(Kind::Refused | Kind::OutOfTables));
+                // Late is after the table itself had its say.
+                let told = matches!(kind, Some(Kind::Refused | Kind::OutOfTables | Kind::DoesNotFit));
                 assert!(told, "a call of an IOMMU has failed, and what came of it is {kind:?}");
                 true
             }
@@ -502,6 +503,10 @@ impl World {
     }
 
     fn revoke(&mut self, kind: usize) {
+        // What is revoked goes with the world; address space is not without end either.
+        if kind == GIB && self.objects.iter().filter(|object| object.kind == kind).count() > 1 {
+            return;
+        }
         let object = self.current[kind];
         let backing = self.objects[object].backing.clone();
         self.call(|_| backing.revoke());
@@ -597,15 +602,18 @@ impl World {
             expect(result, early);
             return;
         }
-        let plain = &self.plain[space];
         let place = match at {
             Some(at) => Some(at),
-            None => plain.hole(part.count),
+            None => self.plain[space].hole(part.count),
         };
+        if self.is_explained(false, kind) {
+            return;
+        }
         let Some(place) = place else {
             expect(result, Some("NoHole"));
             return;
         };
+        let plain = &self.plain[space];
         let pages = place..place + part.count;
         let range = Pages { first: place, count: part.count }.range().unwrap();
         let taken = plain.first_mapped(pages.clone());
@@ -618,9 +626,6 @@ impl World {
         } else {
             taken.map(|page| format!("AlreadyMapped {{ at: {} }}", page * PAGE))
         };
-        if self.is_explained(false, kind) {
-            return;
-        }
         if refusal.is_none() && self.does_not_fit(space, &pages) {
             return assert_eq!(kind, Some(Kind::DoesNotFit));
         }
