@@ -164,7 +164,7 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Gives all that is mapped in the range these permissions (reading and writing; nothing else in `permissions`
     /// counts), leaf by leaf, without a moment in which a leaf allows neither what it did nor what it will. Parts may not
     /// be mapped, and leaves may reach over the ends. All or nothing; and to go back to what was allowed before, with
-    /// every part that it was allowed for, cannot fail.
+    /// every part that it was allowed for, cannot fail: the table was [cut](Self::cut) between these parts.
     ///
     /// A table that cannot do so says [`NeedsBreak`](TableError::NeedsBreak), as this does unless it is implemented.
     fn protect(&self, range: IovaRange, _permissions: Attributes) -> Result<(), TableError> {

@@ -87,7 +87,9 @@ mod sync {
 
     /// A place where an interrupt may come.
     pub(crate) fn answer() {
-        let (Some(interrupts), Some((number, answered))) = (interrupts(), SELF.with(Cell::get)) else { return };
+        let (Some(interrupts), Some((number, answered))) = (interrupts(), SELF.with(Cell::get)) else {
+            return;
+        };
         let asked = interrupts.asked.load(Ordering::Relaxed);
         if asked != answered {
             fence(Ordering::SeqCst);
@@ -389,7 +391,9 @@ fn a_word_that_a_plain_thread_left_is_fenced() {
         let readers = [0, 1].map(|number| {
             let replaced = replaced.clone();
             thread::spawn(move || {
-                sync::interruptible(number, || read_in_sections(&plain(replaced.domain), 1, &[replaced.clone()]));
+                sync::interruptible(number, || {
+                    read_in_sections(&plain(replaced.domain), 1, &[replaced.clone()])
+                });
             })
         });
         replaced.replace();

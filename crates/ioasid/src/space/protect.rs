@@ -10,7 +10,6 @@
 use super::held::{Held, Portion};
 use super::unmap::{ALL_RIGHTS, Settled};
 use super::{Permissions, Space};
-use crate::epoch;
 use crate::iommu::{Change, DerivedTable, TableError};
 use crate::slice::StillBorrowed;
 use ioasid_pagetable::{Attributes, CutError, Iova, IovaRange, Leaf, Oa, PageSize, Runs, Span};
@@ -233,8 +232,7 @@ impl Space {
     /// Asks all derived tables whether they can make a change, before anything is cut for it. Where somebody is at work, that
     /// is found out in time.
     pub(super) fn check_change(&self, range: IovaRange, change: Change) -> Result<(), TableError> {
-        let _operation = epoch::operation();
-        match self.refused_by(&self.layout.load(), range, change) {
+        match self.refused_by(&self.layout.read(), range, change) {
             Some((error, Settled(true))) => Err(error),
             _ => Ok(()),
         }
