@@ -61,11 +61,11 @@ impl World {
 
     fn compare_devices(&self) {
         let tables = self.tables();
-        for device in 0..DEVICES.len() {
-            let there = self.double.table_of(DEVICES[device]);
+        for (rid, attached) in DEVICES.into_iter().zip(&self.attached) {
+            let there = self.double.table_of(rid);
             let there = there.as_ref().map(|table| Arc::as_ptr(table.space()));
-            let expected = self.attached[device].map(|attached| Arc::as_ptr(&self.spaces[attached.space]));
-            assert_eq!(there, expected, "{}", DEVICES[device]);
+            let expected = attached.map(|attached| Arc::as_ptr(&self.spaces[attached.space]));
+            assert_eq!(there, expected, "{rid}");
         }
         let derived = tables.iter().filter(|(table, _)| table.class != ioasid::TableClass::NATIVE).count();
         assert_eq!(self.double.tables().len(), derived, "derived tables that exist");

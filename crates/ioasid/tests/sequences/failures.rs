@@ -8,7 +8,7 @@
 
 use crate::plain::Levels;
 use crate::runner;
-use crate::steps::{self, ACCOUNTS, Step, Trouble};
+use crate::steps::{self, Step, Trouble};
 use crate::world::World;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -53,12 +53,12 @@ impl World {
     fn refuse_at_every_level(&mut self, step: &Step) {
         let limits: Vec<Option<u64>> = self.levels.0.iter().map(|level| level.limit).collect();
         if matches!(step, Step::Register { .. } | Step::Grow { .. } | Step::Transfer { .. }) {
-            for account in 0..ACCOUNTS.len() {
+            for (account, before) in limits.into_iter().enumerate() {
                 let limit = Some(Levels::charged(&self.registrations)[account]);
                 self.take(&Step::Limit { account, limit }, Trouble::None);
                 self.take(step, Trouble::None);
                 self.compare();
-                self.take(&Step::Limit { account, limit: limits[account] }, Trouble::None);
+                self.take(&Step::Limit { account, limit: before }, Trouble::None);
             }
         }
         self.take(step, Trouble::None);

@@ -238,7 +238,7 @@ pub(crate) fn beginning() -> impl Strategy<Value = Vec<Step>> {
         Step::Register { slot, object, pages, account: slot % ACCOUNTS.len(), populated: false }
     };
     let memories =
-        vec![register(0, 1, 1200), register(1, 2, 100), register(3, LATE, 30), register(4, GIB, 2 << 18)];
+        [register(0, 1, 1200), register(1, 2, 100), register(3, LATE, 30), register(4, GIB, 2 << 18)];
     let attach =
         (0..DEVICES.len(), 0..SPACES).prop_map(|(device, space)| Step::Attach { device, space, own: false });
     vec(attach, 0..4).prop_map(move |devices| memories.iter().cloned().chain(devices).collect())

@@ -278,7 +278,7 @@ impl Scene {
     }
 
     /// Runs the calls of each thread beside devices, and compares what all can agree on.
-    fn run(&self, threads: &[Vec<Call>], mut own: Option<&mut Vec<PlainSpace>>) {
+    fn run(&self, threads: &[Vec<Call>], own: Option<&mut Vec<PlainSpace>>) {
         let devices = [NATIVE, DERIVED, OWN_NATIVE].map(|rid: Rid| self.double.attached(rid, &self.space));
         let start = Barrier::new(threads.len());
         std::thread::scope(|scope| {
@@ -294,7 +294,7 @@ impl Scene {
                 scope.spawn(|| self.dma(device));
             }
             scope.spawn(|| self.attach());
-            let mut parts: Vec<Option<&mut PlainSpace>> = match own.as_deref_mut() {
+            let mut parts: Vec<Option<&mut PlainSpace>> = match own {
                 Some(parts) => parts.iter_mut().map(Some).collect(),
                 None => threads.iter().map(|_| None).collect(),
             };
