@@ -6,9 +6,10 @@
 //! below what is needed, at each account on the way up. After each failure the error has to be of its kind, and everything
 //! as if the call had not been made; then the sequence goes on.
 
+use crate::double::{Call, DERIVED, X86};
 use crate::plain::Levels;
 use crate::runner;
-use crate::steps::{self, Step, Trouble};
+use crate::steps::{self, DEVICES, Pages, Step, Trouble, What};
 use crate::world::World;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -75,6 +76,38 @@ fn whatever_fails_has_not_happened() {
         }
         for (step, points) in &steps {
             world.take_at_last(step, *points);
+            world.compare();
+        }
+        world.end();
+    });
+}
+
+/// A table of x86-64 has one leaf for pages that may be written and pages that may be read and written. When the next table
+/// refuses, it has to say both again, and there is no memory for a cut.
+#[test]
+fn going_back_needs_no_memory() {
+    runner::run("failures", 1, Just(()), |()| {
+        let mut world = World::new();
+        let pages = |first, count| Pages { first, count };
+        let map = |first, permissions| {
+            let what = What { slot: 0, part: pages(first, 256), permissions };
+            Step::Map { space: 0, at: first, what }
+        };
+        let register =
+            Step::Register { slot: 0, object: 1, pages: pages(0, 512), account: 4, populated: false };
+        let attach = |rid| {
+            let device = DEVICES.iter().position(|known| *known == rid).unwrap();
+            Step::Attach { device, space: 0, own: false }
+        };
+        let merge = Step::Merge { space: 0, pages: pages(0, 512) };
+        for step in [register, attach(X86), attach(DERIVED), map(0, 3), map(256, 2), merge] {
+            assert!(!world.take(&step, Trouble::None));
+        }
+        for free in 0..3 {
+            world.double.switches.fail(Call::Protect, 2);
+            let trouble = Trouble::Tables(free);
+            assert!(world.take(&Step::Protect { space: 0, pages: pages(0, 512), permissions: 1 }, trouble));
+            world.double.switches.fail(Call::Protect, 0);
             world.compare();
         }
         world.end();

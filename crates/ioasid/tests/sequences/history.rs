@@ -27,7 +27,7 @@ fn event() -> impl Strategy<Value = Event> {
         8 => steps::step().prop_filter_map("nothing of the end, which the visitor cannot reach", |step| {
             reaches_low(&step).then_some(Event::Step(step))
         }),
-        1 => (0..SPACES).prop_map(Event::Comes),
+        2 => prop_oneof![3 => Just(0), 1 => 1..SPACES].prop_map(Event::Comes),
         1 => Just(Event::Goes),
     ]
 }

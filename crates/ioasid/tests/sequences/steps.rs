@@ -124,6 +124,11 @@ pub(crate) fn permissions(bits: u8) -> Permissions {
     [Permissions::READ, Permissions::WRITE, Permissions::READ_WRITE][usize::from(bits) - 1]
 }
 
+/// Most of it happens in one, so that several tables have to follow.
+fn space() -> impl Strategy<Value = usize> + Clone {
+    prop_oneof![5 => Just(0), 3 => 1..SPACES]
+}
+
 fn place() -> impl Strategy<Value = u64> {
     prop_oneof![
         12 => 0..40u64,
@@ -177,7 +182,7 @@ pub(crate) fn registration() -> impl Strategy<Value = Step> {
 
 /// Operations on spaces alone.
 pub(crate) fn operation() -> impl Strategy<Value = Step> {
-    let space = 0..SPACES;
+    let space = space();
     let manner = prop_oneof![2 => Just(Manner::Strict), 1 => Just(Manner::Deferred)];
     prop_oneof![
         9 => (space.clone(), place(), what()).prop_map(|(space, at, what)| Step::Map { space, at, what }),
@@ -198,7 +203,7 @@ pub(crate) fn operation() -> impl Strategy<Value = Step> {
 
 /// Everything.
 pub(crate) fn step() -> impl Strategy<Value = Step> {
-    let space = 0..SPACES;
+    let space = space();
     let slot = 0..MEMORIES;
     let limit = prop::option::weighted(0.8, 0..2600u64);
     prop_oneof![
@@ -240,6 +245,6 @@ pub(crate) fn beginning() -> impl Strategy<Value = Vec<Step>> {
     let memories =
         [register(0, 1, 1200), register(1, 2, 100), register(3, LATE, 30), register(4, GIB, 2 << 18)];
     let attach =
-        (0..DEVICES.len(), 0..SPACES).prop_map(|(device, space)| Step::Attach { device, space, own: false });
-    vec(attach, 0..4).prop_map(move |devices| memories.iter().cloned().chain(devices).collect())
+        (0..DEVICES.len(), space()).prop_map(|(device, space)| Step::Attach { device, space, own: false });
+    vec(attach, 0..6).prop_map(move |devices| memories.iter().cloned().chain(devices).collect())
 }

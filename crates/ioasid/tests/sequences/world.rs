@@ -315,7 +315,8 @@ impl World {
                 assert!(told, "a call of an IOMMU has failed, and what came of it is {kind:?}");
                 true
             }
-            Trouble::Tables(_) => kind == Some(Kind::OutOfTables),
+            // Or a call fails besides, if the double was told so.
+            Trouble::Tables(_) => matches!(kind, Some(Kind::OutOfTables | Kind::Refused)),
             _ => false,
         };
         self.hit |= hit;
@@ -908,15 +909,15 @@ impl World {
         }
     }
 
-    /// A space is taken apart and built again, and is the same.
+    /// A space is taken apart and built again, and leads where it led. (Leaves may be others: where several memories have the
+    /// same pages, a piece of a leaf may be named by one and the rest by another.)
     fn restore(&mut self, space: usize) {
         self.flush(space);
         let real = &self.spaces[space];
         let slots = self.memories.iter().enumerate();
         let named: Vec<(u64, &Arc<Memory>)> =
             slots.filter_map(|(slot, memory)| Some((slot as u64, memory.as_ref()?))).collect();
-        let named = || named.iter().copied();
-        let bytes = real.snapshot(named()).unwrap().to_bytes();
+        let bytes = real.snapshot(named).unwrap().to_bytes();
         let memory = |name: u64| self.memories[usize::try_from(name).unwrap()].clone();
         let again = Snapshot::from_bytes(&bytes).unwrap().restore(&self.bus, memory).unwrap();
         self.compare_leaves(space, &again);
@@ -925,6 +926,5 @@ impl World {
         if space == COUNTED || space == WHOLE {
             assert_eq!(again.mapping_count(), real.mapping_count());
         }
-        assert_eq!(again.snapshot(named()).unwrap().to_bytes(), bytes);
     }
 }
