@@ -35,6 +35,7 @@ mod sync {
     pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 
     use loom::sync::atomic::AtomicUsize;
+    use loom::sync::{Condvar, Mutex};
     use std::cell::{Cell, RefCell};
     use std::sync::Arc;
 
@@ -44,11 +45,19 @@ mod sync {
     /// More than any model has.
     const THREADS: usize = 4;
 
-    /// Who has asked all threads to fence, and which of them have.
+    /// How often threads were asked to fence, and how often each of them has; `usize::MAX`: it has ended.
     struct Interrupts {
         asked: AtomicUsize,
-        answered: [AtomicUsize; THREADS],
+        answered: Mutex<[usize; THREADS]>,
+        more: Condvar,
         threads: usize,
+    }
+
+    impl Interrupts {
+        fn note(&self, number: usize, answered: usize) {
+            self.answered.lock().unwrap()[number] = answered;
+            self.more.notify_all();
+        }
     }
 
     // Loom runs all threads of a model on one of the system's.
@@ -69,7 +78,8 @@ mod sync {
     pub(crate) fn begin(threads: usize) {
         let interrupts = Interrupts {
             asked: AtomicUsize::new(0),
-            answered: std::array::from_fn(|_| AtomicUsize::new(0)),
+            answered: Mutex::new([0; THREADS]),
+            more: Condvar::new(),
             threads,
         };
         INTERRUPTS.set((threads > 0).then(|| Arc::new(interrupts)));
@@ -81,18 +91,20 @@ mod sync {
         work();
         SELF.with(|own| own.set(None));
         if let Some(interrupts) = interrupts() {
-            interrupts.answered[number].store(usize::MAX, Ordering::Release);
+            interrupts.note(number, usize::MAX);
         }
     }
 
     /// A place where an interrupt may come.
     pub(crate) fn answer() {
-        let (Some(interrupts), Some((number, answered))) = (interrupts(), SELF.with(Cell::get)) else { return };
+        let (Some(interrupts), Some((number, answered))) = (interrupts(), SELF.with(Cell::get)) else {
+            return;
+        };
         let asked = interrupts.asked.load(Ordering::Relaxed);
         if asked != answered {
             fence(Ordering::SeqCst);
             SELF.with(|own| own.set(Some((number, asked))));
-            interrupts.answered[number].store(asked, Ordering::Release);
+            interrupts.note(number, asked);
         }
     }
 
@@ -100,17 +112,16 @@ mod sync {
         interrupts().is_some()
     }
 
+    /// For threads that cannot be interrupted themselves.
     pub(crate) fn fence_everywhere() {
         let Some(interrupts) = interrupts() else { return };
-        let own = SELF.with(Cell::get).map(|(number, _)| number);
         fence(Ordering::SeqCst);
         let asked = interrupts.asked.fetch_add(1, Ordering::AcqRel) + 1;
-        for number in (0..interrupts.threads).filter(|number| Some(*number) != own) {
-            while interrupts.answered[number].load(Ordering::Acquire) < asked {
-                answer();
-                loom::thread::yield_now();
-            }
+        let mut answered = interrupts.answered.lock().unwrap();
+        while answered[..interrupts.threads].iter().any(|answered| *answered < asked) {
+            answered = interrupts.more.wait(answered).unwrap();
         }
+        drop(answered);
         fence(Ordering::SeqCst);
     }
 
@@ -120,7 +131,6 @@ mod sync {
     }
 
     pub(crate) fn wait_a_little(_tries: u32) {
-        answer();
         loom::thread::yield_now();
     }
 }
@@ -191,6 +201,7 @@ fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
 fn model_with_interrupts(preemptions: usize, threads: usize, test: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
+    builder.max_branches = 10_000;
     builder.check(move || {
         sync::begin(threads);
         test();
@@ -389,7 +400,9 @@ fn a_word_that_a_plain_thread_left_is_fenced() {
         let readers = [0, 1].map(|number| {
             let replaced = replaced.clone();
             thread::spawn(move || {
-                sync::interruptible(number, || read_in_sections(&plain(replaced.domain), 1, &[replaced.clone()]));
+                sync::interruptible(number, || {
+                    read_in_sections(&plain(replaced.domain), 1, &[replaced.clone()])
+                });
             })
         });
         replaced.replace();

@@ -18,8 +18,8 @@ use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
-use std::sync::atomic::AtomicU64;
 use std::sync::MutexGuard;
+use std::sync::atomic::AtomicU64;
 
 /// A range whose leaves are to be held.
 #[derive(Clone, Copy, Debug)]
