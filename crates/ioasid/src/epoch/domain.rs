@@ -10,10 +10,10 @@
 //! runs a thread of ours (membarrier). Afterwards each thread either is seen inside, or sees all that the waiter
 //! did before. Where membarrier is missing, both sides fence.
 //!
-//! The atomics and fences come from the module beside this one ([`super::sync`]), so that a model checker can put
-//! its own in their place and run this very file.
+//! The atomics and fences come from [`crate::sync`], so that a model checker can put its own in their place and run this
+//! very file.
 
-use super::sync::{
+use crate::sync::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, heavy_fence, light_fence, wait_a_little,
 };
 use std::cell::Cell;

@@ -6,10 +6,10 @@
 //! [`replace`](Published::replace) returns, the old value is used by nobody.
 
 use super::{Section, operation, wait_for_operations};
+use crate::sync::{AtomicPtr, Ordering};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A value that is read within operations.
 pub(crate) struct Published<T> {

@@ -14,13 +14,13 @@ use super::protect::NativeCut;
 use super::unmap::Manner;
 use crate::epoch;
 use crate::slice::Recalled;
-use arc_swap::Guard;
+use crate::sync::{Guard, MutexGuard};
 use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, MutexGuard};
 
 /// A range whose leaves are to be held.
 #[derive(Clone, Copy, Debug)]

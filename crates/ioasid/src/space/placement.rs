@@ -25,9 +25,9 @@
 use super::Space;
 use crate::epoch;
 use crate::iova::Holes;
+use crate::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use ioasid_pagetable::{IovaRange, PageSize};
 use std::ops::ControlFlow;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Where a space may have room.
 pub(super) struct Placement {

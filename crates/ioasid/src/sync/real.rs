@@ -1,0 +1,34 @@
+//! The standard library's, and others that are as good.
+
+pub(crate) use arc_swap::{ArcSwap, ArcSwapOption, Guard};
+pub(crate) use ioasid_pagetable::fence::{heavy as heavy_fence, light as light_fence};
+pub(crate) use std::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
+pub(crate) use std::sync::{
+    Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    TryLockError,
+};
+pub(crate) use std::thread::{Builder, LocalKey};
+pub(crate) use std::time::Instant;
+
+use std::time::Duration;
+
+/// A pause between two looks at something that is not over yet.
+pub(crate) fn wait_a_little(tries: u32) {
+    match tries {
+        0..64 => std::hint::spin_loop(),
+        64..256 => std::thread::yield_now(),
+        _ => std::thread::sleep(Duration::from_micros(50)),
+    }
+}
+
+/// Waits for a notification of `notified`, which belongs to `lock`, or for some time. May return earlier.
+pub(crate) fn wait_for_some_time<'a, T>(
+    _lock: &'a Mutex<T>,
+    notified: &Condvar,
+    guard: MutexGuard<'a, T>,
+    time: Duration,
+) -> MutexGuard<'a, T> {
+    notified.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
+}
