@@ -1,53 +1,21 @@
-//! The epochs under the `loom` model checker, which tries every order of the threads' steps and every value that the
-//! memory model lets a load return:
-//!
-//! ```text
-//! RUSTFLAGS="--cfg loom" cargo test --release -p ioasid --test loom_epoch
-//! ```
-//!
-//! It runs the engine's own file, with loom's atomics in place of the standard library's.
-//!
-//! What this shows and what it does not: both halves of the asymmetric fence are full fences here, because loom
-//! knows no membarrier. So it shows that the algorithm is right where both sides fence, which is what the engine
-//! does where the kernel has no membarrier. With membarrier the fence of the reading side is a fence of the
-//! compiler only; that the kernel's interrupt of every running thread makes up for it is an argument (in the file's
-//! header) that no model here checks. Loom also takes sequentially consistent loads and stores for acquiring and
-//! releasing ones; it may find orders that cannot happen, but misses none of those that can.
+//! Epochs: who waits, and for whom.
 
-#![cfg(loom)]
-
+use crate::model;
+use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::AtomicUsize;
 use loom::thread;
 
-#[path = "../src/epoch/domain.rs"]
+#[path = "../../src/epoch/domain.rs"]
 #[allow(
     unreachable_pub,
     dead_code,
     reason = "the file is a module of the engine and not all of it is used here"
 )]
-mod domain;
-
-/// What the engine's module of this name offers, by loom.
-mod sync {
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
-
-    pub(crate) fn light_fence() {
-        fence(Ordering::SeqCst);
-    }
-
-    pub(crate) fn heavy_fence() {
-        fence(Ordering::SeqCst);
-    }
-
-    pub(crate) fn wait_a_little(_tries: u32) {
-        loom::thread::yield_now();
-    }
-}
+pub(crate) mod domain;
 
 use domain::{Domain, Local, Section};
-use sync::{AtomicPtr, AtomicU64, Ordering};
 
 const ALIVE: u64 = 1;
 const FREED: u64 = 2;
@@ -92,13 +60,6 @@ impl Replaced {
         // SAFETY: what the model checks: every section that may have found the place has ended.
         self.places[0].with_mut(|value| unsafe { *value = FREED });
     }
-}
-
-/// Every order with at most this many involuntary switches between threads.
-fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(test);
 }
 
 #[test]

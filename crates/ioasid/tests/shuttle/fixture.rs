@@ -209,11 +209,7 @@ impl World {
 }
 
 /// Where a device finds an address by the table it is attached to, and what it may do there.
-pub(crate) fn translate(
-    table: &Table,
-    section: &epoch::DmaSection,
-    iova: u64,
-) -> Option<(Oa, Attributes)> {
+pub(crate) fn translate(table: &Table, section: &epoch::DmaSection, iova: u64) -> Option<(Oa, Attributes)> {
     match table.derived() {
         Some(derived) => {
             let derived = derived.as_any().downcast_ref::<DoubleTable>().unwrap();
