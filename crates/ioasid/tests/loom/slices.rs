@@ -111,7 +111,9 @@ fn two_borrowers_are_two() {
             thread::spawn(move || page.borrow())
         });
         page.unmap();
-        borrowers.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+        borrowers.into_iter().for_each(|thread| {
+            let _ = thread.join().unwrap();
+        });
         // All have left: nothing is in the way any more.
         assert!(!page.registry.any(range(), Attributes::READ));
     });
