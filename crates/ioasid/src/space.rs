@@ -12,10 +12,10 @@
 //! ranges and tables.
 
 use crate::bus::Bus;
-use crate::epoch;
+use crate::epoch::{self, Announced};
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
-use crate::sync::{ArcSwap, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, wait_a_little};
+use crate::sync::{ArcSwap, Mutex, MutexGuard, Ordering, PoisonError, wait_a_little};
 use ioasid_pagetable::{
     Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
 };
@@ -110,7 +110,7 @@ pub struct Space {
     slices: Slices,
     this: Weak<Space>,
     /// Where to look for room, from the first time on that somebody wants it.
-    placement: OnceLock<Box<Placement>>,
+    placement: Announced<Placement>,
 }
 
 /// Figures about a space, for people and tests.
@@ -155,7 +155,7 @@ impl Space {
             deferred: Deferred::default(),
             slices: Slices::new(),
             this: this.clone(),
-            placement: OnceLock::new(),
+            placement: Announced::new(),
         })
     }
 

@@ -11,7 +11,7 @@
 //!   look, as any such wait may.
 
 pub(crate) use shuttle::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence, fence,
 };
 pub(crate) use shuttle::sync::{
     Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
@@ -26,11 +26,14 @@ use std::time::Duration;
 /// How much time passes between two looks at the clock.
 const LOOK: Duration = Duration::from_millis(5);
 
-pub(crate) fn light_fence() {
-    fence(Ordering::SeqCst);
+/// After so many fenced sections a thread's sections are plain: soon, so that a model has threads of both kinds.
+pub(crate) const CALM: u32 = 1;
+
+pub(crate) fn can_fence_everywhere() -> bool {
+    true
 }
 
-pub(crate) fn heavy_fence() {
+pub(crate) fn fence_everywhere() {
     fence(Ordering::SeqCst);
 }
 

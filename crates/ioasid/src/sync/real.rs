@@ -1,9 +1,9 @@
 //! The standard library's, and others that are as good.
 
 pub(crate) use arc_swap::{ArcSwap, ArcSwapOption, Guard};
-pub(crate) use ioasid_pagetable::fence::{heavy as heavy_fence, light as light_fence};
+pub(crate) use ioasid_pagetable::fence::{can_fence_everywhere, heavy as fence_everywhere};
 pub(crate) use std::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence, fence,
 };
 pub(crate) use std::sync::{
     Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -13,6 +13,10 @@ pub(crate) use std::thread::{Builder, LocalKey};
 pub(crate) use std::time::Instant;
 
 use std::time::Duration;
+
+/// How many sections of a thread are fenced before they are plain. A fence costs some 8 ns, an interrupt of all
+/// threads some microseconds, which a thread has paid by fences when it becomes plain.
+pub(crate) const CALM: u32 = 1024;
 
 /// A pause between two looks at something that is not over yet.
 pub(crate) fn wait_a_little(tries: u32) {

@@ -30,7 +30,7 @@ struct Replaced {
 
 impl Replaced {
     fn new() -> Arc<Replaced> {
-        let domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
+        let domain = Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
         Arc::new(Replaced {
             domain: Box::leak(Box::new(domain)),
             current: AtomicUsize::new(0),
@@ -56,7 +56,7 @@ impl Replaced {
     /// Replaces the first place, waits, and frees it.
     fn replace(&self) {
         self.current.store(1, Ordering::Release);
-        self.domain.synchronize();
+        self.domain.synchronize(None);
         // SAFETY: what the model checks: every section that may have found the place has ended.
         self.places[0].with_mut(|value| unsafe { *value = FREED });
     }
@@ -165,13 +165,13 @@ fn a_ticket_is_passed_when_what_began_before_has_ended() {
             reader.read(&local.enter());
         });
         replaced.current.store(1, Ordering::Release);
-        let ticket = replaced.domain.ticket();
+        let ticket = replaced.domain.ticket(None);
         // Who does not wait but asks, and frees only on a yes.
-        if replaced.domain.passed(ticket) {
+        if ticket.passed() {
             // SAFETY: what the model checks.
             replaced.places[0].with_mut(|value| unsafe { *value = FREED });
         }
         thread.join().unwrap();
-        assert!(replaced.domain.passed(ticket));
+        assert!(ticket.passed());
     });
 }

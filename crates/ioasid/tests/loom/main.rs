@@ -18,7 +18,9 @@
 
 #![cfg(loom)]
 
+mod announced;
 mod epoch;
+mod operations;
 mod published;
 mod slices;
 
@@ -28,19 +30,58 @@ mod sync {
     pub(crate) use loom::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    // Made before the threads of a model begin, so there is nothing about it to be checked.
-    pub(crate) use std::sync::{OnceLock, PoisonError};
+    pub(crate) use std::sync::PoisonError;
 
-    pub(crate) fn light_fence() {
+    /// A thread becomes plain at its second section.
+    pub(crate) const CALM: u32 = 0;
+
+    pub(crate) fn can_fence_everywhere() -> bool {
+        true
+    }
+
+    pub(crate) fn fence_everywhere() {
         fence(Ordering::SeqCst);
     }
 
-    pub(crate) fn heavy_fence() {
-        fence(Ordering::SeqCst);
+    /// What the kernel makes of a plain thread's fence, at the latest moment.
+    pub(crate) fn compiler_fence(order: Ordering) {
+        fence(order);
     }
 
     pub(crate) fn wait_a_little(_tries: u32) {
         loom::thread::yield_now();
+    }
+
+    /// The standard library's, with a flag of loom's that is ordered as its own is.
+    #[derive(Debug)]
+    pub(crate) struct OnceLock<T> {
+        made: AtomicBool,
+        making: Mutex<()>,
+        value: std::sync::OnceLock<T>,
+    }
+
+    impl<T> OnceLock<T> {
+        pub(crate) fn new() -> OnceLock<T> {
+            let (made, making) = (AtomicBool::new(false), Mutex::new(()));
+            OnceLock { made, making, value: std::sync::OnceLock::new() }
+        }
+
+        pub(crate) fn get(&self) -> Option<&T> {
+            if self.made.load(Ordering::Acquire) { self.value.get() } else { None }
+        }
+
+        pub(crate) fn get_or_init(&self, make: impl FnOnce() -> T) -> &T {
+            if let Some(value) = self.get() {
+                return value;
+            }
+            let _making = self.making.lock().unwrap();
+            if self.value.get().is_none() {
+                let value = make();
+                let _ = self.value.set(value);
+                self.made.store(true, Ordering::Release);
+            }
+            self.value.get().unwrap()
+        }
     }
 }
 

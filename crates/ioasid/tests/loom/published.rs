@@ -1,8 +1,8 @@
 //! A value that operations read while somebody replaces it, over the epochs themselves.
 
-use crate::epoch::domain::{Domain, Local, Section};
+use crate::epoch::domain::Section;
 use crate::model;
-use crate::sync::{AtomicPtr, AtomicU64};
+use crate::operations::{operation, wait_for_operations};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
@@ -15,23 +15,6 @@ use value::Published;
     reason = "the file is a module of the engine and not all of it is used here"
 )]
 mod value;
-
-// What the file finds in the engine's module above it: one domain, and each thread's part in it.
-loom::lazy_static! {
-    static ref OPERATIONS: &'static Domain =
-        Box::leak(Box::new(Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()))));
-}
-loom::thread_local! {
-    static LOCAL: Local = Local::new(*OPERATIONS);
-}
-
-fn operation() -> Section {
-    LOCAL.with(Local::enter)
-}
-
-fn wait_for_operations() {
-    OPERATIONS.synchronize();
-}
 
 /// Loom fails the test when it is dropped before every read of it.
 struct Value(UnsafeCell<u64>);

@@ -2,7 +2,7 @@
 
 use crate::double::{Call, DERIVED, DoubleTable, NATIVE, SMALL};
 use crate::fixture::{PAGE, Seen, World, check, iova, page, pages, random};
-use ioasid::{Memory, Permissions, Table};
+use ioasid::{MapError, Memory, Permissions, Table};
 use shuttle::thread;
 use std::sync::Arc;
 
@@ -96,6 +96,41 @@ fn a_table_that_joins_misses_nothing_and_keeps_nothing() {
         }
         world.finish();
         drop(devices);
+    });
+}
+
+#[test]
+fn who_maps_and_who_unmaps_know_of_a_new_table_alike() {
+    check(3000, || {
+        let world = World::new();
+        let memory = world.register(&world.object(0..1), 1);
+        world.lent.lend([0]);
+        let mapper = {
+            let (world, memory) = (world.clone(), memory.clone());
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    match world.space.map(iova(AT), &memory, 0, PAGE, Permissions::READ) {
+                        Ok(()) | Err(MapError::AlreadyMapped { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            })
+        };
+        let unmapper = {
+            let world = world.clone();
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    match random(3) {
+                        0 => drop(world.space.unmap_deferred(page(AT)).unwrap()),
+                        _ => drop(world.space.unmap(pages(AT, 2)).unwrap()),
+                    }
+                }
+            })
+        };
+        let device = world.double.attached(DERIVED, &world.space);
+        [mapper, unmapper].into_iter().for_each(|thread| thread.join().unwrap());
+        world.finish();
+        drop(device);
     });
 }
 
