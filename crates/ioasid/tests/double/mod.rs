@@ -9,8 +9,8 @@
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::{
-    AttachError, Attributes, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable, Requirements, Rid,
-    Runs, Space, Table, TableClass, TableError,
+    AttachError, Attributes, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize, RadixTable,
+    Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
 use std::collections::HashMap;
@@ -563,7 +563,7 @@ impl Iommu for Double {
         self.devices.get(&device).cloned()
     }
 
-    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(&self, class: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
         if self.switches.fails(Call::NewTable) {
             return Err(TableError::OutOfTables.into());
         }
