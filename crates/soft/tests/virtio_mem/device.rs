@@ -101,9 +101,9 @@ impl VirtualDevice {
         while !ended.load(Ordering::SeqCst) || worker.done.reads + worker.done.writes < least {
             let pages = worker.choose();
             if worker.random.below(4) == 0 {
-                worker.write(pages)
+                worker.write(pages);
             } else {
-                worker.read(pages)
+                worker.read(pages);
             }
             // Where there are fewer processors than threads: better here than in the middle of a DMA, which an unmap would
             // have to wait for until this thread gets its turn again.
@@ -199,7 +199,7 @@ impl Worker<'_> {
         let result = self.port.write_list(&segments, &bytes);
         let after = self.phases(&pages);
         let reached = self.pages_before(&pages, result.map(drop).map_err(|partial| partial.fault));
-        let moved = result.map_or_else(|partial| partial.moved, |moved| moved);
+        let moved = result.unwrap_or_else(|partial| partial.moved);
         assert_eq!(moved, (reached - pages.start) * STAMP as u64, "{}", self.name);
         for (watched, (before, after)) in pages.zip(before.into_iter().zip(after)) {
             if watched > reached {

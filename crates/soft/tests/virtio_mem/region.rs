@@ -90,7 +90,7 @@ impl Phase {
 
     /// How often the page was plugged, this time included.
     pub(crate) fn plugs(self) -> u64 {
-        (self.0 + 3) / 4
+        self.0.div_ceil(4)
     }
 }
 
