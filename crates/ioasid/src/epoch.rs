@@ -27,7 +27,8 @@ pub use protected::{Protected, Replaced};
 pub(crate) use published::{Published, Reading};
 
 static DMA: Domain = Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
-static OPERATIONS: Domain = Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
+static OPERATIONS: Domain =
+    Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
 
 thread_local! {
     static DMA_LOCAL: Local = const { Local::new(&DMA) };
@@ -110,11 +111,8 @@ pub(crate) fn retire(tables: Vec<Retired>) {
         let batch = std::mem::take(&mut queue.fresh);
         queue.waiting.push((DMA.ticket(own(&DMA_LOCAL)), OPERATIONS.ticket(own(&OPERATIONS_LOCAL)), batch));
     }
-    let passed = queue
-        .waiting
-        .iter()
-        .take_while(|(dma, operations, _)| dma.passed() && operations.passed())
-        .count();
+    let passed =
+        queue.waiting.iter().take_while(|(dma, operations, _)| dma.passed() && operations.passed()).count();
     for (_, _, batch) in queue.waiting.drain(..passed) {
         for table in batch {
             // SAFETY: the tables were unlinked before the tickets were taken, and every DMA and every operation

@@ -128,15 +128,10 @@ impl Domain {
             }
             let mode = participant.mode.load(Ordering::Acquire);
             if mode == PLAIN {
-                let request =
-                    *request.get_or_insert_with(|| self.requests.fetch_add(1, Ordering::Relaxed));
+                let request = *request.get_or_insert_with(|| self.requests.fetch_add(1, Ordering::Relaxed));
                 // If not: it has become fenced because its thread has ended, or another waiter has asked.
-                let _ = participant.mode.compare_exchange(
-                    PLAIN,
-                    request,
-                    Ordering::Relaxed,
-                    Ordering::Relaxed,
-                );
+                let _ =
+                    participant.mode.compare_exchange(PLAIN, request, Ordering::Relaxed, Ordering::Relaxed);
             }
             interrupt |= mode != FENCED;
         }
@@ -149,12 +144,8 @@ impl Domain {
             if participant.mode.load(Ordering::Relaxed) == request {
                 // Whoever finds it fenced also sees what the interrupt has made visible. If it has become plain in the
                 // meantime, or another waiter has asked since, that is no longer the same promise.
-                let _ = participant.mode.compare_exchange(
-                    request,
-                    FENCED,
-                    Ordering::Release,
-                    Ordering::Relaxed,
-                );
+                let _ =
+                    participant.mode.compare_exchange(request, FENCED, Ordering::Release, Ordering::Relaxed);
             }
         }
     }

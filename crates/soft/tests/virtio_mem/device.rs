@@ -2,7 +2,7 @@
 
 use crate::random::Random;
 use crate::region::{BASE, BLOCKS, PAGE, Phase, Region, STAMP, WATCHED, judge, page_of, stamp};
-use ioasid::{Device, Rid, Space, Table};
+use ioasid::{Device, Permissions, Rid, Space, Table, Translated, epoch};
 use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{DmaSegment, Port, SoftIommu, TableKind};
 use std::fmt;
@@ -90,6 +90,7 @@ impl VirtualDevice {
     pub(crate) fn work(&self, number: usize, region: &Region, least: u64, ended: &AtomicBool) -> Done {
         let mut worker = Worker {
             port: &self.port,
+            space: self.table.space(),
             name: self.name(),
             number: number as u64,
             region,
@@ -100,10 +101,10 @@ impl VirtualDevice {
         };
         while !ended.load(Ordering::SeqCst) || worker.done.reads + worker.done.writes < least {
             let pages = worker.choose();
-            if worker.random.below(4) == 0 {
-                worker.write(pages);
-            } else {
-                worker.read(pages);
+            match worker.random.below(64) {
+                0 => worker.slowly(pages.start),
+                1..16 => worker.write(pages),
+                _ => worker.read(pages),
             }
             // Where there are fewer processors than threads: better here than in the middle of a DMA, which an unmap would
             // have to wait for until this thread gets its turn again.
@@ -116,6 +117,7 @@ impl VirtualDevice {
 /// A device at work.
 struct Worker<'a> {
     port: &'a Port,
+    space: &'a Arc<Space>,
     name: &'static str,
     number: u64,
     region: &'a Region,
@@ -209,11 +211,46 @@ impl Worker<'_> {
             // A device that writes is told no bytes: those that had to be there are right.
             let any = stamp([page_of(watched), after.plugs(), 0]);
             self.judge(watched, before, after, arrived.then_some(&any[..]));
-            if before != after {
-                self.written[watched as usize] = Written { plug: after.plugs(), value: None };
-            } else if arrived {
-                self.written[watched as usize] = Written { plug: after.plugs(), value: Some(value) };
-            }
+            self.note_written(watched, before, after, arrived.then_some(value));
+        }
+    }
+
+    /// Notes that a value has arrived, or may have.
+    fn note_written(&mut self, watched: u64, before: Phase, after: Phase, value: Option<u64>) {
+        if before != after {
+            self.written[watched as usize] = Written { plug: after.plugs(), value: None };
+        } else if value.is_some() {
+            self.written[watched as usize] = Written { plug: after.plugs(), value };
+        }
+    }
+
+    /// A DMA to one page that takes its time between finding the memory and copying, as any can: an unmap has to wait for
+    /// it all the same.
+    fn slowly(&mut self, watched: u64) {
+        let (write, value) = (self.random.below(2) == 0, self.done.writes + 1);
+        let (place, wanted) = if write { (self.place(), Permissions::WRITE) } else { (0, Permissions::READ) };
+        let mut bytes = if write { stamp([page_of(watched), value, 1 + self.number]) } else { [MARK; STAMP] };
+        let before = self.region.phase(watched);
+        let arrived = {
+            let section = epoch::dma();
+            let translation = self.port.translate(&section, iova(watched) + place, wanted).ok();
+            translation.map(|translation| {
+                std::thread::yield_now();
+                match self.space.memory_at(&section, translation.oa) {
+                    Ok(Translated::Here(memory)) if write => memory.write(&bytes).unwrap(),
+                    Ok(Translated::Here(memory)) => memory.read(&mut bytes).unwrap(),
+                    _ => panic!("{}: no memory where {:#x} leads", self.name, iova(watched)),
+                }
+            })
+        };
+        let after = self.region.phase(watched);
+        let any = stamp([page_of(watched), after.plugs(), 0]);
+        self.judge(watched, before, after, arrived.map(|()| if write { &any[..] } else { &bytes[..] }));
+        if write {
+            self.done.writes += 1;
+            self.note_written(watched, before, after, arrived.map(|()| value));
+        } else {
+            self.done.reads += 1;
         }
     }
 
