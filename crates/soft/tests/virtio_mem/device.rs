@@ -101,9 +101,9 @@ impl VirtualDevice {
         };
         while !ended.load(Ordering::SeqCst) || worker.done.reads + worker.done.writes < least {
             let pages = worker.choose();
-            match worker.random.below(64) {
+            match worker.random.below(16) {
                 0 => worker.slowly(pages.start),
-                1..16 => worker.write(pages),
+                1..5 => worker.write(pages),
                 _ => worker.read(pages),
             }
             // Where there are fewer processors than threads: better here than in the middle of a DMA, which an unmap would
@@ -135,9 +135,9 @@ fn iova(watched: u64) -> u64 {
 impl Worker<'_> {
     /// Watched pages in one piece: anywhere, or near what is being plugged or unplugged.
     fn choose(&mut self) -> Range<u64> {
-        let border = match self.random.below(2) {
-            0 => self.random.below(BLOCKS + 1),
-            _ => self.region.block_at_work() + self.random.below(2),
+        let border = match self.random.below(4) {
+            choice @ 0..2 => self.region.block_at_work(choice == 0) + self.random.below(2),
+            _ => self.random.below(BLOCKS + 1),
         };
         let (low, high) = ((border * WINDOW).saturating_sub(WINDOW / 2), border * WINDOW + WINDOW / 2);
         let high = high.min(WATCHED);

@@ -76,8 +76,7 @@ fn report(moment: &str, space: &Space, devices: &[VirtualDevice]) {
 
 /// One step of the plugging thread: a block of 2 MiB, or a page of it, the other way round.
 fn step(region: &Region, plugged: &mut [bool], pages_too: bool, random: &mut Random) {
-    let block = random.below(BLOCKS);
-    region.working_at(block);
+    let block = region.next_block(random.below(BLOCKS));
     let first = block * PAGES_PER_BLOCK;
     let pages = if !pages_too || random.below(2) == 0 {
         first..first + PAGES_PER_BLOCK

@@ -127,8 +127,8 @@ pub(crate) struct Region {
     memory: Arc<Memory>,
     file: OwnedFd,
     phases: Vec<AtomicU64>,
-    /// The block that something happens in.
-    working_at: AtomicU64,
+    /// The block that something happens in, and the one that comes next.
+    at_work: [AtomicU64; 2],
 }
 
 impl Region {
@@ -141,8 +141,8 @@ impl Region {
         let backing = Backing::file(space.bus(), &file).unwrap();
         let memory = Memory::register(&backing, 0, REGION, &account).unwrap();
         let phases = (0..WATCHED).map(|_| AtomicU64::new(0)).collect();
-        let working_at = AtomicU64::new(0);
-        let region = Region { space: space.clone(), account, memory, file, phases, working_at };
+        let at_work = [AtomicU64::new(0), AtomicU64::new(0)];
+        let region = Region { space: space.clone(), account, memory, file, phases, at_work };
         region.plug(0..REGION / PAGE);
         region
     }
@@ -170,13 +170,17 @@ impl Region {
         assert_eq!(phase % 4, from);
     }
 
-    /// Says which block something is about to happen in, for devices that like to be near.
-    pub(crate) fn working_at(&self, block: u64) {
-        self.working_at.store(block, Ordering::Relaxed);
+    /// The block that was announced, which something happens in now; and announces another, so that devices are there
+    /// already when its turn comes.
+    pub(crate) fn next_block(&self, announced: u64) -> u64 {
+        let now = self.at_work[1].swap(announced, Ordering::Relaxed);
+        self.at_work[0].store(now, Ordering::Relaxed);
+        now
     }
 
-    pub(crate) fn block_at_work(&self) -> u64 {
-        self.working_at.load(Ordering::Relaxed)
+    /// The block that something happens in, or will soon.
+    pub(crate) fn block_at_work(&self, soon: bool) -> u64 {
+        self.at_work[usize::from(soon)].load(Ordering::Relaxed)
     }
 
     /// A watched page of the same block.
