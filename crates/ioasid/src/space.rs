@@ -16,7 +16,6 @@ use crate::derived::leaves_by_size;
 use crate::epoch;
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
-use arc_swap::ArcSwap;
 use ioasid_pagetable::{
     Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
 };
@@ -98,7 +97,7 @@ pub struct Space {
     native: Radix<Native>,
     policy: MappingPolicy,
     mappings: MappingCount,
-    layout: ArcSwap<Layout>,
+    layout: epoch::Published<Layout>,
     /// Held by whoever looks for a table to share and makes one if there is none. Taken before `changing`.
     sharing: Mutex<()>,
     /// Held by whoever changes the layout, or must not see it change.
@@ -149,7 +148,7 @@ impl Space {
             native: Radix::native(format),
             policy,
             mappings: MappingCount::default(),
-            layout: ArcSwap::from_pointee(Layout::default()),
+            layout: epoch::Published::new(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: Arc::default(),
@@ -228,8 +227,7 @@ impl Space {
 
     /// Counts what there is.
     pub fn statistics(&self) -> SpaceStatistics {
-        let _operation = epoch::operation();
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let leaves = leaves_by_size(&self.native);
         let bytes = leaves.iter().map(|(size, count)| size.bytes().saturating_mul(*count));
         let mapped_bytes = bytes.fold(0, u64::saturating_add);
@@ -247,7 +245,7 @@ impl std::fmt::Debug for Space {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Space")
             .field("id", &self.id)
-            .field("layout", &self.layout.load())
+            .field("layout", &*self.layout.read())
             .finish_non_exhaustive()
     }
 }

@@ -192,8 +192,9 @@ impl Participant {
         match self.fenced_left.load(Ordering::Relaxed) {
             0 if can_fence_everywhere() => {
                 self.fenced_left.store(CALM, Ordering::Relaxed);
-                // Before the fence, which is also the one of this section.
-                self.mode.store(PLAIN, Ordering::Relaxed);
+                // Before the fence, which is also the one of this section. An exchange, because a store could come between
+                // another thread's look at the mode and its exchange, as far as model checkers know.
+                self.mode.swap(PLAIN, Ordering::Relaxed);
             }
             left => self.fenced_left.store(left.saturating_sub(1), Ordering::Relaxed),
         }

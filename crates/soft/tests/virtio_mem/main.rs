@@ -140,9 +140,9 @@ fn run(scenario: &Scenario) {
         let _end = EndOnDrop(&ended);
         let mut random = Random::new(1);
         for round in 1..=ROUNDS {
-            let report = |moment| {
+            let show = |moment| {
                 if round == ROUNDS {
-                    report(moment, &space, &devices)
+                    report(moment, &space, &devices);
                 }
             };
             for number in 0..scenario.steps / ROUNDS {
@@ -152,7 +152,7 @@ fn run(scenario: &Scenario) {
                 }
                 step(&region, &mut plugged, scenario.pages_too, &mut random);
                 if number == scenario.steps / ROUNDS / 2 {
-                    report("in the middle");
+                    show("in the middle");
                     // Nothing is lost or won by a merge while something is missing.
                     space.merge(whole);
                     let there = plugged.iter().filter(|plugged| **plugged).count() as u64;
@@ -161,7 +161,7 @@ fn run(scenario: &Scenario) {
                 }
             }
             plug_all(&region, &mut plugged, 0..REGION / PAGE);
-            report("plugged in again");
+            show("plugged in again");
             space.merge(whole);
             // Devices are still at it.
             assert_eq!(tables(&space, &devices), beginning);
