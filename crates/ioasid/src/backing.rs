@@ -23,13 +23,13 @@ use crate::host_memory::HostMemory;
 use crate::ledger::charges::Charges;
 use crate::ledger::{Account, OverLimit};
 use crate::memory::Registrations;
+use crate::sync::{AtomicBool, Mutex, MutexGuard, PoisonError};
 use file::MappedFile;
 use ioasid_pagetable::Oa;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 mod anonymous;
 mod file;

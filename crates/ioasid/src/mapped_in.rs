@@ -7,10 +7,9 @@
 
 use crate::memory::Piece;
 use crate::space::Space;
-use arc_swap::ArcSwapOption;
+use crate::sync::{ArcSwapOption, AtomicU64, OnceLock, Ordering};
 use ioasid_pagetable::IovaRange;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 /// A note that memory was mapped into a space, nowhere but between these addresses.
 #[derive(Clone, Debug)]

@@ -21,13 +21,13 @@ use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::mapped_in::{MappedIn, Notes};
 use crate::space::{Space, UnmapError};
+use crate::sync::{AtomicBool, Mutex, Ordering, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use ioasid_pagetable::{IovaRange, Oa};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
 /// dropped. Dropping it unmaps it wherever it is still mapped.

@@ -6,10 +6,10 @@
 //! [`replace`](Published::replace) returns, the old value is used by nobody.
 
 use super::{Section, operation, wait_for_operations};
+use crate::sync::{AtomicPtr, Ordering};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A value that is read within operations.
 pub(crate) struct Published<T> {
@@ -57,7 +57,7 @@ impl<T> Published<T> {
 impl<T> Drop for Published<T> {
     fn drop(&mut self) {
         // SAFETY: from a `Box`; a reader borrows `self`, so there is none.
-        drop(unsafe { Box::from_raw(*self.value.get_mut()) });
+        drop(unsafe { Box::from_raw(self.value.load(Ordering::Relaxed)) });
     }
 }
 
@@ -76,7 +76,7 @@ impl<T: fmt::Debug> fmt::Debug for Published<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
