@@ -8,8 +8,8 @@
 use criterion::{Criterion, criterion_group, criterion_main};
 use ioasid::pagetable::VtdSecondStage;
 use ioasid::{
-    Account, AttachError, Backing, Bus, DerivedTable, Device, Iommu, Iova, IovaRange, Memory, Permissions,
-    RadixTable, Requirements, Rid, Space, Table, TableClass,
+    Account, AttachError, Backing, Bus, DerivedTable, Device, Iommu, Iova, IovaRange, Memory, PageSize,
+    Permissions, RadixTable, Requirements, Rid, Space, Table, TableClass,
 };
 use std::hint::black_box;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl Iommu for Bench {
         Some(Requirements { class, aperture, reserved: Vec::new(), coherent: true })
     }
 
-    fn new_table(&self, _class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(&self, _: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
         let format = VtdSecondStage::new(4).ok_or(AttachError::Incompatible)?;
         Ok(Arc::new(RadixTable::new(format)))
     }

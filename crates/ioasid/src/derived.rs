@@ -93,6 +93,19 @@ impl<F: Format> RadixTable<F> {
     }
 }
 
+/// How many leaves of each size a table has, smallest first. Inside an operation.
+pub(crate) fn leaves_by_size<F: Format>(radix: &Radix<F>) -> Vec<(PageSize, u64)> {
+    let mut leaves: Vec<(PageSize, u64)> = Vec::new();
+    radix.leaves(IovaRange::ALL, |leaf| {
+        match leaves.binary_search_by_key(&leaf.size, |(size, _)| *size) {
+            Ok(index) => leaves[index].1 += 1,
+            Err(index) => leaves.insert(index, (leaf.size, 1)),
+        }
+        ControlFlow::Continue(())
+    });
+    leaves
+}
+
 fn map_error(error: MapError, range: IovaRange) -> TableError {
     match error {
         MapError::OutOfTables(_) => TableError::OutOfTables,
@@ -205,6 +218,11 @@ impl<F: Format> DerivedTable for RadixTable<F> {
 
     fn table_bytes(&self) -> Option<u64> {
         Some(self.radix.table_bytes())
+    }
+
+    fn leaves_by_size(&self) -> Option<Vec<(PageSize, u64)>> {
+        let _operation = epoch::operation();
+        Some(leaves_by_size(&self.radix))
     }
 
     fn as_any(&self) -> &dyn Any {

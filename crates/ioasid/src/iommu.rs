@@ -7,7 +7,7 @@
 //! of memory.
 
 use crate::table::Table;
-use ioasid_pagetable::{Attributes, IovaRange, Oa, Runs};
+use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -195,6 +195,11 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
         None
     }
 
+    /// How many leaves of each size it has, smallest first, if anybody knows.
+    fn leaves_by_size(&self) -> Option<Vec<(PageSize, u64)>> {
+        None
+    }
+
     /// The implementation itself, for the IOMMU that made it.
     fn as_any(&self) -> &dyn Any;
 }
@@ -205,8 +210,15 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     fn requirements(&self, device: Rid) -> Option<Requirements>;
 
     /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named, other than the native
-    /// one.
-    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError>;
+    /// one, for a space whose own leaves are no larger than `largest_leaf`.
+    ///
+    /// That is the space's *cut granule*: if the table cannot cut leaves while devices use it, it shall have no larger
+    /// ones either, so that wherever the space can be unmapped the table can too. A table that can need not care.
+    fn new_table(
+        &self,
+        class: TableClass,
+        largest_leaf: PageSize,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError>;
 
     /// Sends the device's DMA through `table`, in one step: there is no moment at which it goes nowhere or through
     /// two tables. When it returns, no DMA that went through the former table is running. On an error the device

@@ -12,6 +12,7 @@
 //! ranges and tables.
 
 use crate::bus::Bus;
+use crate::derived::leaves_by_size;
 use crate::epoch::{self, Announced};
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
@@ -228,16 +229,9 @@ impl Space {
     /// Counts what there is.
     pub fn statistics(&self) -> SpaceStatistics {
         let layout = self.layout.read();
-        let mut leaves: Vec<(PageSize, u64)> = Vec::new();
-        let mut mapped_bytes = 0u64;
-        self.native.leaves(IovaRange::ALL, |leaf| {
-            mapped_bytes = mapped_bytes.saturating_add(leaf.size.bytes());
-            match leaves.binary_search_by_key(&leaf.size, |(size, _)| *size) {
-                Ok(index) => leaves[index].1 += 1,
-                Err(index) => leaves.insert(index, (leaf.size, 1)),
-            }
-            ControlFlow::Continue(())
-        });
+        let leaves = leaves_by_size(&self.native);
+        let bytes = leaves.iter().map(|(size, count)| size.bytes().saturating_mul(*count));
+        let mapped_bytes = bytes.fold(0, u64::saturating_add);
         SpaceStatistics {
             leaves,
             mapped_bytes,

@@ -5,11 +5,12 @@
 //! the `Table` is made until the last reference to it goes. Devices of equal class share one unless asked not to.
 //! Afterwards the space's leaves are as if the table had never been.
 
+use crate::derived::leaves_by_size;
 use crate::device::Device;
 use crate::epoch;
 use crate::iommu::{AttachError, DerivedTable, TableClass};
 use crate::space::{ReservationOwner, ReserveError, Space};
-use ioasid_pagetable::IovaRange;
+use ioasid_pagetable::{IovaRange, PageSize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -56,7 +57,9 @@ impl Table {
         let class = requirements.class;
         let derived = match class {
             TableClass::Native => None,
-            TableClass::Derived { .. } => Some(device.iommu().new_table(class)?),
+            TableClass::Derived { .. } => {
+                Some(device.iommu().new_table(class, space.native().format().largest_leaf())?)
+            }
         };
         let id = TABLES.fetch_add(1, Ordering::Relaxed);
         let aperture = requirements.aperture;
@@ -86,6 +89,16 @@ impl Table {
     /// The derived table, for the IOMMU that made it; `None`: devices walk the native one.
     pub fn derived(&self) -> Option<&Arc<dyn DerivedTable>> {
         self.derived.as_ref()
+    }
+
+    /// How many leaves of each size the table has, smallest first: what its devices find. `None` if the IOMMU does not
+    /// say.
+    pub fn leaves_by_size(&self) -> Option<Vec<(PageSize, u64)>> {
+        let _operation = epoch::operation();
+        match &self.derived {
+            None => Some(leaves_by_size(self.space.native())),
+            Some(derived) => derived.leaves_by_size(),
+        }
     }
 
     /// Returns when no DMA that began through this table is running.

@@ -85,7 +85,7 @@ use crate::vfio::{DeviceFile, MachineDevice};
 pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
-pub use ioasid_soft::iommu::TableKind;
+pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
 pub use options::{DeviceOptions, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{

@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use ioasid_soft::iommu::TableKind;
+use ioasid_soft::iommu::{TableKind, UnknownTableKind};
 
 /// The machine that a [`Server`](crate::Server) pretends to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,8 +48,11 @@ pub enum OptionsError {
     #[error("unknown device model {0:?}; there is \"edu\"")]
     UnknownModel(String),
     /// A setting has an unknown name or no value.
-    #[error("unknown device setting {0:?}; there are table=native|vtd and dma-mask=12..64")]
+    #[error("unknown device setting {0:?}; there are table=KIND and dma-mask=12..64")]
     UnknownSetting(String),
+    /// There is no such kind of table.
+    #[error(transparent)]
+    UnknownTable(#[from] UnknownTableKind),
     /// A setting's value is out of its domain.
     #[error("bad value {value:?} for the device setting {setting}")]
     BadValue {
@@ -71,11 +74,7 @@ impl FromStr for DeviceOptions {
         let mut options = Self::default();
         for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
             match setting.split_once('=') {
-                Some(("table", "native")) => options.table = TableKind::Native,
-                Some(("table", "vtd")) => options.table = TableKind::VtdSecondStage,
-                Some(("table", value)) => {
-                    return Err(OptionsError::BadValue { setting: "table", value: value.to_owned() });
-                }
+                Some(("table", kind)) => options.table = kind.parse()?,
                 Some(("dma-mask", value)) => {
                     options.dma_mask_bits =
                         value.parse().ok().filter(|bits| (12..=64).contains(bits)).ok_or_else(|| {

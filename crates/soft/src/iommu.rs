@@ -2,8 +2,8 @@
 //!
 //! [`SoftIommu`] implements the engine's [`Iommu`]: it knows a set of devices by their requester IDs and, for
 //! each, the table that its DMA goes through. A device walks either the space's native table or a derived one in
-//! a hardware format, as it was declared; both kinds may stand side by side on one space, as incompatible devices
-//! do on a real machine.
+//! a hardware format, as it was declared (`iommu/kind.rs`); devices of all kinds may stand side by side on one space, as
+//! incompatible devices do on a real machine.
 //!
 //! The way of a DMA is in `iommu/port.rs`: it reads from top to bottom. What makes it quick is in `iommu/iotlb.rs`.
 //!
@@ -11,10 +11,8 @@
 //! the old one is waited for.
 
 use ioasid::epoch::Protected;
-use ioasid::pagetable::VtdSecondStage;
 use ioasid::{
-    AttachError, DerivedTable, Iommu, IovaRange, RadixTable, Requirements, Rid, SliceHandle, Space, Table,
-    TableClass,
+    AttachError, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,29 +20,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 mod faults;
 mod iotlb;
+mod kind;
 mod port;
 
 pub use faults::{FAULT_LOG_RECORDS, FaultLog, FaultRecord};
+pub use kind::{TableKind, UnknownTableKind};
 pub use port::{
     AtomicOperation, DmaSegment, PartialTransfer, Port, PortBorrowError, PortStatistics, Translation,
 };
 
 static IOMMUS: AtomicU64 = AtomicU64::new(0);
-
-/// x86 takes writes to these addresses for interrupts, so nothing may be mapped there (VT-d specification 3.14).
-const INTERRUPT_WINDOW: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-const VTD_LEVELS: u8 = 4;
-const VTD_LAST: u64 = (1 << 48) - 1;
-
-/// The kind of table that a device walks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum TableKind {
-    /// The space's own table; 64 bits of IOVA.
-    #[default]
-    Native,
-    /// A table of its own in Intel VT-d's second-stage format; 48 bits of IOVA.
-    VtdSecondStage,
-}
 
 /// A software IOMMU and its devices.
 #[derive(Debug)]
@@ -141,43 +126,31 @@ impl SoftIommu {
         devices.insert(rid, attachment.clone());
         Ok(Arc::new(Port::new(rid, attachment)))
     }
-
-    fn class(&self, kind: TableKind) -> TableClass {
-        match kind {
-            TableKind::Native => TableClass::Native,
-            TableKind::VtdSecondStage => {
-                TableClass::Derived { iommu: self.id, format: "vtdss", variant: u64::from(VTD_LEVELS) }
-            }
-        }
-    }
 }
 
 impl Iommu for SoftIommu {
     fn requirements(&self, device: Rid) -> Option<Requirements> {
         let kind = self.device(device)?.kind;
-        let last = match kind {
-            TableKind::Native => u64::MAX,
-            TableKind::VtdSecondStage => VTD_LAST,
-        };
         Some(Requirements {
-            class: self.class(kind),
-            aperture: IovaRange::new(0, last)?,
-            reserved: IovaRange::new(INTERRUPT_WINDOW.0, INTERRUPT_WINDOW.1).into_iter().collect(),
+            class: kind.class(self.id),
+            aperture: kind.aperture()?,
+            reserved: kind.reserved(),
             coherent: true,
         })
     }
 
-    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
-        if class != self.class(TableKind::VtdSecondStage) {
-            return Err(AttachError::Incompatible);
-        }
-        let format = VtdSecondStage::new(VTD_LEVELS).ok_or(AttachError::Incompatible)?;
-        Ok(Arc::new(RadixTable::new(format)))
+    fn new_table(
+        &self,
+        class: TableClass,
+        largest_leaf: PageSize,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
+        let kind = TableKind::ALL.into_iter().find(|kind| kind.class(self.id) == class);
+        kind.and_then(|kind| kind.new_table(largest_leaf)).ok_or(AttachError::Incompatible)
     }
 
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
         let attachment = self.device(device).ok_or(AttachError::NoDevice(device))?;
-        if table.class() != self.class(attachment.kind) {
+        if table.class() != attachment.kind.class(self.id) {
             return Err(AttachError::Incompatible);
         }
         attachment.replace(Some(table.clone()));

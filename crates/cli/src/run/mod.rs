@@ -40,8 +40,8 @@ pub(crate) struct Arguments {
     /// A software device; the first is vfio0, the next vfio1, and so on [default: edu, and edu:table=vtd]
     ///
     /// SPEC is a model with settings, as in edu:table=vtd,dma-mask=40. The model is edu, after QEMU's device of that name.
-    /// Settings: table=native (default) or table=vtd is the page table format that the device's IOMMU walks;
-    /// dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives.
+    /// Settings: table=KIND is the page table that the device's IOMMU walks: native (default), vtd, amdv1, x86-64, riscv, or
+    /// with other levels vtd39, vtd57, x86-64-la57, sv39, sv57; dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives.
     #[arg(long = "device", value_name = "SPEC")]
     devices: Vec<DeviceOptions>,
 

@@ -9,7 +9,7 @@
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::{
-    AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, RadixTable,
+    AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize, RadixTable,
     Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
@@ -597,7 +597,7 @@ impl Iommu for Double {
         self.devices.get(&device).cloned()
     }
 
-    fn new_table(&self, class: TableClass) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(&self, class: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
         if self.switches.fails(Call::NewTable) {
             return Err(TableError::OutOfTables.into());
         }

@@ -16,11 +16,12 @@
 
 use super::faults::{FaultLog, FaultRecord, Faults};
 use super::iotlb::{Iotlb, NativeTable};
+use super::kind::{radix, with_derived};
 use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid::epoch::{self, DmaSection};
-use ioasid::pagetable::{Radix, VtdSecondStage};
-use ioasid::{Attributes, Here, Late, Leaf, Oa, Permissions, RadixTable, Rid, Table, Translated, WalkFault};
+use ioasid::pagetable::VtdSecondStage;
+use ioasid::{Attributes, Here, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
 use std::sync::Arc;
 
 mod atomic;
@@ -383,15 +384,32 @@ impl Port {
                 let table = NativeTable { space: table.space(), section };
                 self.iotlb.translate(&table, iova, wanted, access.0)
             }
-            TableKind::VtdSecondStage => match vtd(table) {
-                Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
-                None => None,
-            },
+            TableKind::VtdSecondStage39 | TableKind::VtdSecondStage | TableKind::VtdSecondStage57 => {
+                match radix::<VtdSecondStage>(table) {
+                    Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
+                    None => None,
+                }
+            }
+            _ => self.translate_elsewhere(table, iova, wanted, access),
         };
         match remembered {
             Some((oa, length)) => Ok(Translation { oa, length }),
             None => self.translate_from_root(section, table, iova, access),
         }
+    }
+
+    /// The IOTLB's part of it for all other formats. The most frequent two stand at every place that translates; with the
+    /// code of all of them there, those two would be slower.
+    #[inline(never)]
+    fn translate_elsewhere(
+        &self,
+        table: &Table,
+        iova: u64,
+        wanted: u64,
+        access: Access,
+    ) -> Option<(Oa, u64)> {
+        let kind = self.attachment.kind;
+        with_derived!(kind, table, radix => self.iotlb.translate(radix, iova, wanted, access.0)).flatten()
     }
 
     /// The same for an address that no way is remembered to, or at which something is wrong.
@@ -406,9 +424,8 @@ impl Port {
     ) -> Result<Translation, DmaFault> {
         let walked = match self.attachment.kind {
             TableKind::Native => self.iotlb.walk(iova, &NativeTable { space: table.space(), section }),
-            TableKind::VtdSecondStage => {
-                vtd(table).ok_or(WalkFault::NotMapped(iova)).and_then(|radix| self.iotlb.walk(iova, radix))
-            }
+            kind => with_derived!(kind, table, radix => self.iotlb.walk(iova, radix))
+                .unwrap_or(Err(WalkFault::NotMapped(iova))),
         };
         match walked {
             Ok(leaf) if leaf.attributes.contains(access.0) => Ok(translation(&leaf, iova)),
@@ -425,12 +442,6 @@ impl Port {
 fn translation(leaf: &Leaf, iova: u64) -> Translation {
     let size = leaf.size.bytes();
     Translation { oa: leaf.output(iova), length: size - (iova & (size - 1)) }
-}
-
-#[inline(always)]
-fn vtd(table: &Table) -> Option<&Radix<VtdSecondStage>> {
-    let derived = table.derived()?.as_any().downcast_ref::<RadixTable<VtdSecondStage>>()?;
-    Some(derived.radix())
 }
 
 impl DmaPort for Port {
