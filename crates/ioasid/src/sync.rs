@@ -11,7 +11,7 @@
 //!
 //! What is *not* from here is no point at which a model's threads change places, nor need it be: reference counts, the
 //! numbers of objects, and the words of memory that devices share. The entries of page tables are the page-table crate's
-//! words; there, all that is written is such a point.
+//! words; there, all that is written is such a point, and one look in sixteen.
 
 #[cfg(shuttle)]
 mod modelled;

@@ -38,6 +38,8 @@ use core::sync::atomic::Ordering;
 /// For atomics whose sequentially consistent accesses are what they are called.
 mod as_called {
     #[inline(always)]
+    pub(super) fn looked() {}
+    #[inline(always)]
     pub(super) fn stored() {}
     #[inline(always)]
     pub(super) fn exchanged() {}
@@ -55,6 +57,8 @@ mod as_in_loom {
         static EXCHANGED: Cell<bool> = Cell::new(false);
     }
 
+    pub(super) fn looked() {}
+
     pub(super) fn stored() {
         EXCHANGED.with(|exchanged| exchanged.set(false));
     }
@@ -71,12 +75,19 @@ mod as_in_loom {
 }
 
 /// The words of an engine that runs under shuttle: the processor's own, so that tables are laid out as always, and all that
-/// is written, and every look behind an exchange, is a point at which threads may change places. Looks alone are not: a walk
-/// over a table would be hundreds of such points. The crate's own models use shuttle's words, where everything is one.
+/// is written, and every look behind an exchange, is a point at which threads may change places. Of other looks one in
+/// sixteen is, as the schedule has it: all of them would be hundreds of such points for a walk over a table, in which those that
+/// matter were lost. The crate's own models use shuttle's words, where everything is one.
 #[cfg(shuttle)]
 mod as_written {
     fn may_change_places() {
         shuttle::thread::sleep(core::time::Duration::ZERO);
+    }
+
+    pub(super) fn looked() {
+        if shuttle::rand::RngCore::next_u32(&mut shuttle::rand::thread_rng()) < u32::MAX / 16 {
+            may_change_places();
+        }
     }
 
     pub(super) fn stored() {
@@ -101,6 +112,7 @@ macro_rules! atomic_entry {
             }
             #[inline(always)]
             fn load(&self) -> u64 {
+                $order::looked();
                 <$atomic>::load(self, Ordering::Acquire)
             }
             #[inline(always)]

@@ -456,11 +456,14 @@ impl DerivedTable for DoubleTable {
         self.invalidations.fetch_add(1, Ordering::SeqCst);
         self.stale.lock().unwrap().retain(|stale| !runs.iter().any(|run| run.covers(stale)));
         for run in runs.iter() {
-            let mut changed = self.changed.lock().unwrap();
-            let before = changed.len();
-            changed.retain(|range| !run.covers(range));
+            let unchanged = {
+                let mut changed = self.changed.lock().unwrap();
+                let before = changed.len();
+                changed.retain(|range| !run.covers(range));
+                changed.len() == before
+            };
             // After a refusal the engine cannot know how far the table had got.
-            if changed.len() == before && !self.refused.load(Ordering::SeqCst) {
+            if unchanged && !self.refused.load(Ordering::SeqCst) {
                 let leaves = self.inner.leaves(run);
                 assert!(leaves.is_empty(), "{leaves:?} are to be invalidated but still mapped");
             }

@@ -86,7 +86,8 @@ impl Lent {
         pages.into_iter().for_each(|page| self.0[page as usize].store(false, Ordering::SeqCst));
     }
 
-    fn use_page(&self, page: u64) {
+    /// Fails if the page is not lent.
+    pub(crate) fn use_page(&self, page: u64) {
         for _ in 0..2 {
             assert!(self.0[page as usize].load(Ordering::SeqCst), "page {page} is not lent any more");
             others_may_run();

@@ -7,7 +7,7 @@
 //!
 //! It is the engine's own code that runs, with shuttle's atomics and locks in the place of the standard library's
 //! (`src/sync.rs`, which says what is modelled otherwise than it is). Threads may change places at each of these, at each
-//! write to a table's entry, and where the tests say so. Derived tables are those of the test double, which itself looks whether
+//! write to a table's entry and some of the looks, and where the tests say so. Derived tables are those of the test double, which itself looks whether
 //! the engine keeps its side of the contract. Only *sequentially consistent* executions occur: whether loads and stores are
 //! ordered enough is loom's question (`tests/loom`).
 //!
