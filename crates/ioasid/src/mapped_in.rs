@@ -4,10 +4,14 @@
 //! So the first mapping into a space leaves a note, and later ones widen the note's range if they have to; to map
 //! again in the same place only reads. Most memory is only ever mapped into one space: the first note has its place in
 //! the [`Notes`] themselves, and takes no allocation.
+//!
+//! There are two kinds. Each registration knows where it was mapped, so that releasing one of a million pages looks at one
+//! page and not at all of them. The object knows in which spaces any of its memory was mapped, within large blocks; that is
+//! for taking the object back from everybody, and saves a list of all registrations.
 
 use crate::memory::Piece;
 use crate::space::Space;
-use arc_swap::ArcSwapOption;
+use arc_swap::ArcSwap;
 use ioasid_pagetable::IovaRange;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -41,6 +45,11 @@ impl MappedIn {
         }
     }
 
+    /// Whether something there leads, or may lead in a moment, to one of the pieces, by output address.
+    pub(crate) fn may_lead_to(&self, pieces: &[Piece]) -> bool {
+        self.space.upgrade().is_some_and(|space| space.may_lead_to(self.hull, pieces))
+    }
+
     /// Whether the space is still there.
     pub(crate) fn is_current(&self) -> bool {
         self.space.strong_count() > 0
@@ -51,8 +60,11 @@ impl MappedIn {
 #[derive(Debug, Default)]
 pub(crate) struct Notes {
     first: OnceLock<Note>,
-    others: ArcSwapOption<Vec<Arc<Note>>>,
+    others: OnceLock<Box<Others>>,
 }
+
+/// By the address of the space.
+type Others = ArcSwap<Vec<Arc<Note>>>;
 
 /// A note that may grow while it is read. A space that is gone is not mistaken for another, because the note keeps its
 /// address from being used again.
@@ -73,6 +85,12 @@ impl Note {
         self.space.as_ptr() == Arc::as_ptr(space)
     }
 
+    /// Whoever finds that it does has also seen what was noted elsewhere before.
+    fn covers(&self, range: IovaRange) -> bool {
+        self.first.load(Ordering::Relaxed) <= range.first()
+            && range.last() <= self.last.load(Ordering::Relaxed)
+    }
+
     fn widen(&self, range: IovaRange) {
         // Both only ever grow outwards, so what is seen here is no more than what there is.
         if range.first() < self.first.load(Ordering::Relaxed) {
@@ -90,35 +108,58 @@ impl Note {
 }
 
 impl Notes {
+    /// Whether it is noted already that the memory may be mapped there.
+    #[inline]
+    pub(crate) fn cover(&self, space: &Arc<Space>, range: IovaRange) -> bool {
+        match self.first.get() {
+            None => false,
+            Some(first) if first.is_for(space) => first.covers(range),
+            Some(_) => self.others.get().is_some_and(|others| {
+                let notes = others.load();
+                find(&notes, space).is_ok_and(|place| notes[place].covers(range))
+            }),
+        }
+    }
+
     /// Notes that the memory is about to be mapped there.
     pub(crate) fn add(&self, space: &Arc<Space>, range: IovaRange) {
         let first = self.first.get_or_init(|| Note::new(space, range));
         if first.is_for(space) {
             return first.widen(range);
         }
-        if let Some(note) =
-            self.others.load().iter().flat_map(|notes| notes.iter()).find(|note| note.is_for(space))
-        {
-            return note.widen(range);
+        let others = self.others.get_or_init(Box::default);
+        let notes = others.load();
+        if let Ok(place) = find(&notes, space) {
+            return notes[place].widen(range);
         }
         let new = Arc::new(Note::new(space, range));
-        self.others.rcu(|others| {
-            let others = others.iter().flat_map(|notes| notes.iter());
-            let mut notes: Vec<Arc<Note>> =
-                others.filter(|note| note.space.strong_count() > 0).cloned().collect();
-            // Another thread may have been faster.
-            match notes.iter().find(|note| note.is_for(space)) {
-                Some(note) => note.widen(range),
-                None => notes.push(new.clone()),
+        others.rcu(|others| {
+            let current = others.iter().filter(|note| note.space.strong_count() > 0);
+            let mut notes: Vec<Arc<Note>> = current.cloned().collect();
+            match find(&notes, space) {
+                // Another thread was faster.
+                Ok(place) => notes[place].widen(range),
+                Err(place) => notes.insert(place, new.clone()),
             }
-            Some(Arc::new(notes))
+            notes
         });
     }
 
-    /// What was noted.
-    pub(crate) fn all(&self) -> Vec<MappedIn> {
-        let others = self.others.load();
-        let others = others.iter().flat_map(|notes| notes.iter()).map(|note| &**note);
-        self.first.get().into_iter().chain(others).map(Note::mapped_in).collect()
+    /// Shows what was noted of spaces that are still there.
+    pub(crate) fn for_each(&self, mut show: impl FnMut(MappedIn)) {
+        let mut show = |note: &Note| {
+            if note.space.strong_count() > 0 {
+                show(note.mapped_in());
+            }
+        };
+        self.first.get().into_iter().for_each(&mut show);
+        if let Some(others) = self.others.get() {
+            others.load().iter().for_each(|note| show(note));
+        }
     }
+}
+
+/// The place of the note for a space, or the one where it would be.
+fn find(notes: &[Arc<Note>], space: &Arc<Space>) -> Result<usize, usize> {
+    notes.binary_search_by_key(&Arc::as_ptr(space), |note| note.space.as_ptr())
 }
