@@ -23,7 +23,7 @@ use crate::host_memory::HostMemory;
 use crate::ledger::charges::Charges;
 use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
-use crate::mapped_in::{MappedIn, Notes};
+use crate::mapped_in::{MappedIn, Spaces};
 use crate::space::Space;
 use file::MappedFile;
 use ioasid_pagetable::{IovaRange, Oa};
@@ -51,9 +51,6 @@ pub use resident::{Residency, ResidencyError};
 
 /// Pages are what is held and charged: 4 KiB, whatever the granule of a space.
 pub(crate) const PAGE_BITS: u32 = 12;
-
-/// Where an object is mapped is noted in blocks of this size.
-const NOTED: u64 = 1 << 30;
 
 /// Where the bytes of a window are.
 #[derive(Debug)]
@@ -90,7 +87,7 @@ pub struct Backing {
     /// Set for ever. Its windows on the bus look at it, too.
     revoked: Arc<AtomicBool>,
     /// Where any page of it was ever mapped by way of a registration.
-    mapped_in: Notes,
+    mapped_in: Spaces,
     /// Held while memory is registered or released, so that a page that is just being unmapped for its last
     /// registration is not registered and mapped anew before that has happened.
     registrations: Mutex<Registrations>,
@@ -195,7 +192,7 @@ impl Backing {
             bytes,
             identity,
             revoked: Arc::default(),
-            mapped_in: Notes::default(),
+            mapped_in: Spaces::default(),
             registrations: Mutex::default(),
         })
     }
@@ -282,14 +279,9 @@ impl Backing {
         self.registrations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that memory of it is about to be mapped there.
-    pub(crate) fn note_mapped(&self, space: &Arc<Space>, range: IovaRange) {
-        // In large blocks: whoever maps page after page would move the end for each, and wait for others who do so.
-        let (first, last) = (range.first() & !(NOTED - 1), range.last() | (NOTED - 1));
-        let block = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
-        if !self.mapped_in.cover(space, block) {
-            self.mapped_in.add(space, block);
-        }
+    /// Where any page of it was ever mapped by way of a registration.
+    pub(crate) fn mapped_in(&self) -> &Spaces {
+        &self.mapped_in
     }
 
     /// Logarithm of the bytes that one window of this object has.

@@ -369,6 +369,16 @@ impl Memory {
         Ok(())
     }
 
+    /// The output address of the byte at `offset`; `None` if it and the `length` bytes from it on are not registered, or are none.
+    #[inline]
+    pub(crate) fn first_output(&self, offset: u64, length: u64) -> Option<Oa> {
+        let extent = self.extent.read();
+        offset.checked_add(length.checked_sub(1)?).filter(|last| *last < extent.length)?;
+        let (at, bits) = (self.offset + offset, self.backing.window_bits());
+        let place = extent.places.as_slice().get(((at >> bits) - (self.offset >> bits)) as usize)?;
+        Some(Oa::new(place.get() + (at & ((1 << bits) - 1))))
+    }
+
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
     /// that is nothing or more than what is registered.
     #[inline]
@@ -416,19 +426,17 @@ impl Memory {
 
     /// Notes that it is about to be mapped there.
     pub(crate) fn note_mapped(&self, space: &Arc<Space>, range: IovaRange) {
-        if !self.notes.cover(space, range) {
-            // In this order: who finds the note here relies on the object's.
-            self.backing.note_mapped(space, range);
-            self.notes.add(space, range);
-        }
+        self.notes.add(space, range, self.backing.mapped_in());
     }
 
     /// The pieces that these pages, all of them registered, consist of, by output address.
     fn page_pieces(&self, pages: &[Range<u64>]) -> Vec<Piece> {
         let last = |page: u64| (page << PAGE_BITS) | ((1 << PAGE_BITS) - 1);
-        let bytes = pages.iter().map(|pages| (pages.start << PAGE_BITS, last(pages.end - 1)));
-        let mut pieces: Vec<Piece> =
-            bytes.flat_map(|(first, last)| self.object_pieces(self.extent.read(), first, last)).collect();
+        let mut pieces = Vec::with_capacity(pages.len());
+        for part in pages {
+            let (first, last) = (part.start << PAGE_BITS, last(part.end - 1));
+            pieces.extend(self.object_pieces(self.extent.read(), first, last));
+        }
         pieces.sort_unstable_by_key(|piece| piece.oa);
         pieces
     }
@@ -450,7 +458,7 @@ impl Memory {
             }
         };
         registrations.earlier().iter().cloned().for_each(&mut look);
-        self.notes.for_each(look);
+        self.notes.for_each(self.backing.mapped_in(), look);
         if notes.is_empty() {
             return Ok(());
         }
