@@ -22,16 +22,22 @@ mod published;
 mod sync;
 
 pub(crate) use domain::Section;
-use domain::{Domain, Local, Ticket};
+use domain::{Domain, Local, Participant, Ticket};
 pub use protected::{Protected, Replaced};
 pub(crate) use published::{Published, Reading};
 
-static DMA: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
-static OPERATIONS: Domain = Domain::new(AtomicU64::new(1), AtomicPtr::new(std::ptr::null_mut()));
+static DMA: Domain = Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
+static OPERATIONS: Domain =
+    Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
 
 thread_local! {
     static DMA_LOCAL: Local = const { Local::new(&DMA) };
     static OPERATIONS_LOCAL: Local = const { Local::new(&OPERATIONS) };
+}
+
+/// The thread's own word, if it has one.
+fn own(local: &'static LocalKey<Local>) -> Option<&'static Participant> {
+    local.try_with(Local::participant).ok().flatten()
 }
 
 /// Begins a section. A thread that is ending may have lost its local already, when it drops what it kept in others.
@@ -60,12 +66,12 @@ pub fn dma() -> DmaSection {
 /// Chooses the kind of fence. The kernel takes milliseconds for that in a process of several threads and no time in
 /// one of a single thread, so it is done when the first bus is made and not at the first unmap.
 pub(crate) fn prepare() {
-    DMA.prepare();
+    ioasid_pagetable::fence::can_fence_everywhere();
 }
 
 /// Returns when every DMA section that had begun has ended.
 pub fn wait_for_dma() {
-    DMA.synchronize();
+    DMA.synchronize(own(&DMA_LOCAL));
 }
 
 /// Begins an operation on a space.
@@ -76,7 +82,7 @@ pub(crate) fn operation() -> Section {
 
 /// Returns when every operation that had begun has ended. Not to be called inside one.
 pub(crate) fn wait_for_operations() {
-    OPERATIONS.synchronize();
+    OPERATIONS.synchronize(own(&OPERATIONS_LOCAL));
 }
 
 /// Table pages of this process.
@@ -104,13 +110,10 @@ pub(crate) fn retire(tables: Vec<Retired>) {
     queue.fresh.extend(tables);
     if queue.fresh.len() >= BATCH {
         let batch = std::mem::take(&mut queue.fresh);
-        queue.waiting.push((DMA.ticket(), OPERATIONS.ticket(), batch));
+        queue.waiting.push((DMA.ticket(own(&DMA_LOCAL)), OPERATIONS.ticket(own(&OPERATIONS_LOCAL)), batch));
     }
-    let passed = queue
-        .waiting
-        .iter()
-        .take_while(|(dma, operations, _)| DMA.passed(*dma) && OPERATIONS.passed(*operations))
-        .count();
+    let passed =
+        queue.waiting.iter().take_while(|(dma, operations, _)| dma.passed() && operations.passed()).count();
     for (_, _, batch) in queue.waiting.drain(..passed) {
         for table in batch {
             // SAFETY: the tables were unlinked before the tickets were taken, and every DMA and every operation

@@ -15,7 +15,6 @@ use crate::bus::Bus;
 use crate::epoch;
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
-use arc_swap::ArcSwap;
 use ioasid_pagetable::{
     Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
 };
@@ -97,7 +96,7 @@ pub struct Space {
     native: Radix<Native>,
     policy: MappingPolicy,
     mappings: MappingCount,
-    layout: ArcSwap<Layout>,
+    layout: epoch::Published<Layout>,
     /// Held by whoever looks for a table to share and makes one if there is none. Taken before `changing`.
     sharing: Mutex<()>,
     /// Held by whoever changes the layout, or must not see it change.
@@ -148,7 +147,7 @@ impl Space {
             native: Radix::native(format),
             policy,
             mappings: MappingCount::default(),
-            layout: ArcSwap::from_pointee(Layout::default()),
+            layout: epoch::Published::new(Layout::default()),
             sharing: Mutex::new(()),
             changing: Mutex::new(()),
             sleeping: Arc::default(),
@@ -232,8 +231,7 @@ impl Space {
 
     /// Counts what there is.
     pub fn statistics(&self) -> SpaceStatistics {
-        let _operation = epoch::operation();
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let mut leaves: Vec<(PageSize, u64)> = Vec::new();
         let mut mapped_bytes = 0u64;
         self.native.leaves(IovaRange::ALL, |leaf| {
@@ -258,7 +256,7 @@ impl std::fmt::Debug for Space {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Space")
             .field("id", &self.id)
-            .field("layout", &self.layout.load())
+            .field("layout", &*self.layout.read())
             .finish_non_exhaustive()
     }
 }

@@ -58,11 +58,17 @@ fn kind() -> u8 {
     }
 }
 
+/// Whether [`heavy`] makes other threads fence, so that [`light`] does not.
+#[inline(always)]
+pub fn can_fence_everywhere() -> bool {
+    kind() == MEMBARRIER
+}
+
 /// The cheap half: what the caller stored before is seen before what it loads afterwards was loaded, as far as
 /// a caller of [`heavy`] can tell.
 #[inline(always)]
 pub fn light() {
-    if kind() == MEMBARRIER {
+    if can_fence_everywhere() {
         compiler_fence(Ordering::SeqCst);
     } else {
         fence(Ordering::SeqCst);
@@ -72,7 +78,7 @@ pub fn light() {
 /// The dear half: every thread is made to fence. A system call, of some microseconds where other threads are running.
 pub fn heavy() {
     fence(Ordering::SeqCst);
-    if kind() == MEMBARRIER {
+    if can_fence_everywhere() {
         system::all_threads();
     }
 }

@@ -1,8 +1,13 @@
-//! What [`super::domain`] is made of: atomics, the two halves of the asymmetric fence, and a way to wait.
+//! What [`super::domain`] is made of: atomics, fences, and a way to wait.
 
-pub(super) use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+pub(super) use ioasid_pagetable::fence::{can_fence_everywhere, heavy as fence_everywhere};
+pub(super) use std::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, compiler_fence, fence,
+};
 
-pub(super) use ioasid_pagetable::fence::{heavy as heavy_fence, light as light_fence};
+/// How many sections of a thread are fenced before they are plain. A fence costs some 8 ns, an interrupt of all
+/// threads some microseconds, which a thread has paid by fences when it becomes plain.
+pub(super) const CALM: u32 = 1024;
 
 /// A pause between two looks at something that is not over yet.
 pub(super) fn wait_a_little(tries: u32) {

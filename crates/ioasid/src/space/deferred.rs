@@ -15,7 +15,7 @@
 //! # Bounds
 //!
 //! At most [`DEFERRED_RANGES`] of a space wait, and none for longer than [`DEFERRED_TIME`]. The unmap for whose range there is
-//! no room left flushes. Time is kept by one thread of the process, started by the first deferred unmap, so that the bound
+//! no room left flushes what threads like its own have left, so that others go on side by side with it. Time is kept by one thread of the process, started by the first deferred unmap, so that the bound
 //! holds also if nobody calls any more; where no thread can be had, all unmaps are strict. The thread waits for no copy
 //! of [late-bound](crate::LateBound) memory, which may block for as long as its owner likes: ranges of a space in which such
 //! copies run are looked at again after the same time, and as many again may have been queued by then, but not more.
@@ -48,7 +48,8 @@ pub(super) struct Deferred {
     armed: AtomicBool,
 }
 
-/// The ranges that some of the threads have unmapped, on a cache line of their own.
+/// The ranges that some of the threads have unmapped, on a cache line of their own. Locked while they are released, so that
+/// whoever flushes waits for that.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Queue(Mutex<Vec<IovaRange>>);
@@ -82,11 +83,16 @@ impl Deferred {
         self.queues.get().into_iter().flat_map(|queues| queues.iter())
     }
 
-    /// Puts the ranges into the queue of this thread, all or none.
-    fn push(&self, runs: &Runs) -> bool {
+    /// The queue of this thread.
+    fn own(&self) -> &Queue {
         let queues = self.queues.get_or_init(Box::default);
         // A thread that is ending has lost its number.
-        let mut queue = queues[QUEUE.try_with(|number| *number).unwrap_or(0)].lock();
+        &queues[QUEUE.try_with(|number| *number).unwrap_or(0)]
+    }
+
+    /// Puts the ranges into the queue of this thread, all or none.
+    fn push(&self, runs: &Runs) -> bool {
+        let mut queue = self.own().lock();
         let fits = queue.len() + runs.iter().count() <= ROOM;
         if fits {
             queue.extend(runs.iter());
@@ -157,10 +163,18 @@ impl Space {
         self.deferred.queues().map(|queue| queue.lock().len()).sum()
     }
 
-    /// Flushes if there is anything to flush; whether there was.
+    /// Flushes if there is anything to flush; whether there was. First that is only what this thread has left, which is what
+    /// it mostly meets again; to be called once more if that did not help.
     pub(super) fn flush_any(&self) -> bool {
+        if self.deferred.queues.get().is_none() {
+            return false;
+        }
+        if !self.deferred.own().lock().is_empty() {
+            self.flush_own();
+            return true;
+        }
         let queued = self.deferred.queues().any(|queue| !queue.lock().is_empty());
-        let any = queued || (self.deferred.queues.get().is_some() && !self.deferred.settling().is_empty());
+        let any = queued || !self.deferred.settling().is_empty();
         if any {
             self.flush();
         }
@@ -171,7 +185,7 @@ impl Space {
     /// more. `false`: that cannot be left to anybody. Outside of all sections.
     pub(super) fn defer(&self, runs: &Runs) -> bool {
         if !self.deferred.push(runs) {
-            self.flush();
+            self.flush_own();
             if !self.deferred.push(runs) {
                 return false;
             }
@@ -185,6 +199,23 @@ impl Space {
             self.flush();
         }
         true
+    }
+
+    /// Flushes what threads with the same queue as this one have left.
+    fn flush_own(&self) {
+        {
+            let mut queue = self.deferred.own().lock();
+            if queue.is_empty() {
+                return;
+            }
+            self.invalidate_and_wait(&mut queue);
+            // Such a copy may take as long as it likes, and nobody may have to wait for the queue meanwhile.
+            if !self.sleeping.any() {
+                self.release_deferred(&queue);
+                return queue.clear();
+            }
+        }
+        self.flush();
     }
 
     /// What the flusher does when the time has come: all that can be done without waiting for late-bound copies.
@@ -229,18 +260,22 @@ impl Space {
         if ranges.is_empty() {
             return;
         }
+        self.invalidate_and_wait(&mut ranges);
+        settling.push(Settling { mark: self.sleeping.mark(), ranges });
+    }
+
+    /// Has the ranges invalidated, and waits for the DMA that may be using them.
+    fn invalidate_and_wait(&self, ranges: &mut [IovaRange]) {
         ranges.sort_unstable();
         let mut runs = Runs::default();
         ranges.iter().for_each(|range| runs.push(*range));
         self.invalidate(&runs);
         epoch::wait_for_dma();
-        settling.push(Settling { mark: self.sleeping.mark(), ranges });
     }
 
     /// Has IOMMUs forget what they remember of ranges that their tables do not have any more.
     pub(super) fn invalidate(&self, runs: &Runs) {
-        let _operation = epoch::operation();
-        self.layout.load().derived().for_each(|table| table.invalidate(runs));
+        self.layout.read().derived().for_each(|table| table.invalidate(runs));
     }
 
     fn release_deferred(&self, ranges: &[IovaRange]) {

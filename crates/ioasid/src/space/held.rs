@@ -12,15 +12,14 @@ use super::Space;
 use super::layout::Layout;
 use super::protect::NativeCut;
 use super::unmap::Manner;
-use crate::epoch;
+use crate::epoch::{self, Reading};
 use crate::slice::Recalled;
-use arc_swap::Guard;
 use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
+use std::sync::MutexGuard;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, MutexGuard};
 
 /// A range whose leaves are to be held.
 #[derive(Clone, Copy, Debug)]
@@ -30,30 +29,17 @@ pub(super) struct Portion {
     pub(super) largest: Option<PageSize>,
 }
 
-/// An operation's section, and the layout as it is in it.
-struct Stay {
-    _section: epoch::Section,
-    layout: Guard<Arc<Layout>>,
-}
-
-impl Stay {
-    fn begin(space: &Space) -> Stay {
-        let section = epoch::operation();
-        Stay { _section: section, layout: space.layout.load() }
-    }
-}
-
 /// Leaves that this operation owns while they translate.
 pub(super) struct Held<'a> {
     space: &'a Space,
-    /// `None` while waiting, and after it was left.
-    stay: Option<Stay>,
+    /// The layout, and the section in which it is read. `None` while waiting, and after it was left.
+    layout: Option<Reading<'a, Layout>>,
     gather: Gather<HeapTables, AtomicU64>,
 }
 
 impl<'a> Held<'a> {
     fn nothing(space: &'a Space) -> Held<'a> {
-        Held { space, stay: Some(Stay::begin(space)), gather: Gather::new() }
+        Held { space, layout: Some(space.layout.read()), gather: Gather::new() }
     }
 
     /// The leaves, with all that they map: ascending, neighbours joined.
@@ -67,7 +53,7 @@ impl<'a> Held<'a> {
 
     /// The layout that the operation goes by, as long as it is in its section.
     pub(super) fn layout(&self) -> Option<&Layout> {
-        self.stay.as_ref().map(|stay| &**stay.layout)
+        self.layout.as_deref()
     }
 
     /// Owns what is to be held from `from` on.
@@ -103,7 +89,7 @@ impl<'a> Held<'a> {
 
     /// Ends the section. The leaves stay held; what they are can be asked in a section of the caller's own.
     pub(super) fn leave(&mut self) {
-        self.stay = None;
+        self.layout = None;
     }
 
     fn let_go(&mut self) {
@@ -117,18 +103,18 @@ impl<'a> Held<'a> {
     /// layout has to wait for that.
     pub(super) fn wait_for_dma(&mut self) {
         if self.layout().is_some_and(|layout| layout.table_count() > 0) {
-            self.stay = None;
+            self.layout = None;
             epoch::wait_for_dma();
             self.space.sleeping.wait();
-            self.stay = Some(Stay::begin(self.space));
+            self.layout = Some(self.space.layout.read());
         }
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        if self.stay.is_none() {
-            self.stay = Some(Stay::begin(self.space));
+        if self.layout.is_none() {
+            self.layout = Some(self.space.layout.read());
         }
         self.let_go();
         epoch::retire(std::mem::take(&mut self.gather.retired));
@@ -195,12 +181,12 @@ impl Space {
                         held.let_go();
                         from = range.first();
                     }
-                    held.stay = None;
+                    held.layout = None;
                     self.step_aside(&mut tries);
                     if lock {
                         unchanging = Some(self.changing());
                     }
-                    held.stay = Some(Stay::begin(self));
+                    held.layout = Some(self.layout.read());
                 }
                 Err(RetractError::Cut(error)) => return Err(error),
             }

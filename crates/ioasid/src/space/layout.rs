@@ -164,16 +164,15 @@ impl Space {
             return Ok(());
         }
         let _changing = self.changing();
-        let old = self.layout.load_full();
+        let old = self.layout.read().clone();
         for range in ranges {
             if old.allowed.iter().any(|allowed| allowed.overlaps(range)) {
                 return Err(ReserveError::Allowed { range: *range });
             }
         }
-        let mut new = Layout::clone(&old);
+        let mut new = old.clone();
         new.undecided = ranges.to_vec();
-        self.layout.store(Arc::new(new.clone()));
-        epoch::wait_for_operations();
+        self.layout.replace(new.clone());
         // What is unmapped already and only waits for a flush is in nobody's way.
         self.flush();
         let mapped = {
@@ -181,23 +180,23 @@ impl Space {
             ranges.iter().find(|range| self.occupied_in(**range).is_some())
         };
         if let Some(range) = mapped {
-            self.layout.store(old);
+            self.layout.replace(old);
             return Err(ReserveError::Mapped { range: *range });
         }
         new.undecided = Vec::new();
         for range in ranges {
             new.reserve(*range, owner);
         }
-        self.layout.store(Arc::new(new));
+        self.layout.replace(new);
         Ok(())
     }
 
     /// Gives back all that was reserved for this owner.
     pub fn unreserve(&self, owner: ReservationOwner) {
         let _changing = self.changing();
-        let mut layout = Layout::clone(&self.layout.load());
+        let mut layout = self.layout.read().clone();
         layout.reserved.retain(|(_, of)| *of != owner);
-        self.layout.store(Arc::new(layout));
+        self.layout.replace(layout);
     }
 
     /// Sets the ranges in which [`map_anywhere`](Self::map_anywhere) places mappings and which cannot be reserved
@@ -209,28 +208,28 @@ impl Space {
             return Err(ReserveError::Overlapping { range: pair[1] });
         }
         let _changing = self.changing();
-        let mut layout = Layout::clone(&self.layout.load());
+        let mut layout = self.layout.read().clone();
         if let Some(range) = sorted.iter().find(|range| layout.reserved_in(**range).is_some()) {
             return Err(ReserveError::Reserved { range: *range });
         }
         layout.allowed = sorted;
-        self.layout.store(Arc::new(layout));
+        self.layout.replace(layout);
         Ok(())
     }
 
     /// The allowed ranges, ascending.
     pub fn allowed_ranges(&self) -> Vec<IovaRange> {
-        self.layout.load().allowed.clone()
+        self.layout.read().allowed.clone()
     }
 
     /// The reserved ranges by first address; they may overlap.
     pub fn reserved_ranges(&self) -> Vec<IovaRange> {
-        self.layout.load().reserved.iter().map(|(range, _)| *range).collect()
+        self.layout.read().reserved.iter().map(|(range, _)| *range).collect()
     }
 
     /// What users have reserved, by first address, with the number of each.
     pub(super) fn user_reservations(&self) -> Vec<(IovaRange, u64)> {
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let of_users = layout.reserved.iter().filter_map(|(range, owner)| match owner {
             ReservationOwner::User(number) => Some((*range, *number)),
             ReservationOwner::Table(_) | ReservationOwner::Device(_) => None,
@@ -242,16 +241,16 @@ impl Space {
     /// has no mapping in a reserved one.
     pub(super) fn set_ranges(&self, reserved: &[(IovaRange, u64)], allowed: &[IovaRange]) {
         let _changing = self.changing();
-        let mut layout = Layout::clone(&self.layout.load());
+        let mut layout = self.layout.read().clone();
         let of_user = |&(range, number)| (range, ReservationOwner::User(number));
         layout.reserved = reserved.iter().map(of_user).collect();
         layout.allowed = allowed.to_vec();
-        self.layout.store(Arc::new(layout));
+        self.layout.replace(layout);
     }
 
     /// The addresses that are not reserved, ascending.
     pub fn usable_ranges(&self) -> Vec<IovaRange> {
-        self.layout.load().usable().collect()
+        self.layout.read().usable().collect()
     }
 
     /// Something in the range that is mapped or being mapped. Inside an operation.
@@ -266,7 +265,7 @@ impl Space {
 
     /// The table that devices of a class share, if there is one. One that is just going away does not count.
     pub(crate) fn shared_table(&self, class: TableClass) -> Option<Arc<Table>> {
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let mut shared = layout.tables.iter().filter(|table| table.shared && table.class == class);
         shared.find_map(|table| table.table.upgrade())
     }
@@ -304,10 +303,9 @@ impl Space {
 
     /// Publishes a layout with a change, and waits until every operation uses it. Under the lock for changes.
     fn change_layout(&self, change: impl FnOnce(&mut Layout)) {
-        let mut layout = Layout::clone(&self.layout.load());
+        let mut layout = self.layout.read().clone();
         change(&mut layout);
-        self.layout.store(Arc::new(layout));
-        epoch::wait_for_operations();
+        self.layout.replace(layout);
     }
 
     /// Copies all leaves into a new table, while operations go on.

@@ -285,8 +285,7 @@ impl Space {
     /// Maps all parts, or none. Everything that must not go meanwhile is the caller's to keep.
     #[inline]
     pub(super) fn try_map<P: Parts>(&self, request: &P) -> Result<(), Try> {
-        let operation = epoch::operation();
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let range = request.range();
         if let Some(range) = layout.reserved_in(range) {
             return Err(Try::Failed(MapError::Reserved { range }));
@@ -304,7 +303,6 @@ impl Space {
                 Ok(()) => request.parts().for_each(|part| self.native.publish(part.range)),
                 Err(error) => {
                     drop(layout);
-                    drop(operation);
                     // Devices behind these tables may have used what is gone now. The entries stay claimed until
                     // they have ended, but no layout change of any space has to wait for that.
                     epoch::wait_for_dma();

@@ -59,8 +59,8 @@ impl Space {
 
     /// The first address in the range that is mapped, or may be in a moment, if a derived table follows.
     fn next_followed(&self, range: IovaRange) -> Option<u64> {
-        let _operation = epoch::operation();
-        self.layout.load().derived().next()?;
+        let layout = self.layout.read();
+        layout.derived().next()?;
         Some(self.occupied_in(range)?.first().max(range.first()))
     }
 }

@@ -72,7 +72,7 @@ impl Space {
     /// [`propose_again`](Self::propose_again), or until what is mapped there is unmapped.
     pub(super) fn propose(&self, length: u64, alignments: &[u64]) -> Option<IovaRange> {
         let placement = self.placement();
-        let layout = self.layout.load();
+        let layout = self.layout.read();
         let mut holes = placement.holes();
         let place = alignments
             .iter()

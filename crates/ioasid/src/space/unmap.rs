@@ -26,12 +26,10 @@ use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::Piece;
 use crate::slice::{Recalled, SLICE_PATIENCE, StillBorrowed};
-use arc_swap::Guard;
 use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs,
 };
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
@@ -179,20 +177,18 @@ impl Space {
         // Asked before anything is retracted, so that devices notice nothing of an unmap that fails.
         let mut recalled = self.recall(range, ALL_RIGHTS, manner)?;
         loop {
-            let operation = epoch::operation();
-            let layout = self.layout.load();
+            let layout = self.layout.read();
             match self.cut_and_retract(range, wanted, &mut rest, &layout, &mut gather) {
                 Ok(()) if recalled.is_none() && self.slices.any(range, ALL_RIGHTS) => {
                     self.give_back(&mut gather);
                     rest = range;
                     drop(layout);
-                    drop(operation);
                     drop(unchanging.take());
                     recalled = self.recall(range, ALL_RIGHTS, manner)?;
                 }
                 Ok(()) => {
                     drop(unchanging);
-                    self.settle(operation, layout, &mut gather, manner);
+                    self.settle(layout, &mut gather, manner);
                     return Ok(Unmapped { runs: gather.runs, leaves: gather.leaves });
                 }
                 Err(Step::Contended) => {
@@ -203,7 +199,6 @@ impl Space {
                         rest = range;
                     }
                     drop(layout);
-                    drop(operation);
                     self.step_aside(&mut tries);
                     if lock {
                         unchanging = Some(self.changing());
@@ -349,8 +344,7 @@ impl Space {
     /// Steps 3 to 5.
     fn settle(
         &self,
-        mut operation: epoch::Section,
-        layout: Guard<Arc<Layout>>,
+        layout: epoch::Reading<'_, Layout>,
         gather: &mut Gather<HeapTables, AtomicU64>,
         manner: Manner,
     ) {
@@ -364,9 +358,9 @@ impl Space {
                 }
             }
             self.count_out_runs(&gather.runs);
-            if layout.table_count() > 0 {
-                drop(layout);
-                drop(operation);
+            let waits = layout.table_count() > 0;
+            drop(layout);
+            if waits {
                 if manner == Manner::Deferred {
                     if self.defer(&gather.runs) {
                         epoch::retire(std::mem::take(&mut gather.retired));
@@ -377,9 +371,9 @@ impl Space {
                 }
                 epoch::wait_for_dma();
                 self.sleeping.wait();
-                operation = epoch::operation();
             }
         }
+        let operation = epoch::operation();
         let runs = gather.runs.clone();
         for run in runs.iter() {
             self.native.release(run, gather);
