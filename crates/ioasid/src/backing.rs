@@ -25,14 +25,14 @@ use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::mapped_in::{MappedIn, Spaces};
 use crate::space::Space;
+use crate::sync::{AtomicBool, Mutex, MutexGuard, PoisonError};
 use file::MappedFile;
 use ioasid_pagetable::{IovaRange, Oa};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 mod anonymous;
 mod file;

@@ -23,10 +23,10 @@
 
 use crate::backing::{Backing, Source};
 use crate::epoch::{self, DmaSection, Protected, Replaced};
+use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, Ordering, PoisonError};
 use ioasid_pagetable::Oa;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// Logarithm of the largest window and of the size of a chunk.
 pub(crate) const CHUNK_BITS: u32 = 30;

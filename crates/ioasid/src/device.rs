@@ -2,9 +2,10 @@
 
 use crate::iommu::{AttachError, Iommu, Requirements, Rid};
 use crate::space::ReservationOwner;
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::table::Table;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 static DEVICES: AtomicU64 = AtomicU64::new(0);
 

@@ -11,28 +11,35 @@
 //! wait for DMA ends its section first and begins another: what it holds then are entries of a table, and nobody
 //! who changes another space has to wait for it.
 
+use crate::sync::{AtomicPtr, AtomicU64, LocalKey, Mutex, PoisonError, global, of_thread};
 use ioasid_pagetable::RetiredTable;
-use std::sync::atomic::{AtomicPtr, AtomicU64};
-use std::sync::{Mutex, PoisonError};
-use std::thread::LocalKey;
+use std::sync::atomic::AtomicU64 as Word;
 
+mod announced;
 mod domain;
 mod protected;
 mod published;
-mod sync;
 
+pub(crate) use announced::Announced;
 pub(crate) use domain::Section;
 use domain::{Domain, Local, Participant, Ticket};
 pub use protected::{Protected, Replaced};
 pub(crate) use published::{Published, Reading};
 
-static DMA: Domain = Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
-static OPERATIONS: Domain =
-    Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
+global! {
+    static DMA: Domain =
+        Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
+}
+global! {
+    static OPERATIONS: Domain =
+        Domain::new(AtomicU64::new(domain::FIRST_REQUEST), AtomicPtr::new(std::ptr::null_mut()));
+}
 
-thread_local! {
-    static DMA_LOCAL: Local = const { Local::new(&DMA) };
-    static OPERATIONS_LOCAL: Local = const { Local::new(&OPERATIONS) };
+of_thread! {
+    static DMA_LOCAL: Local = Local::new(&DMA);
+}
+of_thread! {
+    static OPERATIONS_LOCAL: Local = Local::new(&OPERATIONS);
 }
 
 /// The thread's own word, if it has one.
@@ -86,7 +93,7 @@ pub(crate) fn wait_for_operations() {
 }
 
 /// Table pages of this process.
-pub(crate) type Retired = RetiredTable<ioasid_pagetable::HeapTables, AtomicU64>;
+pub(crate) type Retired = RetiredTable<ioasid_pagetable::HeapTables, Word>;
 
 /// Retired tables that somebody may still be looking at, oldest first.
 struct Queue {
@@ -96,10 +103,24 @@ struct Queue {
     waiting: Vec<(Ticket, Ticket, Vec<Retired>)>,
 }
 
-static QUEUE: Mutex<Queue> = Mutex::new(Queue { fresh: Vec::new(), waiting: Vec::new() });
+global! {
+    static QUEUE: Mutex<Queue> = Mutex::new(Queue { fresh: Vec::new(), waiting: Vec::new() });
+}
 
-/// How many tables are collected before the price of a ticket is paid.
-const BATCH: usize = 32;
+#[cfg(shuttle)]
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let waiting = self.waiting.drain(..).flat_map(|(_, _, batch)| batch);
+        for table in self.fresh.drain(..).chain(waiting) {
+            // SAFETY: an execution of a model is over, and all of its threads have ended.
+            unsafe { table.free() };
+        }
+    }
+}
+
+/// How many tables are collected before the price of a ticket is paid. In models none, so that what is freed too early is
+/// missed at once.
+const BATCH: usize = if cfg!(shuttle) { 1 } else { 32 };
 
 /// Takes tables that are linked nowhere any more and frees them when nobody can be using them. Never waits.
 pub(crate) fn retire(tables: Vec<Retired>) {

@@ -5,9 +5,10 @@
 //! keeps no space alive.
 
 use crate::space::Space;
+use crate::sync::{Builder, Condvar, Instant, Mutex, MutexGuard, PoisonError, global, wait_for_some_time};
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::Weak;
+use std::time::Duration;
 
 #[derive(Debug)]
 struct Work {
@@ -16,8 +17,12 @@ struct Work {
     running: bool,
 }
 
-static WORK: Mutex<Work> = Mutex::new(Work { due: VecDeque::new(), running: false });
-static MORE: Condvar = Condvar::new();
+global! {
+    static WORK: Mutex<Work> = Mutex::new(Work { due: VecDeque::new(), running: false });
+}
+global! {
+    static MORE: Condvar = Condvar::new();
+}
 
 fn lock() -> MutexGuard<'static, Work> {
     WORK.lock().unwrap_or_else(PoisonError::into_inner)
@@ -27,7 +32,7 @@ fn lock() -> MutexGuard<'static, Work> {
 pub(crate) fn look_after(space: &Weak<Space>, time: Duration) -> bool {
     let mut work = lock();
     if !work.running {
-        let thread = std::thread::Builder::new().name("ioasid-flush".into()).spawn(run);
+        let thread = Builder::new().name("ioasid-flush".into()).spawn(run);
         if thread.is_err() {
             return false;
         }
@@ -43,10 +48,15 @@ fn run() {
     loop {
         let now = Instant::now();
         work = match work.due.front() {
+            // A model has to end, so there the thread does, and is started again when there is work.
+            None if cfg!(shuttle) => {
+                work.running = false;
+                return;
+            }
             None => MORE.wait(work).unwrap_or_else(PoisonError::into_inner),
             Some((due, _)) if *due > now => {
                 let left = *due - now;
-                MORE.wait_timeout(work, left).unwrap_or_else(PoisonError::into_inner).0
+                wait_for_some_time(&WORK, &MORE, work, left)
             }
             Some(_) => {
                 let space = work.due.pop_front().and_then(|(_, space)| space.upgrade());

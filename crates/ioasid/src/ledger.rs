@@ -20,10 +20,11 @@
 //! The lock is held for some additions, by registrations and never by mappings. Locks are taken in the order:
 //! registrations of objects (by address, if several), trees (by address, if several), the bus.
 
+use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, PoisonError};
 use std::fmt;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64 as Number;
 
 pub(crate) mod charges;
 pub(crate) mod coverage;
@@ -33,7 +34,7 @@ mod transfer;
 const UNLIMITED: u64 = u64::MAX;
 
 /// The number of the next account. 0 is the level above all accounts.
-static ACCOUNTS: AtomicU64 = AtomicU64::new(1);
+static ACCOUNTS: Number = Number::new(1);
 
 /// Somebody who is charged for registered memory, in pages of 4 KiB. Clones are the same account.
 ///

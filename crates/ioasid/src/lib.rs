@@ -64,6 +64,7 @@ mod sleeping;
 mod slice;
 pub mod snapshot;
 mod space;
+mod sync;
 mod table;
 
 #[cfg(feature = "vm-memory")]

@@ -12,10 +12,9 @@
 
 use crate::memory::Piece;
 use crate::space::Space;
-use arc_swap::ArcSwap;
+use crate::sync::{ArcSwapOption, AtomicU64, OnceLock, Ordering, wait_a_little};
 use ioasid_pagetable::IovaRange;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 
 /// In which blocks an object notes where it was mapped.
 const BLOCK: u64 = 1 << 30;
@@ -99,7 +98,7 @@ impl Hull {
 pub(crate) struct Spaces {
     first: OnceLock<Note>,
     /// By the number of the space.
-    others: ArcSwap<Vec<Arc<Note>>>,
+    others: ArcSwapOption<Vec<Arc<Note>>>,
 }
 
 /// One of them. A space that is gone keeps its few hundred bytes as long as the note is there.
@@ -129,7 +128,8 @@ impl Spaces {
             return Some(show(first));
         }
         let others = self.others.load();
-        find(&others, number).ok().map(|place| show(&others[place]))
+        let others = others.as_ref()?;
+        find(others, number).ok().map(|place| show(&others[place]))
     }
 
     /// Notes that the memory is about to be mapped there.
@@ -148,21 +148,27 @@ impl Spaces {
         }
         let new = Arc::new(Note::new(space, range));
         self.others.rcu(|others| {
-            let current = others.iter().filter(|note| note.space.strong_count() > 0);
+            let others = others.iter().flat_map(|notes| notes.iter());
+            let current = others.filter(|note| note.space.strong_count() > 0);
             let mut notes: Vec<Arc<Note>> = current.cloned().collect();
             match find(&notes, new.number) {
                 // Another thread was faster.
                 Ok(place) => notes[place].hull.widen(range),
                 Err(place) => notes.insert(place, new.clone()),
             }
-            notes
+            Some(Arc::new(notes))
         });
     }
 
     /// Shows what was noted of spaces that are still there.
     pub(crate) fn for_each(&self, mut show: impl FnMut(MappedIn)) {
         let others = self.others.load();
-        for note in self.first.get().into_iter().chain(others.iter().map(|note| &**note)) {
+        for note in self
+            .first
+            .get()
+            .into_iter()
+            .chain(others.iter().flat_map(|notes| notes.iter()).map(|note| &**note))
+        {
             if note.space.strong_count() > 0 {
                 show(note.mapped_in());
             }
@@ -229,9 +235,8 @@ impl Notes {
         let mut tries = 0u32;
         loop {
             match self.space.load(Ordering::Acquire) {
-                // Two stores.
-                WRITING if tries < 64 => std::hint::spin_loop(),
-                WRITING => std::thread::yield_now(),
+                // For two stores.
+                WRITING => wait_a_little(tries),
                 space => return space,
             }
             tries = tries.saturating_add(1);

@@ -23,12 +23,13 @@ use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::mapped_in::{MappedIn, Notes};
 use crate::space::{Space, UnmapError};
+use crate::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use ioasid_pagetable::{IovaRange, Oa};
 use std::borrow::Cow;
 use std::io;
 use std::ops::Range;
 use std::slice;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::Arc;
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
 /// dropped. Dropping it unmaps it wherever it is still mapped.

@@ -5,9 +5,9 @@
 //! copy leaves its section and counts itself here instead. The counts belong to one space, so that a program that
 //! blocks its own memory makes only its own unmaps wait.
 
+use crate::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, PoisonError};
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// Knows the blocking copies that are running; a waiter waits for those that began before it did.
 #[derive(Debug, Default)]

@@ -20,15 +20,15 @@
 use crate::backing::Source;
 use crate::epoch;
 use crate::space::{Permissions, Space};
+use crate::sync::{AtomicBool, Condvar, Instant, Mutex, Ordering, PoisonError, wait_for_some_time};
 use ioasid_pagetable::{Attributes, Iova, IovaRange};
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 mod registry;
-mod sync;
 
 pub(crate) use registry::Registry;
 
@@ -162,7 +162,9 @@ impl Slices {
                 return Err((recalled, StillBorrowed { range: first }));
             }
             let counter = self.let_go.lock().unwrap_or_else(PoisonError::into_inner);
-            drop(self.changed.wait_timeout_while(counter, left, |count| *count == seen));
+            if *counter == seen {
+                drop(wait_for_some_time(&self.let_go, &self.changed, counter, left));
+            }
         }
     }
 

@@ -12,15 +12,16 @@
 //! ranges and tables.
 
 use crate::bus::Bus;
-use crate::epoch;
+use crate::epoch::{self, Announced};
 use crate::sleeping::SleepingCopies;
 use crate::slice::Slices;
+use crate::sync::{Mutex, MutexGuard, Ordering, PoisonError, wait_a_little};
 use ioasid_pagetable::{
     Attributes, ClaimFormat, Entry, Format, Iova, IovaRange, Leaf, Native, Oa, PageSize, Radix,
 };
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::AtomicU64 as Number;
+use std::sync::{Arc, Weak};
 
 mod alias;
 mod deferred;
@@ -50,7 +51,7 @@ pub use query::{Extent, Extents, Mapped};
 pub use remap::RemapError;
 pub use unmap::{UnmapError, Unmapped};
 
-static SPACES: AtomicU64 = AtomicU64::new(0);
+static SPACES: Number = Number::new(0);
 
 /// What devices may do with a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,7 +110,7 @@ pub struct Space {
     slices: Slices,
     this: Weak<Space>,
     /// Where to look for room, from the first time on that somebody wants it.
-    placement: OnceLock<Box<Placement>>,
+    placement: Announced<Placement>,
 }
 
 /// Figures about a space, for people and tests.
@@ -154,7 +155,7 @@ impl Space {
             deferred: Deferred::default(),
             slices: Slices::new(),
             this: this.clone(),
-            placement: OnceLock::new(),
+            placement: Announced::new(),
         })
     }
 
@@ -269,10 +270,6 @@ impl Space {
             return;
         }
         *tries = tries.saturating_add(1);
-        match *tries {
-            0..64 => std::hint::spin_loop(),
-            64..256 => std::thread::yield_now(),
-            _ => std::thread::sleep(std::time::Duration::from_micros(50)),
-        }
+        wait_a_little(*tries);
     }
 }

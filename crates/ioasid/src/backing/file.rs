@@ -27,12 +27,12 @@
 use super::{Backing, Bytes, LateBound, MemoryGone, PAGE_BITS, Source, window_bits};
 use crate::bus::{Bus, Identity};
 use crate::host_memory::HostMemory;
+use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, PoisonError};
 use rustix::fs::{FileType, OFlags, SealFlags};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// Why there is no backing for a file.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,7 @@
 use super::{Backing, Occupied};
 use crate::epoch;
 use crate::memory::Piece;
-use std::sync::atomic::Ordering;
+use crate::sync::Ordering;
 
 impl Backing {
     /// Whether it was taken back.

@@ -28,10 +28,10 @@
 //! looks at its mode after it has stored its word. So if it has looked before the interrupt, then its word was visible
 //! when the mode became fenced; if it looks afterwards, it fences.
 //!
-//! The atomics and fences come from the module beside this one ([`super::sync`]), so that a model checker can put
-//! its own in their place and run this very file.
+//! The atomics and fences come from [`crate::sync`], so that a model checker can put its own in their place and run this
+//! very file.
 
-use super::sync::{
+use crate::sync::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, CALM, Ordering, can_fence_everywhere, compiler_fence, fence,
     fence_everywhere, wait_a_little,
 };

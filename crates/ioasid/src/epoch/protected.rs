@@ -6,10 +6,10 @@
 //! every section that may have found it has ended. Reading is one load.
 
 use super::{DmaSection, wait_for_dma};
+use crate::sync::{AtomicPtr, Ordering};
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A shared value, or none, that is read within DMA sections.
 pub struct Protected<T> {

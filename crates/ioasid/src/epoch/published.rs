@@ -9,11 +9,11 @@
 //! the [`Published`] does.
 
 use super::{Section, operation, wait_for_operations};
+use crate::sync::{AtomicPtr, Ordering};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A value that is read within operations.
 pub(crate) struct Published<T> {
@@ -75,7 +75,7 @@ unsafe fn drop_box<T>(value: *mut T) {
 impl<T> Drop for Published<T> {
     fn drop(&mut self) {
         // SAFETY: null or from a `Box`; a reader borrows `self`, so there is none.
-        unsafe { drop_box(*self.value.get_mut()) };
+        unsafe { drop_box(self.value.load(Ordering::Relaxed)) };
     }
 }
 
@@ -94,7 +94,7 @@ impl<T: fmt::Debug> fmt::Debug for Published<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;

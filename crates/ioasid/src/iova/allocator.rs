@@ -16,9 +16,9 @@
 
 use super::holes::{HoleError, Holes};
 use super::magazines::{Class, Magazines, lock};
+use crate::sync::Mutex;
 use ioasid_pagetable::{Iova, IovaRange, PageSize};
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 
 /// How many addresses of a small size are taken from the holes at once.
 const RUN: u64 = 8;

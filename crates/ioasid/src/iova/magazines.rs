@@ -14,10 +14,9 @@
 //! Addresses in magazines are stranded: they are free, but no part of a hole. There are never more of them than
 //! [`Magazines::most_granules`], and [`Magazines::drain`] gives them back.
 
+use crate::sync::{AtomicUsize, Mutex, MutexGuard, Ordering, PoisonError, TryLockError, global, of_thread};
 use std::cell::Cell;
 use std::num::NonZero;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// How many addresses a magazine holds.
 const ROUNDS: usize = 32;
@@ -83,11 +82,13 @@ pub(super) struct Loaded<'a> {
     magazines: &'a Magazines,
 }
 
-static THREADS: AtomicUsize = AtomicUsize::new(0);
+global! {
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+}
 
-thread_local! {
+of_thread! {
     /// The shard that the thread goes to first; more than all until it has one.
-    static HOME: Cell<usize> = const { Cell::new(usize::MAX) };
+    static HOME: Cell<usize> = Cell::new(usize::MAX);
 }
 
 fn home() -> usize {

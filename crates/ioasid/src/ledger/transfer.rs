@@ -12,8 +12,9 @@
 
 use super::{Account, OverLimit};
 use crate::memory::Memory;
+use crate::sync::PoisonError;
 use std::ptr;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 impl Memory {
     /// Who is charged for it.

@@ -11,11 +11,11 @@
 //! While an unmap asks, the range is *closed*: nobody new may borrow there, so that the unmap is not kept waiting by one
 //! borrower after the other.
 //!
-//! The atomics come from the module beside this one ([`super::sync`]), so that a model checker can run this very file.
+//! The atomics come from [`crate::sync`], so that a model checker can run this very file.
 
-use super::sync::{AtomicBool, AtomicUsize, Mutex, OnceLock, Ordering, fence};
+use crate::sync::{AtomicBool, AtomicUsize, Mutex, OnceLock, Ordering, PoisonError, fence};
 use ioasid_pagetable::{Attributes, IovaRange};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 const SHARDS: usize = 16;
 const REGION_BITS: u32 = 21;

@@ -24,9 +24,11 @@ use super::Space;
 use crate::epoch;
 use crate::flusher;
 use crate::sleeping::Mark;
+use crate::sync::{
+    AtomicBool, AtomicUsize, Mutex, MutexGuard, OnceLock, Ordering, PoisonError, global, of_thread,
+};
 use ioasid_pagetable::{Gather, IovaRange, Runs};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::cell::Cell;
 use std::time::Duration;
 
 /// How many ranges of a space wait for a flush at most.
@@ -61,11 +63,26 @@ struct Settling {
     ranges: Vec<IovaRange>,
 }
 
-/// How many threads have deferred anything.
-static THREADS: AtomicUsize = AtomicUsize::new(0);
+global! {
+    /// How many threads have deferred anything.
+    static THREADS: AtomicUsize = AtomicUsize::new(0);
+}
 
-thread_local! {
-    static QUEUE: usize = THREADS.fetch_add(1, Ordering::Relaxed) % QUEUES;
+of_thread! {
+    /// The queue that the thread uses; more than all until it has one.
+    static QUEUE: Cell<usize> = Cell::new(usize::MAX);
+}
+
+fn queue() -> usize {
+    // A thread that is ending has lost its number.
+    QUEUE
+        .try_with(|queue| {
+            if queue.get() == usize::MAX {
+                queue.set(THREADS.fetch_add(1, Ordering::Relaxed) % QUEUES);
+            }
+            queue.get()
+        })
+        .unwrap_or(0)
 }
 
 impl Queue {
@@ -86,8 +103,7 @@ impl Deferred {
     /// The queue of this thread.
     fn own(&self) -> &Queue {
         let queues = self.queues.get_or_init(Box::default);
-        // A thread that is ending has lost its number.
-        &queues[QUEUE.try_with(|number| *number).unwrap_or(0)]
+        &queues[queue()]
     }
 
     /// Puts the ranges into the queue of this thread, all or none.

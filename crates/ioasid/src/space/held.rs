@@ -14,11 +14,11 @@ use super::protect::NativeCut;
 use super::unmap::Manner;
 use crate::epoch::{self, Reading};
 use crate::slice::Recalled;
+use crate::sync::MutexGuard;
 use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Native, PageSize, Radix, RetractError, Runs,
 };
 use std::ops::ControlFlow;
-use std::sync::MutexGuard;
 use std::sync::atomic::AtomicU64;
 
 /// A range whose leaves are to be held.

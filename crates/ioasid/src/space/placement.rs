@@ -17,7 +17,7 @@
 //! What is learned from the table is read under the lock. An unmap makes its entries absent, and then takes the
 //! lock to say so. If it came first, the entries are seen absent; if it comes later, it corrects what was learned.
 //! There remain the operations that began when the space had no proposals yet, and do not know whom to tell. Therefore
-//! nothing is learned before they have ended.
+//! nothing is learned before they have ended ([`Announced`](crate::epoch::Announced)).
 //!
 //! The lowest place is one decision that all who ask share, and so is the lock. Who maps at a rate where that
 //! matters, takes addresses from an [`Allocator`](crate::iova::Allocator), whose magazines are not shared, and maps there.
@@ -25,16 +25,14 @@
 use super::Space;
 use crate::epoch;
 use crate::iova::Holes;
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use ioasid_pagetable::{IovaRange, PageSize};
 use std::ops::ControlFlow;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Where a space may have room.
 pub(super) struct Placement {
     /// But for the first page, which is proposed to nobody.
     holes: Mutex<Holes>,
-    /// Operations that do not know of this have ended.
-    known: OnceLock<()>,
 }
 
 impl Placement {
@@ -43,7 +41,7 @@ impl Placement {
         let mut holes = Holes::new(granule);
         holes.prepare(PageSize::SIZE_1G);
         Placement::set_free(&mut holes, IovaRange::ALL);
-        Placement { holes: Mutex::new(holes), known: OnceLock::new() }
+        Placement { holes: Mutex::new(holes) }
     }
 
     /// Proposes it.
@@ -62,9 +60,7 @@ impl Placement {
 impl Space {
     /// The proposals of this space, made if there are none yet.
     fn placement(&self) -> &Placement {
-        let placement = self.placement.get_or_init(|| Box::new(Placement::new(self.granule())));
-        placement.known.get_or_init(epoch::wait_for_operations);
-        placement
+        self.placement.get_or_make(|| Placement::new(self.granule()))
     }
 
     /// The lowest place for `length` bytes among the allowed addresses, never 0, with the first of these alignments

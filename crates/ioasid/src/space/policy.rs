@@ -10,8 +10,8 @@
 //! refused for it.
 
 use super::Space;
+use crate::sync::{AtomicU64, Ordering};
 use ioasid_pagetable::{IovaRange, Runs};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a space allows of mappings. By default everything.
 ///

@@ -26,12 +26,12 @@ use crate::epoch;
 use crate::iommu::TableError;
 use crate::memory::Piece;
 use crate::slice::{Recalled, SLICE_PATIENCE, StillBorrowed};
+use crate::sync::Instant;
 use ioasid_pagetable::{
     Attributes, CutError, Gather, HeapTables, IovaRange, Leaf, PageSize, RetractError, Runs,
 };
 use std::ops::ControlFlow;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
 
 /// What an unmap took away.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

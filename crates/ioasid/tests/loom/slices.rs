@@ -1,35 +1,21 @@
-//! Borrowers and unmaps under the `loom` model checker:
+//! Borrowed slices: borrowers and unmaps.
 //!
-//! ```text
-//! RUSTFLAGS="--cfg loom" cargo test --release -p ioasid --test loom_slices
-//! ```
-//!
-//! It runs the engine's own registry, with loom's atomics in place of the standard library's. The table is one leaf: a word
-//! that an unmap exchanges from present to busy and a borrower reads, as the engine does.
+//! The table is one leaf: a word that an unmap exchanges from present to busy and a borrower reads, as the engine does.
 
-#![cfg(loom)]
-
+use crate::model;
 use ioasid_pagetable::{Attributes, IovaRange};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use loom::thread;
 
-#[path = "../src/slice/registry.rs"]
+#[path = "../../src/slice/registry.rs"]
 #[allow(
     unreachable_pub,
     dead_code,
     reason = "the file is a module of the engine and not all of it is used here"
 )]
 mod registry;
-
-/// What the engine's module of this name offers, by loom.
-mod sync {
-    pub(crate) use loom::sync::Mutex;
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-    // Made before the threads of a model begin, so there is nothing about it to be checked.
-    pub(crate) use std::sync::OnceLock;
-}
 
 use registry::Registry;
 
@@ -105,13 +91,6 @@ impl Page {
     }
 }
 
-/// Every order with at most this many involuntary switches between threads.
-fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(test);
-}
-
 #[test]
 fn a_borrower_and_an_unmap_see_each_other() {
     model(3, || {
@@ -132,7 +111,9 @@ fn two_borrowers_are_two() {
             thread::spawn(move || page.borrow())
         });
         page.unmap();
-        borrowers.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+        borrowers.into_iter().for_each(|thread| {
+            let _ = thread.join().unwrap();
+        });
         // All have left: nothing is in the way any more.
         assert!(!page.registry.any(range(), Attributes::READ));
     });
