@@ -21,12 +21,15 @@ use crate::bus::{Bus, BusFull, CHUNK_BITS, CHUNKS, Identity, SMALLEST_WINDOW_BIT
 use crate::epoch::Replaced;
 use crate::host_memory::HostMemory;
 use crate::ledger::charges::Charges;
+use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
-use crate::memory::Registrations;
+use crate::mapped_in::{MappedIn, Spaces};
+use crate::space::Space;
 use crate::sync::{AtomicBool, Mutex, MutexGuard, PoisonError};
 use file::MappedFile;
-use ioasid_pagetable::Oa;
+use ioasid_pagetable::{IovaRange, Oa};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Weak};
@@ -81,27 +84,55 @@ pub struct Backing {
     bytes: Bytes,
     /// What finds it on the bus, so that the same object is never made twice.
     identity: Option<Identity>,
-    /// Set for ever, under the lock of the books.
-    revoked: AtomicBool,
+    /// Set for ever. Its windows on the bus look at it, too.
+    revoked: Arc<AtomicBool>,
+    /// Where any page of it was ever mapped by way of a registration.
+    mapped_in: Spaces,
     /// Held while memory is registered or released, so that a page that is just being unmapped for its last
-    /// registration is not registered and mapped anew before that has happened. Guards where its pages may be mapped.
-    registering: Mutex<Registrations>,
-    books: Mutex<Books>,
+    /// registration is not registered and mapped anew before that has happened.
+    registrations: Mutex<Registrations>,
 }
 
 /// What is registered of an object.
 #[derive(Debug, Default)]
-pub(crate) struct Books {
+pub(crate) struct Registrations {
     /// How many registrations hold each page, and who pays for it.
     charges: Charges,
     /// The windows in use, by number of the chunk of the object: those in which a page is held.
-    windows: BTreeMap<u64, Oa>,
+    windows: BTreeMap<u64, Occupied>,
+    /// Where pages may be mapped on behalf of registrations that do not hold them any more.
+    earlier: Vec<MappedIn>,
+    /// How many registrations want each page locked.
+    locked: Coverage,
 }
 
-impl Books {
+/// A window in use.
+#[derive(Debug)]
+struct Occupied {
+    oa: Oa,
+    /// How many pages are held in it, each as often as it is.
+    holds: u64,
+}
+
+impl Registrations {
     /// Who pays for which pages.
     pub(crate) fn charges(&mut self) -> &mut Charges {
         &mut self.charges
+    }
+
+    /// Those of the pages that this is the only registration to hold, and the others.
+    pub(crate) fn held_once(&self, held: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        self.charges.held_once(held)
+    }
+
+    /// Where pages may be mapped on behalf of registrations that do not hold them any more.
+    pub(crate) fn earlier(&mut self) -> &mut Vec<MappedIn> {
+        &mut self.earlier
+    }
+
+    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
+    pub(crate) fn note(&mut self, space: &Arc<Space>, hull: IovaRange) {
+        MappedIn { space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
     }
 }
 
@@ -160,9 +191,9 @@ impl Backing {
             bus: bus.clone(),
             bytes,
             identity,
-            revoked: AtomicBool::new(false),
-            registering: Mutex::default(),
-            books: Mutex::default(),
+            revoked: Arc::default(),
+            mapped_in: Spaces::default(),
+            registrations: Mutex::default(),
         })
     }
 
@@ -236,21 +267,21 @@ impl Backing {
         }
     }
 
-    /// The fewest and the most registrations that hold a page of these bytes.
+    /// The fewest and the most registrations that hold a page of these bytes. Waits for a release that is under way.
     pub fn holds(&self, offset: u64, length: u64) -> RangeInclusive<u64> {
         let pages = pages(offset, length).unwrap_or_default();
-        let (least, most) = self.books().charges.least_and_most(pages);
+        let (least, most) = self.registrations().charges.least_and_most(pages);
         least..=most
     }
 
-    /// What is registered of it, locked.
-    pub(crate) fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What is registered of it, with the right to register or release.
+    pub(crate) fn registrations(&self) -> MutexGuard<'_, Registrations> {
+        self.registrations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the right to register or release.
-    pub(crate) fn registering(&self) -> MutexGuard<'_, Registrations> {
-        self.registering.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Where any page of it was ever mapped by way of a registration.
+    pub(crate) fn mapped_in(&self) -> &Spaces {
+        &self.mapped_in
     }
 
     /// Logarithm of the bytes that one window of this object has.
@@ -269,90 +300,104 @@ impl Backing {
             Bytes::File { calls: Some(calls), .. } => (calls.clone(), start),
             Bytes::File { file, calls: None } => (file.window(chunk).map_err(HoldError::Unreachable)?, 0),
         };
-        let backing = self.itself.clone();
-        Ok(Window { source, backing, start, offset, revoked: AtomicBool::new(false) })
+        let (backing, revoked) = (self.itself.clone(), self.revoked.clone());
+        Ok(Window { source, backing, start, offset, revoked })
     }
 
     /// Charges pages that the account and those above it do not pay for yet, holds all of them, and gives each chunk its
     /// place on the bus. All or nothing.
-    pub(crate) fn hold(&self, held: Range<u64>, account: &Account) -> Result<Places, HoldError> {
+    pub(crate) fn hold(
+        &self,
+        registrations: &mut Registrations,
+        held: Range<u64>,
+        account: &Account,
+    ) -> Result<Places, HoldError> {
         let needed = chunks(&held, self.window_bits());
         if needed.end - needed.start > CHUNKS {
             return Err(HoldError::BusFull);
         }
-        let mut books = self.books();
         if self.is_revoked() {
             return Err(HoldError::Revoked);
         }
-        let Books { charges, windows } = &mut *books;
+        let Registrations { charges, windows, .. } = registrations;
         charges.hold(held.clone(), account);
-        let placed = account.charge(charges.changed(account), || self.enter_windows(windows, needed.clone()));
+        let placed = account.charge(charges.changed(account), || self.enter_windows(windows, &held));
         if placed.is_err() {
             charges.release(held, account);
             charges.forget(account);
-            // Some windows may have been made before the one that could not.
-            Replaced::drop_all(self.leave_windows(windows, charges, needed));
         }
         placed
     }
 
-    /// Finds or makes a window for each of the chunks. What was made before one that cannot be made stays.
+    /// Finds or makes a window for each of the chunks that the pages lie in; all or none.
     fn enter_windows(
         &self,
-        windows: &mut BTreeMap<u64, Oa>,
-        chunks: Range<u64>,
+        windows: &mut BTreeMap<u64, Occupied>,
+        held: &Range<u64>,
     ) -> Result<Places, HoldError> {
         let bits = self.window_bits();
-        let mut enter = |chunk| match windows.get(&chunk) {
-            Some(&oa) => Ok(oa),
-            None => {
-                let oa = self.bus.add_window(bits, self.window(chunk)?)?;
-                windows.insert(chunk, oa);
-                Ok(oa)
+        let mut enter = |chunk| -> Result<Oa, HoldError> {
+            let pages = pages_in(chunk, held, bits);
+            match windows.entry(chunk) {
+                Entry::Occupied(window) => {
+                    let window = window.into_mut();
+                    window.holds += pages;
+                    Ok(window.oa)
+                }
+                Entry::Vacant(place) => {
+                    let oa = self.bus.add_window(bits, self.window(chunk)?)?;
+                    Ok(place.insert(Occupied { oa, holds: pages }).oa)
+                }
             }
         };
+        let chunks = chunks(held, bits);
         if chunks.end - chunks.start == 1 {
             return Ok(Places::One([enter(chunks.start)?]));
         }
-        Ok(Places::Several(chunks.map(enter).collect::<Result<_, HoldError>>()?))
+        let mut places = Vec::with_capacity((chunks.end - chunks.start) as usize);
+        for chunk in chunks {
+            match enter(chunk) {
+                Ok(oa) => places.push(oa),
+                Err(error) => {
+                    let entered = held.start..(chunk << (bits - PAGE_BITS)).max(held.start);
+                    Replaced::drop_all(self.leave_windows(windows, &entered));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(places.into())
     }
 
-    /// Those of the pages that this is the only registration to hold, and the others.
-    pub(crate) fn held_once(&self, held: Range<u64>) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
-        self.books().charges.held_once(held)
-    }
-
-    /// Undoes [`hold`](Self::hold). Returns whether anything of the object is still held.
-    pub(crate) fn release(&self, held: Range<u64>, account: &Account) -> bool {
-        let mut books = self.books();
-        let Books { charges, windows } = &mut *books;
+    /// Undoes [`hold`](Self::hold).
+    pub(crate) fn release(&self, registrations: &mut Registrations, held: Range<u64>, account: &Account) {
+        let Registrations { charges, windows, earlier, .. } = registrations;
         charges.release(held.clone(), account);
         account.credit(charges.changed(account));
         charges.forget(account);
-        let gone = self.leave_windows(windows, charges, chunks(&held, self.window_bits()));
-        let others = !charges.is_empty();
-        drop(books);
+        if charges.is_empty() {
+            earlier.clear();
+        }
         // All mappings have gone before, but who asks for an address that no table gave is no reason to touch memory
         // that is about to be its owner's again.
-        Replaced::drop_all(gone);
-        others
+        Replaced::drop_all(self.leave_windows(windows, &held));
     }
 
-    /// Gives back the windows in which nothing is held any more; whether there were any.
+    /// Gives back the windows in which nothing is held any more.
     fn leave_windows(
         &self,
-        windows: &mut BTreeMap<u64, Oa>,
-        charges: &Charges,
-        chunks: Range<u64>,
+        windows: &mut BTreeMap<u64, Occupied>,
+        held: &Range<u64>,
     ) -> Vec<Replaced<Window>> {
         let mut gone = Vec::new();
-        let shift = self.window_bits() - PAGE_BITS;
-        for chunk in chunks {
-            // Pages are numbered below 2^52, so the end of the last chunk does not overflow.
-            if charges.is_free(chunk << shift..(chunk + 1) << shift) {
-                if let Some(oa) = windows.remove(&chunk) {
-                    gone.extend(self.bus.remove_window(oa));
-                }
+        if held.is_empty() {
+            return gone;
+        }
+        for chunk in chunks(held, self.window_bits()) {
+            let Entry::Occupied(mut window) = windows.entry(chunk) else { continue };
+            let holds = &mut window.get_mut().holds;
+            *holds = holds.saturating_sub(pages_in(chunk, held, self.window_bits()));
+            if *holds == 0 {
+                gone.extend(self.bus.remove_window(window.remove().oa));
             }
         }
         gone
@@ -381,6 +426,12 @@ fn window_bits(length: Option<u64>) -> u32 {
 pub(crate) fn pages(offset: u64, length: u64) -> Option<Range<u64>> {
     let last = offset.checked_add(length.checked_sub(1)?)?;
     Some(offset >> PAGE_BITS..(last >> PAGE_BITS) + 1)
+}
+
+/// How many of the pages lie in a chunk. Pages are numbered below 2^52, so the end of the last chunk does not overflow.
+fn pages_in(chunk: u64, pages: &Range<u64>, window_bits: u32) -> u64 {
+    let shift = window_bits - PAGE_BITS;
+    pages.end.min((chunk + 1) << shift).saturating_sub(pages.start.max(chunk << shift))
 }
 
 /// The numbers of the chunks that the pages lie in.

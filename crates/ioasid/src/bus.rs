@@ -15,8 +15,8 @@
 //! windows do not need: objects are either large, and whole chunks are all alike, or small and of few sizes.
 //!
 //! A window holds no reference count that a mapping would have to touch. It goes when no registration holds memory
-//! in it any more, after all mappings of that memory are gone. It can be closed before, for ever: then nothing is
-//! found there, whatever tables say, but the addresses stay taken as long as tables may say so.
+//! in it any more, after all mappings of that memory are gone. All windows of an object can be closed before, for ever: then
+//! nothing is found there, whatever tables say, but the addresses stay taken as long as tables may say so.
 //!
 //! The bus also knows the objects that have an identity outside of this program, such as files, so that nobody makes a
 //! second object of the same memory.
@@ -77,8 +77,8 @@ pub(crate) struct Window {
     pub(crate) start: u64,
     /// Where in the source the window begins, in bytes.
     pub(crate) offset: u64,
-    /// Nothing is found here any more.
-    pub(crate) revoked: AtomicBool,
+    /// Nothing is found here any more. One flag for all windows of an object.
+    pub(crate) revoked: Arc<AtomicBool>,
 }
 
 struct Free {
@@ -192,17 +192,6 @@ impl Bus {
         // Its place was free, so nothing is replaced that anybody could be using.
         drop(chunk.windows[(within >> bits) as usize].replace(Some(Arc::new(window))));
         Ok(Oa::new(oa))
-    }
-
-    /// Has nothing found in a window any more. DMA that has found something may still be using it.
-    pub(crate) fn close_window(&self, oa: Oa) {
-        let Some(chunk) = self.chunk(oa.get() >> CHUNK_BITS) else { return };
-        let within = oa.get() & ((1 << CHUNK_BITS) - 1);
-        let section = epoch::dma();
-        let slot = chunk.windows.get((within >> chunk.window_bits) as usize);
-        if let Some(window) = slot.and_then(|slot| slot.load(&section)) {
-            window.revoked.store(true, Ordering::SeqCst);
-        }
     }
 
     /// Takes a window back. Nothing maps it any more; but somebody may be asking for an address that no table gave.

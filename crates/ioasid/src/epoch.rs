@@ -82,6 +82,7 @@ pub fn wait_for_dma() {
 }
 
 /// Begins an operation on a space.
+#[inline]
 pub(crate) fn operation() -> Section {
     enter(&OPERATIONS_LOCAL, &OPERATIONS)
 }

@@ -17,8 +17,8 @@
 //! The accounts of one tree share a lock, which is held while a charge is checked against every level and then
 //! entered at every level. Counters without a lock would have to be raised one after the other; a charge that is
 //! refused at the top would be visible further down for a moment, and could refuse another one there that fits.
-//! The lock is held for some additions, by registrations and never by mappings. Locks are taken in the order: books
-//! of objects (by address, if several), trees (by address, if several), the bus.
+//! The lock is held for some additions, by registrations and never by mappings. Locks are taken in the order:
+//! registrations of objects (by address, if several), trees (by address, if several), the bus.
 
 use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, PoisonError};
 use std::fmt;

@@ -15,18 +15,20 @@
 //! operations that may not have seen that are waited for; and whatever these have mapped is there to be found when
 //! the pages are unmapped. What was given back at the end can be had again by growing.
 
-use crate::backing::{Backing, HoldError, PAGE_BITS, Places, Residency, ResidencyError, pages};
+use crate::backing::{
+    Backing, HoldError, PAGE_BITS, Places, Registrations, Residency, ResidencyError, pages,
+};
 use crate::epoch::{self, Published, Reading};
 use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::mapped_in::{MappedIn, Notes};
 use crate::space::{Space, UnmapError};
-use crate::sync::{AtomicBool, Mutex, Ordering, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use ioasid_pagetable::{IovaRange, Oa};
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::borrow::Cow;
 use std::io;
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
@@ -36,19 +38,16 @@ pub struct Memory {
     backing: Arc<Backing>,
     /// In bytes of the object.
     offset: u64,
-    /// Who is charged. Changes only while the backing's lock for registering and its books are held.
+    /// Who is charged. Changes only while the backing's registrations are locked.
     payer: Mutex<Account>,
     residency: Residency,
-    /// Its number among the registrations of the object.
-    number: usize,
-    /// Changed under the backing's lock for registering.
+    /// Changed while the backing's registrations are locked.
     extent: Published<Extent>,
-    /// Pages before the end that are held no more; changed under the same lock.
-    given_back: RwLock<Coverage>,
-    /// Whether there are any.
-    has_holes: AtomicBool,
+    /// Pages before the end that are held no more, from the first time on that there are any; changed under the same
+    /// lock.
+    given_back: OnceLock<Box<RwLock<Coverage>>>,
     /// Where it was mapped.
-    notes: Arc<Notes>,
+    notes: Notes,
 }
 
 /// How far registered memory reaches.
@@ -58,19 +57,6 @@ struct Extent {
     length: u64,
     /// The places on the bus of the chunks it lies in.
     places: Places,
-}
-
-/// The registrations of an object, as far as the object has to know of them.
-#[derive(Debug, Default)]
-pub(crate) struct Registrations {
-    /// Where each was mapped, by its number.
-    notes: Vec<Option<Arc<Notes>>>,
-    /// Numbers that are free again.
-    free: Vec<usize>,
-    /// Where pages may be mapped on behalf of registrations that do not hold them any more.
-    earlier: Vec<MappedIn>,
-    /// How many registrations want each page locked.
-    locked: Coverage,
 }
 
 /// Why memory was not registered. Nothing is charged or held.
@@ -162,50 +148,6 @@ impl Piece {
     }
 }
 
-impl Registrations {
-    /// Enters a registration. Returns its number.
-    fn enter(&mut self, notes: Arc<Notes>) -> usize {
-        match self.free.pop() {
-            Some(number) => {
-                self.notes[number] = Some(notes);
-                number
-            }
-            None => {
-                self.notes.push(Some(notes));
-                self.notes.len() - 1
-            }
-        }
-    }
-
-    fn leave(&mut self, number: usize) {
-        self.notes[number] = None;
-        self.free.push(number);
-    }
-
-    /// Adds a note that memory of the object is about to be mapped there on behalf of no registration in particular.
-    pub(crate) fn note(&mut self, space: &Arc<Space>, hull: IovaRange) {
-        MappedIn { space: Arc::downgrade(space), hull }.add_to(&mut self.earlier);
-    }
-
-    /// Where any page of the object may be mapped, one note for each space.
-    pub(crate) fn all_notes(&self) -> Vec<MappedIn> {
-        let mut all: HashMap<*const Space, MappedIn> = HashMap::new();
-        let notes = self.notes.iter().flatten().flat_map(|notes| notes.all());
-        for note in self.earlier.iter().cloned().chain(notes) {
-            match all.entry(note.space.as_ptr()) {
-                Entry::Occupied(mut other) => other.get_mut().widen(note.hull),
-                Entry::Vacant(place) => drop(place.insert(note)),
-            }
-        }
-        all.into_values().collect()
-    }
-
-    /// Nothing is mapped any more on behalf of registrations that are gone.
-    pub(crate) fn forget_earlier(&mut self) {
-        self.earlier.clear();
-    }
-}
-
 impl Memory {
     /// Registers `length` bytes of the object from `offset` on.
     ///
@@ -243,19 +185,15 @@ impl Memory {
         if !backing.reaches(offset + (length - 1)).map_err(RegisterError::Unreachable)? {
             return Err(RegisterError::OutOfBounds { offset, length });
         }
-        let mut registrations = backing.registering();
-        let places = hold(backing, &mut registrations, held, account, residency)?;
-        let notes = Arc::new(Notes::default());
+        let places = hold(backing, &mut backing.registrations(), held, account, residency)?;
         Ok(Arc::new(Memory {
             backing: backing.clone(),
             offset,
             payer: Mutex::new(account.clone()),
             residency,
-            number: registrations.enter(notes.clone()),
             extent: Published::new(Extent { length, places }),
-            given_back: RwLock::default(),
-            has_holes: AtomicBool::new(false),
-            notes,
+            given_back: OnceLock::new(),
+            notes: Notes::default(),
         }))
     }
 
@@ -287,7 +225,7 @@ impl Memory {
         if additional == 0 {
             return Err(RegisterError::Empty);
         }
-        let mut registrations = self.backing.registering();
+        let mut registrations = self.backing.registrations();
         let (length, mut places) = {
             let extent = self.extent.read();
             (extent.length, extent.places.as_slice().to_vec())
@@ -340,7 +278,7 @@ impl Memory {
     ///
     /// [`ReleaseError`]; then all of it is registered as before.
     pub fn release(&self, offset: u64, length: u64) -> Result<(), ReleaseError> {
-        let mut registrations = self.backing.registering();
+        let mut registrations = self.backing.registrations();
         let whole = self.length();
         let end = offset.checked_add(length).filter(|end| length > 0 && *end <= whole);
         let end = end.ok_or(ReleaseError::NotRegistered { offset, length })?;
@@ -348,16 +286,15 @@ impl Memory {
         if !(offset == 0 || is_boundary(offset)) || !(end == whole || is_boundary(end)) {
             return Err(ReleaseError::Misaligned { offset, length });
         }
-        let going = pages(self.offset + offset, length);
-        let going = going.filter(|pages| self.given_back().is_free(pages.clone()));
+        let going = pages(self.offset + offset, length).filter(|pages| !self.misses_any(pages));
         let going = going.ok_or(ReleaseError::NotRegistered { offset, length })?;
         self.change_holes(|holes| holes.hold(going.clone()));
         epoch::wait_for_operations();
-        if let Err(error) = self.unmap(&mut registrations, std::slice::from_ref(&going), Effort::Exact) {
+        if let Err(error) = self.unmap(&mut registrations, slice::from_ref(&going), Effort::Exact) {
             self.change_holes(|holes| holes.release(going));
             return Err(error.into());
         }
-        self.let_go(&mut registrations, going);
+        let_go(&self.backing, &mut registrations, going, &self.account(), self.residency);
         if end == whole {
             self.cut_end();
         }
@@ -368,7 +305,7 @@ impl Memory {
     fn cut_end(&self) {
         let extent = self.extent.read();
         let all = pages(self.offset, extent.length).unwrap_or(0..0);
-        let end = self.given_back().divide(all.clone(), 0).0.last().map_or(all.start, |part| part.end);
+        let end = self.held(&all).last().map_or(all.start, |part| part.end);
         let chunk = |page: u64| page >> (self.backing.window_bits() - PAGE_BITS);
         let (length, chunks) = match end > all.start {
             true => ((end << PAGE_BITS) - self.offset, (chunk(end - 1) - chunk(all.start)) as usize + 1),
@@ -381,26 +318,38 @@ impl Memory {
         self.change_holes(|holes| holes.release(end..all.end));
     }
 
-    /// The pages that are held, by number in the object. They stay while the backing's lock for registering is held.
-    pub(crate) fn held(&self) -> Vec<Range<u64>> {
-        let all = pages(self.offset, self.length()).unwrap_or_default();
-        self.given_back().divide(all, 0).0
+    /// All pages from its first to its last, by number in the object.
+    pub(crate) fn pages(&self) -> Range<u64> {
+        pages(self.offset, self.length()).unwrap_or_default()
     }
 
-    /// The account that is charged. Not to be changed unless the backing's books and its lock for registering are held.
+    /// Those of its pages that are held. They stay while the backing's registrations are locked.
+    pub(crate) fn held<'a>(&self, pages: &'a Range<u64>) -> Cow<'a, [Range<u64>]> {
+        match self.given_back() {
+            Some(holes) => Cow::Owned(holes.divide(pages.clone(), 0).0),
+            None if pages.is_empty() => Cow::Borrowed(&[]),
+            None => Cow::Borrowed(slice::from_ref(pages)),
+        }
+    }
+
+    /// The account that is charged. Not to be changed unless the backing's registrations are locked.
     pub(crate) fn payer(&self) -> &Mutex<Account> {
         &self.payer
     }
 
-    fn given_back(&self) -> RwLockReadGuard<'_, Coverage> {
-        self.given_back.read().unwrap_or_else(PoisonError::into_inner)
+    /// What was given back, if ever anything was.
+    fn given_back(&self) -> Option<RwLockReadGuard<'_, Coverage>> {
+        self.given_back.get().map(|holes| holes.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether some of the pages were given back.
+    fn misses_any(&self, pages: &Range<u64>) -> bool {
+        self.given_back().is_some_and(|holes| !holes.is_free(pages.clone()))
     }
 
     fn change_holes(&self, change: impl FnOnce(&mut Coverage) -> u64) {
-        let mut holes: RwLockWriteGuard<'_, Coverage> =
-            self.given_back.write().unwrap_or_else(PoisonError::into_inner);
-        change(&mut holes);
-        self.has_holes.store(!holes.is_empty(), Ordering::Release);
+        let holes = self.given_back.get_or_init(Box::default);
+        change(&mut holes.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Whether these bytes can be mapped. In an operation they can be for the rest of it, and the pieces stay the same; and
@@ -414,14 +363,21 @@ impl Memory {
         if end.is_none_or(|end| end > self.extent.read().length) {
             return Err(Unavailable::NotRegistered);
         }
-        if self.has_holes.load(Ordering::Acquire) {
-            // Within the extent, so it is a range of pages.
-            let whole = pages(self.offset + offset, length);
-            if !whole.is_some_and(|pages| self.given_back().is_free(pages)) {
-                return Err(Unavailable::NotRegistered);
-            }
+        // Within the extent, so it is a range of pages.
+        if pages(self.offset + offset, length).is_none_or(|pages| self.misses_any(&pages)) {
+            return Err(Unavailable::NotRegistered);
         }
         Ok(())
+    }
+
+    /// The output address of the byte at `offset`; `None` if it and the `length` bytes from it on are not registered, or are none.
+    #[inline]
+    pub(crate) fn first_output(&self, offset: u64, length: u64) -> Option<Oa> {
+        let extent = self.extent.read();
+        offset.checked_add(length.checked_sub(1)?).filter(|last| *last < extent.length)?;
+        let (at, bits) = (self.offset + offset, self.backing.window_bits());
+        let place = extent.places.as_slice().get(((at >> bits) - (self.offset >> bits)) as usize)?;
+        Some(Oa::new(place.get() + (at & ((1 << bits) - 1))))
     }
 
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
@@ -471,15 +427,17 @@ impl Memory {
 
     /// Notes that it is about to be mapped there.
     pub(crate) fn note_mapped(&self, space: &Arc<Space>, range: IovaRange) {
-        self.notes.add(space, range);
+        self.notes.add(space, range, self.backing.mapped_in());
     }
 
     /// The pieces that these pages, all of them registered, consist of, by output address.
     fn page_pieces(&self, pages: &[Range<u64>]) -> Vec<Piece> {
         let last = |page: u64| (page << PAGE_BITS) | ((1 << PAGE_BITS) - 1);
-        let bytes = pages.iter().map(|pages| (pages.start << PAGE_BITS, last(pages.end - 1)));
-        let mut pieces: Vec<Piece> =
-            bytes.flat_map(|(first, last)| self.object_pieces(self.extent.read(), first, last)).collect();
+        let mut pieces = Vec::with_capacity(pages.len());
+        for part in pages {
+            let (first, last) = (part.start << PAGE_BITS, last(part.end - 1));
+            pieces.extend(self.object_pieces(self.extent.read(), first, last));
+        }
         pieces.sort_unstable_by_key(|piece| piece.oa);
         pieces
     }
@@ -491,16 +449,29 @@ impl Memory {
         parts: &[Range<u64>],
         effort: Effort,
     ) -> Result<(), UnmapError> {
+        registrations.earlier().retain(MappedIn::is_current);
+        // Mostly nothing is mapped any more.
+        let pieces = self.page_pieces(parts);
+        let mut notes = Vec::new();
+        let mut look = |note: MappedIn| {
+            if note.may_lead_to(&pieces) {
+                notes.push(note);
+            }
+        };
+        registrations.earlier().iter().cloned().for_each(&mut look);
+        self.notes.for_each(self.backing.mapped_in(), look);
+        if notes.is_empty() {
+            return Ok(());
+        }
         let (mut ours, mut shared) = (Vec::new(), Vec::new());
         for part in parts {
-            let (only_ours, others) = self.backing.held_once(part.clone());
+            let (only_ours, others) = registrations.held_once(part.clone());
             ours.extend(only_ours);
             shared.extend(others);
         }
-        let own = self.notes.all();
         let going = self.page_pieces(&ours);
         if !going.is_empty() {
-            for note in own.iter().chain(registrations.earlier.iter()) {
+            for note in &notes {
                 match effort {
                     Effort::AtAnyPrice => note.unmap(&going),
                     Effort::Exact => {
@@ -511,25 +482,15 @@ impl Memory {
                 }
             }
         }
-        // Pages that others hold stay mapped where we mapped them. The last of the others will need to know; but
-        // mostly nothing is mapped any more, and a note less is a space less that they have to look through.
+        // Pages that others hold stay mapped where we mapped them. The last of the others will need to know; but a note
+        // less is a space less that they have to look through.
         let staying = self.page_pieces(&shared);
-        for note in own {
-            let space = note.space.upgrade();
-            if !staying.is_empty() && space.is_some_and(|space| space.may_lead_to(note.hull, &staying)) {
-                note.add_to(&mut registrations.earlier);
+        for note in notes {
+            if !staying.is_empty() && note.may_lead_to(&staying) {
+                note.add_to(registrations.earlier());
             }
         }
-        registrations.earlier.retain(MappedIn::is_current);
         Ok(())
-    }
-
-    /// Holds the pages no longer.
-    fn let_go(&self, registrations: &mut Registrations, part: Range<u64>) {
-        self.backing.leave_resident(&mut registrations.locked, part.clone(), self.residency);
-        if !self.backing.release(part, &self.account()) {
-            registrations.earlier.clear();
-        }
     }
 }
 
@@ -550,25 +511,37 @@ fn hold(
     account: &Account,
     residency: Residency,
 ) -> Result<Places, RegisterError> {
-    let places = backing.hold(pages.clone(), account)?;
-    if let Err(error) = backing.make_resident(&mut registrations.locked, pages.clone(), residency) {
-        backing.release(pages, account);
+    let places = backing.hold(registrations, pages.clone(), account)?;
+    if let Err(error) = backing.make_resident(registrations, pages.clone(), residency) {
+        backing.release(registrations, pages, account);
         return Err(error.into());
     }
     Ok(places)
 }
 
+/// Holds the pages no longer.
+fn let_go(
+    backing: &Backing,
+    registrations: &mut Registrations,
+    pages: Range<u64>,
+    account: &Account,
+    residency: Residency,
+) {
+    backing.leave_resident(registrations, pages.clone(), residency);
+    backing.release(registrations, pages, account);
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
-        let memory = &*self;
-        let mut registrations = memory.backing.registering();
-        let parts = memory.held();
+        let mut registrations = self.backing.registrations();
+        let pages = self.pages();
+        let parts = self.held(&pages);
         // Unmapping at any price does not fail.
-        let _ = memory.unmap(&mut registrations, &parts, Effort::AtAnyPrice);
-        for part in parts {
-            memory.let_go(&mut registrations, part);
+        let _ = self.unmap(&mut registrations, &parts, Effort::AtAnyPrice);
+        let account = self.payer.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for part in parts.iter() {
+            let_go(&self.backing, &mut registrations, part.clone(), account, self.residency);
         }
-        registrations.leave(memory.number);
     }
 }
 
@@ -592,14 +565,14 @@ mod tests {
             space.map(Iova::new(round * PAGE), &memory, 0, PAGE, Permissions::READ).unwrap();
             space.unmap(IovaRange::ALL).unwrap();
             drop(memory);
-            assert!(backing.registering().earlier.is_empty());
+            assert!(backing.registrations().earlier().is_empty());
         }
         for round in 0..10 {
             space.map(Iova::new(round * PAGE), &register(), 0, PAGE, Permissions::READ).unwrap();
         }
-        let notes: Vec<IovaRange> = backing.registering().earlier.iter().map(|note| note.hull).collect();
+        let notes: Vec<IovaRange> = backing.registrations().earlier().iter().map(|note| note.hull).collect();
         assert_eq!(notes, [IovaRange::with_length(0, 10 * PAGE).unwrap()]);
         drop(stays);
-        assert!(backing.registering().earlier.is_empty() && space.leaves(IovaRange::ALL).is_empty());
+        assert!(backing.registrations().earlier().is_empty() && space.leaves(IovaRange::ALL).is_empty());
     }
 }

@@ -170,6 +170,11 @@ impl Space {
         self.native.format().granule()
     }
 
+    /// Its number, which no other space of the process ever has; below 2^63.
+    pub(crate) fn number(&self) -> u64 {
+        self.id
+    }
+
     pub(crate) fn native(&self) -> &Radix<Native> {
         &self.native
     }

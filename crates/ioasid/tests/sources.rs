@@ -563,3 +563,31 @@ fn what_is_given_back_while_it_is_mapped_is_mapped_nowhere_afterwards() {
         stop.store(true, Ordering::Relaxed);
     });
 }
+
+#[test]
+fn whatever_registrations_were_mapped_in_many_spaces_is_found_again() {
+    const SPACES: u64 = 6;
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    let backing = Backing::anonymous(&bus, SPACES * K4).unwrap();
+    // The first space of the object is gone before the others come.
+    let early = Memory::register(&backing, 0, K4, &account).unwrap();
+    Space::new(&bus).map(Iova::new(0), &early, 0, K4, RW).unwrap();
+    let spaces: Vec<_> = (0..SPACES).map(|_| Space::new(&bus)).collect();
+    let mut memories: Vec<_> =
+        (0..SPACES).map(|page| Memory::register(&backing, page * K4, K4, &account).unwrap()).collect();
+    let own = |space: u64| range(space * G1, K4);
+    let next = |space: u64| range((space + 64) * G1, K4);
+    for number in 0..SPACES {
+        // Each in two spaces, far apart from what is there of others.
+        for (space, at) in [(number, own(number)), ((number + 1) % SPACES, next(number))] {
+            let space = &spaces[space as usize];
+            space.map(Iova::new(at.first()), &memories[number as usize], 0, K4, RW).unwrap();
+        }
+    }
+    let mapped = |space: u64| spaces[space as usize].leaves(IovaRange::ALL).len();
+    drop(memories.remove(3));
+    assert_eq!((0..SPACES).map(mapped).collect::<Vec<_>>(), [2, 2, 2, 1, 1, 2]);
+    assert!(spaces[3].walk(Iova::new(next(2).first())).is_some());
+    backing.revoke();
+    assert_eq!((0..SPACES).map(mapped).sum::<usize>(), 0);
+}

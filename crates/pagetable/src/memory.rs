@@ -87,7 +87,7 @@ mod heap {
     //! together, aligned to their size: the first holds the states of the other 63, found by masking the address.
     //! Each has a cache line to itself, or threads at work on neighbouring tables would share one. A table costs
     //! 4 KiB and 1/63. A slab whose pages are all free goes back to the heap, unless there is little to spare: memory
-    //! that comes back from the system has to be cleared and faulted in, which costs several times a table's use.
+    //! that comes back from the system has to be brought in and cleared, which costs several times a table's use.
     //!
     //! Free pages are clear, and so are their states. Most tables come back empty, since being empty is why they were retired, so whoever
     //! needs a table seldom waits for 4 KiB to be cleared, and never between a map call and its return.
@@ -96,7 +96,7 @@ mod heap {
     use crate::format::TableLayout;
     use core::ptr::NonNull;
     use core::sync::atomic::AtomicU64;
-    use std::alloc::{Layout, alloc_zeroed, dealloc};
+    use std::alloc::{Layout, alloc, alloc_zeroed, dealloc};
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
     const PAGE: usize = 4096;
@@ -196,8 +196,11 @@ mod heap {
                 Some(slab) => *slab,
                 None => {
                     // SAFETY: the layout's size is not zero.
-                    let memory = unsafe { alloc_zeroed(SLAB) };
-                    let slab = NonNull::new(memory.cast::<Header>()).ok_or(OutOfTables)?;
+                    let memory = NonNull::new(unsafe { alloc(SLAB) }).ok_or(OutOfTables)?;
+                    bring_in(memory);
+                    // SAFETY: that many bytes were just allocated.
+                    unsafe { memory.write_bytes(0, SLAB.size()) };
+                    let slab = memory.cast::<Header>();
                     // SAFETY: zeroed memory is a valid header, and nobody else knows it yet.
                     unsafe {
                         (*slab.as_ptr()).books = Books { free: ALL_FREE, position: 0 };
@@ -241,6 +244,18 @@ mod heap {
                 unsafe { dealloc(slab.cast().as_ptr(), SLAB) };
             }
         }
+    }
+
+    /// Has the system give a new slab all of its memory in one call, which takes half of the time that the 64 faults of
+    /// clearing it would. Where that cannot be done they do it.
+    fn bring_in(slab: NonNull<u8>) {
+        #[cfg(target_os = "linux")]
+        // SAFETY: the slab was just allocated and is nobody else's; this changes no byte of it that was written.
+        unsafe {
+            libc::madvise(slab.as_ptr().cast(), SLAB.size(), libc::MADV_POPULATE_WRITE);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = slab;
     }
 
     /// Whether all entries of a table page are 0.

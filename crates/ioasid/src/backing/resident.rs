@@ -5,9 +5,8 @@
 //! count: one unlock undoes any number of locks. So the backing counts for itself, and unlocks a page with the last registration
 //! that wanted it locked.
 
-use super::{Backing, Bytes, PAGE_BITS, Source};
+use super::{Backing, Bytes, PAGE_BITS, Registrations, Source};
 use crate::host_memory::HostMemory;
-use crate::ledger::coverage::Coverage;
 use std::io;
 use std::ops::Range;
 
@@ -58,10 +57,10 @@ fn limit_hint(limit: Option<u64>) -> String {
 }
 
 impl Backing {
-    /// Does what is asked for to the pages; all or, as far as locks go, nothing. `locked`: how often each is locked.
+    /// Does what is asked for to the pages; all or, as far as locks go, nothing.
     pub(crate) fn make_resident(
         &self,
-        locked: &mut Coverage,
+        registrations: &mut Registrations,
         pages: Range<u64>,
         residency: Residency,
     ) -> Result<(), ResidencyError> {
@@ -72,6 +71,7 @@ impl Backing {
                 .map_err(ResidencyError::NotPopulated),
             Residency::Locked => {
                 let pages = whole_system_pages(pages);
+                let locked = &mut registrations.locked;
                 let (new, _) = locked.divide(pages.clone(), 0);
                 for (index, part) in new.iter().enumerate() {
                     let lock = |memory: &HostMemory, offset, length| memory.lock(offset, length);
@@ -89,8 +89,14 @@ impl Backing {
     }
 
     /// Undoes it.
-    pub(crate) fn leave_resident(&self, locked: &mut Coverage, pages: Range<u64>, residency: Residency) {
+    pub(crate) fn leave_resident(
+        &self,
+        registrations: &mut Registrations,
+        pages: Range<u64>,
+        residency: Residency,
+    ) {
         if residency == Residency::Locked {
+            let locked = &mut registrations.locked;
             let pages = whole_system_pages(pages);
             let (last, _) = locked.divide(pages.clone(), 1);
             locked.release(pages);

@@ -1,6 +1,6 @@
 //! Taking memory back from everybody; see [the parent module](super).
 
-use super::{Backing, PAGE_BITS};
+use super::{Backing, Occupied};
 use crate::epoch;
 use crate::memory::Piece;
 use crate::sync::Ordering;
@@ -36,36 +36,28 @@ impl Backing {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn revoke(&self) {
-        self.close_windows();
+        // Every DMA to it faults from here on.
+        self.revoked.store(true, Ordering::SeqCst);
         // DMA that found a window open may still be copying. A map that found the object there may still be about to
         // become visible; its note of where is there already.
         epoch::wait_for_dma();
         epoch::wait_for_operations();
-        let mut registrations = self.registering();
-        let pieces = self.window_pieces();
-        for note in registrations.all_notes() {
+        let mut registrations = self.registrations();
+        let mut pieces: Vec<Piece> =
+            registrations.windows.values().map(|window| self.piece(window)).collect();
+        pieces.sort_unstable_by_key(|piece| piece.oa);
+        let mut notes = Vec::new();
+        self.mapped_in.for_each(|note| notes.push(note));
+        registrations.earlier.iter().for_each(|note| note.add_to(&mut notes));
+        for note in notes {
             note.unmap(&pieces);
         }
-        registrations.forget_earlier();
+        // Nothing is mapped any more on behalf of registrations that are gone.
+        registrations.earlier.clear();
     }
 
-    /// Makes every DMA to the object fault, at once.
-    fn close_windows(&self) {
-        let books = self.books();
-        self.revoked.store(true, Ordering::SeqCst);
-        // No window comes from now on.
-        for oa in books.windows.values() {
-            self.bus.close_window(*oa);
-        }
-    }
-
-    /// All of the bus that the object has, by output address.
-    fn window_pieces(&self) -> Vec<Piece> {
-        let bits = self.window_bits();
-        let mut pieces: Vec<Piece> =
-            self.books().windows.values().map(|&oa| Piece { oa, length: 1 << bits }).collect();
-        pieces.sort_unstable_by_key(|piece| piece.oa);
-        debug_assert!(bits >= PAGE_BITS);
-        pieces
+    /// All of a window of the object.
+    fn piece(&self, window: &Occupied) -> Piece {
+        Piece { oa: window.oa, length: 1 << self.window_bits() }
     }
 }

@@ -65,6 +65,9 @@ impl<T> Replaced<T> {
 
     /// Lets go of many, with one wait for all of them.
     pub fn drop_all(replaced: Vec<Replaced<T>>) {
+        if replaced.is_empty() {
+            return;
+        }
         let values: Vec<Arc<T>> = replaced.into_iter().filter_map(|mut replaced| replaced.0.take()).collect();
         if !values.is_empty() {
             wait_for_dma();

@@ -4,16 +4,21 @@
 //! one cache line that all mappers of the same memory fight for; here a reader does a plain load inside of an
 //! operation, and whoever replaces the value waits for the operations that may have read the old one. When
 //! [`replace`](Published::replace) returns, the old value is used by nobody.
+//!
+//! Most values are never replaced, so the first one has its place in here and takes no allocation. It stays as long as
+//! the [`Published`] does.
 
 use super::{Section, operation, wait_for_operations};
 use crate::sync::{AtomicPtr, Ordering};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::ptr;
 
 /// A value that is read within operations.
 pub(crate) struct Published<T> {
-    /// From a `Box`, never null.
+    first: T,
+    /// What has replaced it, from a `Box`; null: nothing has.
     value: AtomicPtr<T>,
     owned: PhantomData<Box<T>>,
 }
@@ -30,18 +35,18 @@ pub(crate) struct Reading<'a, T> {
 }
 
 impl<T> Published<T> {
-    pub(crate) fn new(value: T) -> Published<T> {
-        Published { value: AtomicPtr::new(Box::into_raw(Box::new(value))), owned: PhantomData }
+    pub(crate) fn new(first: T) -> Published<T> {
+        Published { first, value: AtomicPtr::new(ptr::null_mut()), owned: PhantomData }
     }
 
     /// Reads the value, in an operation of its own or within the thread's present one.
     #[inline]
     pub(crate) fn read(&self) -> Reading<'_, T> {
         let operation = operation();
-        // SAFETY: from a `Box`, and not freed before the operations that began before its replacement have ended; this
-        // one began before the load, and lasts as long as the reference.
-        let value = unsafe { &*self.value.load(Ordering::Acquire) };
-        Reading { value, _operation: operation }
+        // SAFETY: null or from a `Box`, and not freed before the operations that began before its replacement have
+        // ended; this one began before the load, and lasts as long as the reference.
+        let replacement = unsafe { self.value.load(Ordering::Acquire).as_ref() };
+        Reading { value: replacement.unwrap_or(&self.first), _operation: operation }
     }
 
     /// Replaces the value. When this returns, no operation uses the old one. Not to be called inside an operation,
@@ -49,15 +54,28 @@ impl<T> Published<T> {
     pub(crate) fn replace(&self, value: T) {
         let old = self.value.swap(Box::into_raw(Box::new(value)), Ordering::AcqRel);
         wait_for_operations();
-        // SAFETY: from a `Box`, found by nobody any more since the swap, and used by nobody any more since the wait.
-        drop(unsafe { Box::from_raw(old) });
+        // SAFETY: null or from a `Box`, found by nobody any more since the swap, and used by nobody any more since the
+        // wait.
+        unsafe { drop_box(old) };
+    }
+}
+
+/// Drops what a `Box` was made into, if it is not null.
+///
+/// # Safety
+///
+/// From a `Box` or null, and used by nobody any more.
+unsafe fn drop_box<T>(value: *mut T) {
+    if !value.is_null() {
+        // SAFETY: promised by the caller.
+        drop(unsafe { Box::from_raw(value) });
     }
 }
 
 impl<T> Drop for Published<T> {
     fn drop(&mut self) {
-        // SAFETY: from a `Box`; a reader borrows `self`, so there is none.
-        drop(unsafe { Box::from_raw(self.value.load(Ordering::Relaxed)) });
+        // SAFETY: null or from a `Box`; a reader borrows `self`, so there is none.
+        unsafe { drop_box(self.value.load(Ordering::Relaxed)) };
     }
 }
 

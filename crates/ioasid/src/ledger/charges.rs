@@ -151,11 +151,6 @@ impl Charges {
         }
     }
 
-    /// Whether nobody holds any of the pages.
-    pub(crate) fn is_free(&self, pages: Range<u64>) -> bool {
-        self.everyone().is_none_or(|coverage| coverage.is_free(pages))
-    }
-
     /// The fewest and the most registrations that a page of these has.
     pub(crate) fn least_and_most(&self, pages: Range<u64>) -> (u64, u64) {
         self.everyone().map_or((0, 0), |coverage| coverage.least_and_most(pages))

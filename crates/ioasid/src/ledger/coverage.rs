@@ -35,6 +35,8 @@ const SPARSE: usize = BLOCK / 4;
 pub(crate) struct Coverage {
     /// By their first page. The first block begins at page 0, the last ends behind all pages. None: 0 everywhere.
     blocks: BTreeMap<u64, Block>,
+    /// The block that was changed last, unless it was divided or joined: who registers piece after piece goes on there.
+    recent: Range<u64>,
 }
 
 /// What the function is between two pages.
@@ -100,6 +102,7 @@ impl Coverage {
         if let (1, Some((_, only))) = (self.blocks.len(), self.blocks.first_key_value()) {
             if only.step_count() == 1 && only.parts(0, 0).all(|(_, count)| count == 0) {
                 self.blocks.clear();
+                self.recent = 0..0;
             }
         }
         released
@@ -149,17 +152,19 @@ impl Coverage {
         let mut crossed = 0;
         let mut at = pages.start;
         while at < pages.end {
-            let Some((&first, block)) = self.blocks.range_mut(..=at).next_back() else { break };
+            let Some((first, block)) = self.block_at(at) else { break };
             let end = block.end.min(pages.end);
             crossed += block.change(first, at..end, change);
             let count = block.step_count();
             if count <= SPARSE {
                 block.thin_out(first);
+                self.recent = 0..0;
                 if self.blocks.len() > 1 {
                     self.join_around(first);
                 }
             } else if count > BLOCK {
                 if let Some((page, rest)) = block.divide() {
+                    self.recent = 0..0;
                     self.blocks.insert(page, rest);
                     self.join_next(page);
                 }
@@ -167,6 +172,17 @@ impl Coverage {
             at = end;
         }
         crossed
+    }
+
+    /// The block that a page lies in, with its first page.
+    fn block_at(&mut self, page: u64) -> Option<(u64, &mut Block)> {
+        if self.recent.contains(&page) {
+            let first = self.recent.start;
+            return self.blocks.get_mut(&first).map(|block| (first, block));
+        }
+        let (&first, block) = self.blocks.range_mut(..=page).next_back()?;
+        self.recent = first..block.end;
+        Some((first, block))
     }
 
     /// Joins a block that has become small with its neighbours, as long as the result is not large.

@@ -6,7 +6,7 @@
 //! two processes pass a guest between them would need a limit for two guests. So only those accounts that the old owner or
 //! the new one is below, and not both, take part in it, and nobody sees a moment in between.
 //!
-//! The books of all objects concerned are held together. First the registrations change sides in the books, which says
+//! The books of all objects concerned are locked together. First the registrations change sides in the books, which says
 //! what there is to be charged at each level, then the limits are asked; if one of them refuses, the registrations change
 //! back, which restores the books.
 
@@ -52,19 +52,19 @@ impl Memory {
             .map(|memories| {
                 let backing = memories[0].backing();
                 // Until the end nothing grows and nothing is given back.
-                (backing.registering(), backing.books(), memories)
+                (backing.registrations(), memories)
             })
             .collect();
 
         let mut credits = Vec::new();
         let mut charges: Vec<(&Account, u64)> = to.path().map(|level| (level, 0)).collect();
         let mut owners = Vec::with_capacity(memories.len());
-        for (_, books, memories) in &mut objects {
+        for (registrations, memories) in &mut objects {
             for memory in *memories {
                 let from = memory.account();
-                for part in memory.held() {
-                    books.charges().transfer(
-                        part,
+                for part in memory.held(&memory.pages()).iter() {
+                    registrations.charges().transfer(
+                        part.clone(),
                         &from,
                         to,
                         |level, pages| credits.push((level.clone(), pages)),
@@ -87,16 +87,16 @@ impl Memory {
         drop(trees);
 
         let mut owners = owners.iter();
-        for (_, books, memories) in &mut objects {
+        for (registrations, memories) in &mut objects {
             for (memory, from) in memories.iter().zip(&mut owners) {
                 if result.is_ok() {
                     *memory.payer().lock().unwrap_or_else(PoisonError::into_inner) = to.clone();
-                    books.charges().forget(from);
+                    registrations.charges().forget(from);
                 } else {
-                    for part in memory.held() {
-                        books.charges().transfer(part, to, from, |_, _| (), |_, _| ());
+                    for part in memory.held(&memory.pages()).iter() {
+                        registrations.charges().transfer(part.clone(), to, from, |_, _| (), |_, _| ());
                     }
-                    books.charges().forget(to);
+                    registrations.charges().forget(to);
                 }
             }
         }

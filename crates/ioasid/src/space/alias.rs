@@ -125,7 +125,7 @@ impl Space {
         let (mut tries, mut began) = (0, None);
         loop {
             let objects = self.objects_behind(source);
-            let mut registrations: Vec<_> = objects.values().map(|object| object.registering()).collect();
+            let mut registrations: Vec<_> = objects.values().map(|object| object.registrations()).collect();
             let portion = Portion { range: source, largest: None };
             // Nothing is cut, so nothing can fail.
             if let Ok(Some(mut held)) = self.try_hold(source, || std::iter::once(portion)) {

@@ -272,13 +272,11 @@ impl Space {
         if !Arc::ptr_eq(memory.backing().bus(), self.bus()) {
             return Err(MapError::OtherBus);
         }
-        let Some(mut pieces) = memory.pieces(offset, length) else {
+        let Some(oa) = memory.first_output(offset, length) else {
             available(memory, offset, length)?;
             return Err(MapError::BeyondMemory { offset, length });
         };
-        if length % self.granule().bytes() != 0
-            || pieces.next().is_some_and(|piece| !piece.oa.is_aligned(self.granule()))
-        {
+        if length % self.granule().bytes() != 0 || !oa.is_aligned(self.granule()) {
             return Err(MapError::Misaligned { granule: self.granule() });
         }
         Ok(())

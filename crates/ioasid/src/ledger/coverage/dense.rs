@@ -52,36 +52,47 @@ impl Dense {
 
     /// Changes the count of pages. Returns how many became held or unheld by it.
     pub(super) fn change(&mut self, pages: Range<usize>, change: Change) -> u64 {
-        let ends = [pages.start, pages.end];
-        self.steps -= ends.iter().filter(|end| self.is_step(**end)).count();
+        // Only at the two ends a step can come or go.
+        let before = self.steps_at(&pages);
         let mut crossed = 0;
-        for (word, mask) in words(pages) {
-            // To add one, those bits turn over that are reached by a carry, which goes on where the bit was set; to
-            // subtract one, the same with bits that were not.
-            let mut carry = mask;
-            let mut held = 0;
-            for plane in &mut self.planes {
-                let bits = plane[word];
-                let flipped = carry;
-                carry &= match change {
-                    Change::Hold => bits,
-                    Change::Release => !bits,
-                };
-                plane[word] = bits ^ flipped;
-                held |= match change {
-                    Change::Hold => bits,
-                    Change::Release => bits ^ flipped,
-                };
-            }
-            crossed += u64::from((mask & !held).count_ones());
-            if carry != 0 && change == Change::Hold {
-                let mut plane = [0; WORDS];
-                plane[word] = carry;
-                self.planes.push(plane);
-            }
+        for (word, mask) in words(pages.clone()) {
+            crossed += self.change_word(word, mask, change);
         }
-        self.steps += ends.iter().filter(|end| self.is_step(**end)).count();
+        self.steps = self.steps + self.steps_at(&pages) - before;
         crossed
+    }
+
+    /// Changes the count of those of 64 pages that are in the mask. Returns how many became held or unheld by it.
+    #[inline]
+    fn change_word(&mut self, word: usize, mask: u64, change: Change) -> u64 {
+        // To add one, those bits turn over that are reached by a carry, which goes on where the bit was set; to
+        // subtract one, the same with bits that were not.
+        let mut carry = mask;
+        let mut held = 0;
+        for plane in &mut self.planes {
+            let bits = plane[word];
+            let flipped = carry;
+            carry &= match change {
+                Change::Hold => bits,
+                Change::Release => !bits,
+            };
+            plane[word] = bits ^ flipped;
+            held |= match change {
+                Change::Hold => bits,
+                Change::Release => bits ^ flipped,
+            };
+        }
+        if carry != 0 && change == Change::Hold {
+            let mut plane = [0; WORDS];
+            plane[word] = carry;
+            self.planes.push(plane);
+        }
+        match mask & !held {
+            0 => 0,
+            // Counting takes a while, and mostly it is one page.
+            crossed if crossed.is_power_of_two() => 1,
+            crossed => u64::from(crossed.count_ones()),
+        }
     }
 
     /// The steps from a page on, which is the first of them.
@@ -99,7 +110,7 @@ impl Dense {
             }
             let page = word * 64 + found.trailing_zeros() as usize;
             found &= found - 1;
-            (page < self.length).then(|| (page, self.count(page)))
+            Some((page, self.count(page)))
         })
     }
 
@@ -108,18 +119,28 @@ impl Dense {
         bits.fold(0, |count, (bit, plane)| count | (plane[page / 64] >> (page % 64) & 1) << bit)
     }
 
-    /// Whether the count changes between the page and the one before, both in the block.
-    fn is_step(&self, page: usize) -> bool {
-        page > 0 && page < self.length && self.changes_in(page / 64) >> (page % 64) & 1 != 0
+    /// How many of the range's ends are steps.
+    #[inline]
+    fn steps_at(&self, pages: &Range<usize>) -> usize {
+        let changes = self.changes_in(pages.start / 64);
+        let at_end = match pages.end / 64 {
+            // Mostly.
+            word if word == pages.start / 64 => changes,
+            word if pages.end < self.length => self.changes_in(word),
+            _ => 0,
+        };
+        (changes >> (pages.start % 64) & 1) as usize + (at_end >> (pages.end % 64) & 1) as usize
     }
 
     /// Which of 64 pages have another count than the one before.
+    #[inline]
     fn changes_in(&self, word: usize) -> u64 {
         let changes = self.planes.iter().map(|plane| {
             let before = if word == 0 { plane[0] & 1 } else { plane[word - 1] >> 63 };
             plane[word] ^ (plane[word] << 1 | before)
         });
-        changes.fold(0, |all, changes| all | changes)
+        let behind = if word == self.length / 64 { u64::MAX << (self.length % 64) } else { 0 };
+        changes.fold(0, |all, changes| all | changes) & !behind
     }
 }
 
