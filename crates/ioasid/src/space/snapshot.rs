@@ -43,7 +43,7 @@ impl Names {
             let offset = memory.offset();
             let Some(last) = memory.length().checked_sub(1).map(|length| offset + length) else { continue };
             // What was given back may be mapped all the same, as a part of another memory.
-            parts.extend(memory.held().into_iter().map(|pages| Named {
+            parts.extend(memory.held(&memory.pages()).iter().map(|pages| Named {
                 first: offset.max(pages.start << PAGE_BITS),
                 last: last.min(((pages.end - 1) << PAGE_BITS) | ((1 << PAGE_BITS) - 1)),
                 name,
