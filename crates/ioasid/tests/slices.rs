@@ -398,3 +398,37 @@ fn a_change_in_place_and_a_borrower_never_miss_each_other() {
     });
     assert!(written.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
 }
+
+/// A holder is asked in the middle of a remap, behind its first look at the new memory: what becomes of that memory meanwhile
+/// counts.
+#[test]
+fn memory_that_goes_while_a_remap_asks_for_a_slice_is_led_to_by_nothing() {
+    type Goes = fn(&Memory);
+    let ways: [(&str, Goes); 3] = [
+        ("released in the middle", |new| new.release(K4, K4).unwrap()),
+        ("released at the end", |new| new.release(3 * K4, K4).unwrap()),
+        ("revoked", |new| new.backing().revoke()),
+    ];
+    for (way, goes) in ways {
+        let bus = Bus::new();
+        let space = Space::new(&bus);
+        let account = Account::new("test", None);
+        let register =
+            || Memory::register(&Backing::anonymous(&bus, 4 * K4).unwrap(), 0, 4 * K4, &account).unwrap();
+        let (old, new) = (register(), register());
+        space.map(Iova::new(0), &old, 0, 4 * K4, RW).unwrap();
+        let slot: Arc<Mutex<Option<BorrowedSlice>>> = Arc::default();
+        let (held, going) = (slot.clone(), new.clone());
+        let let_go = move |_: IovaRange| {
+            goes(&going);
+            drop(held.lock().unwrap().take());
+        };
+        *slot.lock().unwrap() = Some(space.borrow(Iova::new(0), 8, RW, Arc::new(let_go)).unwrap());
+        let refused = space.remap(Iova::new(0), &new, 0, 4 * K4, RW);
+        assert!(slot.lock().unwrap().is_none(), "{way}: nobody was asked");
+        assert!(matches!(refused, Err(RemapError::Request(_))), "{way}: {refused:?}");
+        let leaf = space.walk(Iova::new(0)).unwrap();
+        assert!(Arc::ptr_eq(&space.object_at(leaf.oa).unwrap().0, old.backing()), "{way}");
+        assert_eq!(space.statistics().busy_bytes, 0, "{way}");
+    }
+}
