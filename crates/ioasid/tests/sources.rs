@@ -642,4 +642,13 @@ fn wherever_memory_was_mapped_it_is_found_when_it_goes() {
             }
         }
     }
+    // One mapping in two blocks, and only the second part of it is left.
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    let backing = Backing::anonymous(&bus, 2 * K4).unwrap();
+    let memory = Memory::register(&backing, 0, 2 * K4, &account).unwrap();
+    let space = Space::new(&bus);
+    space.map(Iova::new(G1 - K4), &memory, 0, 2 * K4, RW).unwrap();
+    space.unmap(range(G1 - K4, K4)).unwrap();
+    backing.revoke();
+    assert_eq!(space.leaves(IovaRange::ALL), []);
 }
