@@ -228,6 +228,16 @@ impl Blocking {
     }
 }
 
+/// Lets the calls go at the latest when a test ends, whichever way.
+struct LetGo<'a>(&'a Blocking);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().unwrap().1 = true;
+        self.0.moved.notify_all();
+    }
+}
+
 impl LateBound for Blocking {
     fn read(&self, _offset: u64, _buffer: &mut [u8]) -> Result<(), MemoryGone> {
         self.call();
@@ -250,6 +260,7 @@ fn a_copy_that_blocks_keeps_the_flusher_from_nobody_elses_space() {
     let _devices = (double.attached(NATIVE, &space), others.attached(NATIVE, &other));
     space.map(Iova::new(0), &late, 0, K4, RW).unwrap();
     std::thread::scope(|scope| {
+        let let_go = LetGo(&blocking);
         scope.spawn(|| {
             let section = epoch::dma();
             let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
@@ -278,8 +289,7 @@ fn a_copy_that_blocks_keeps_the_flusher_from_nobody_elses_space() {
             });
             std::thread::sleep(Duration::from_millis(20));
             assert!(!flushed.load(Ordering::SeqCst), "flushed under a running copy");
-            blocking.state.lock().unwrap().1 = true;
-            blocking.moved.notify_all();
+            drop(let_go);
         });
     });
     space.map(Iova::new(0), &ram, 0, K4, RW).unwrap();
@@ -303,6 +313,7 @@ fn what_a_copy_has_kept_is_released_when_it_ends() {
         }
     };
     std::thread::scope(|scope| {
+        let let_go = LetGo(&blocking);
         scope.spawn(|| {
             let section = epoch::dma();
             let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
@@ -318,8 +329,7 @@ fn what_a_copy_has_kept_is_released_when_it_ends() {
         // It looks again and again.
         std::thread::sleep(2 * ioasid::DEFERRED_TIME);
         assert_eq!(space.statistics().busy_bytes, K4, "released under a running copy");
-        blocking.state.lock().unwrap().1 = true;
-        blocking.moved.notify_all();
+        drop(let_go);
         until("the flusher has forgotten what it had taken", &|| space.statistics().busy_bytes == 0);
     });
 }

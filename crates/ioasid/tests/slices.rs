@@ -2,7 +2,7 @@
 
 mod double;
 
-use double::{DERIVED, Double, NATIVE};
+use double::{DERIVED, Double, NATIVE, Stop};
 use ioasid::{
     Account, Backing, BorrowError, BorrowedSlice, Bus, Iova, IovaRange, LateBound, Memory, MemoryGone,
     Permissions, ProtectError, RemapError, SliceHandle, Space, StillBorrowed, UnmapError,
@@ -431,4 +431,22 @@ fn memory_that_goes_while_a_remap_asks_for_a_slice_is_led_to_by_nothing() {
         assert!(Arc::ptr_eq(&space.object_at(leaf.oa).unwrap().0, old.backing()), "{way}");
         assert_eq!(space.statistics().busy_bytes, 0, "{way}");
     }
+}
+
+/// Nobody had borrowed anything when the unmap began, and somebody has when the leaf is taken back.
+#[test]
+fn who_borrows_behind_the_first_look_of_an_unmap_is_seen_at_the_second() {
+    let (scene, double) = (Scene::new(), Double::new());
+    let _device = double.attached(DERIVED, &scene.space);
+    double.switches.close_gate(Stop::Cuts);
+    std::thread::scope(|scope| {
+        let unmapper = scope.spawn(|| scene.space.unmap(range(0, K4)));
+        double.switches.wait_for_call();
+        let slice = scene.space.borrow(Iova::new(0), 8, RW, Arc::new(|_: IovaRange| {}));
+        double.switches.open_gate();
+        let refused = unmapper.join().unwrap();
+        assert!(matches!(refused, Err(UnmapError::Borrowed(_))), "{refused:?}");
+        assert!(slice.is_ok() && scene.space.walk(Iova::new(0)).is_some());
+    });
+    assert_eq!(scene.space.unmap(range(0, K4)).unwrap().bytes(), K4);
 }
