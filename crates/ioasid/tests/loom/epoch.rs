@@ -1,6 +1,6 @@
 //! Epochs: who waits, and for whom.
 
-use crate::interrupts::{answer, interruptible};
+use crate::interrupts::{answer, interruptible, wait_until_asked};
 use crate::sync::{AtomicPtr, AtomicU64, CALM, Ordering};
 use crate::{model, model_with_interrupts};
 use loom::cell::UnsafeCell;
@@ -217,7 +217,7 @@ fn a_plain_thread_is_interrupted() {
         let local = plain(replaced.domain);
         let waiter = replaced.clone();
         let waiter = thread::spawn(move || waiter.replace());
-        interruptible(0, || read_in_sections(&local, 2, &[replaced]));
+        interruptible(0, || read_in_sections(&local, 2, std::slice::from_ref(&replaced)));
         drop(local);
         waiter.join().unwrap();
     });
@@ -252,8 +252,7 @@ fn two_who_wait_do_not_mistake_each_others_requests() {
             }),
             thread::spawn(move || other.replace()),
         ];
-        // The second of the sections makes it plain again, and the third is one of a plain thread.
-        interruptible(0, || read_in_sections(&local, 2 + CALM as usize, &replaced[2..]));
+        interruptible(0, || read_in_sections(&local, 2, &replaced[2..]));
         drop(local);
         for waiter in waiters {
             waiter.join().unwrap();
@@ -268,12 +267,41 @@ fn a_word_that_a_plain_thread_left_is_fenced() {
         let readers = [0, 1].map(|number| {
             let replaced = replaced.clone();
             thread::spawn(move || {
-                interruptible(number, || read_in_sections(&plain(replaced.domain), 1, &[replaced.clone()]));
+                interruptible(number, || {
+                    read_in_sections(&plain(replaced.domain), 1, std::slice::from_ref(&replaced))
+                });
             })
         });
         replaced.replace();
         for reader in readers {
             reader.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_request_is_not_taken_for_another_waiters() {
+    model_with_interrupts(2, 1, || {
+        let domain = new_domain();
+        let replaced = Replaced::of(domain);
+        let local = plain(domain);
+        let waiter = replaced.clone();
+        let first = thread::spawn(move || {
+            drop(domain.ticket(None));
+            // Now the thread is fenced; or somebody else has asked it, and only he may say so.
+            waiter.replace();
+        });
+        let mut second = None;
+        interruptible(0, || {
+            wait_until_asked();
+            // Fenced, and then plain again, when another waiter comes.
+            (0..=CALM).for_each(|_| drop(local.enter()));
+            second = Some(thread::spawn(move || drop(domain.ticket(None))));
+            read_in_sections(&local, 1, std::slice::from_ref(&replaced));
+        });
+        drop(local);
+        for waiter in second.into_iter().chain([first]) {
+            waiter.join().unwrap();
         }
     });
 }

@@ -78,6 +78,13 @@ pub(crate) fn answer() {
     }
 }
 
+/// Returns when somebody wants threads to fence, without an answer.
+pub(crate) fn wait_until_asked() {
+    while interrupts().is_some_and(|interrupts| interrupts.asked.load(Ordering::Relaxed) == 0) {
+        loom::thread::yield_now();
+    }
+}
+
 pub(crate) fn can_fence_everywhere() -> bool {
     interrupts().is_some()
 }
