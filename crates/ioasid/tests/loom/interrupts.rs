@@ -67,9 +67,9 @@ pub(crate) fn interruptible(number: usize, work: impl FnOnce()) {
 
 /// A place where an interrupt may come.
 pub(crate) fn answer() {
-    let (Some(interrupts), Some((number, answered))) = (interrupts(), SELF.with(Cell::get)) else {
-        return;
-    };
+    let Some(interrupts) = interrupts() else { return };
+    // A thread that is ending has lost it, and answers no more.
+    let Ok(Some((number, answered))) = SELF.try_with(Cell::get) else { return };
     let asked = interrupts.asked.load(Ordering::Relaxed);
     if asked != answered {
         fence(Ordering::SeqCst);
