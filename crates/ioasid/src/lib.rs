@@ -81,7 +81,7 @@ pub use ioasid_pagetable::{
 };
 pub use iommu::{AttachError, Change, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit, Usage};
-pub use memory::{Memory, RegisterError, ReleaseError};
+pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
 };

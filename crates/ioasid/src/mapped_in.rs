@@ -12,7 +12,7 @@
 
 use crate::memory::Piece;
 use crate::space::Space;
-use crate::sync::{ArcSwapOption, AtomicU64, OnceLock, Ordering, wait_a_little};
+use crate::sync::{ArcSwapOption, AtomicU64, Instant, OnceLock, Ordering, wait_a_little};
 use ioasid_pagetable::IovaRange;
 use std::sync::{Arc, Weak};
 
@@ -41,11 +41,10 @@ impl MappedIn {
         self.hull = IovaRange::new(first, last).unwrap_or(IovaRange::ALL);
     }
 
-    /// Unmaps every leaf there that leads to one of the pieces, by output address.
-    pub(crate) fn unmap(&self, pieces: &[Piece]) {
-        if let Some(space) = self.space.upgrade() {
-            space.unmap_outputs(self.hull, pieces);
-        }
+    /// Unmaps every leaf there that leads to one of the pieces, by output address. `false`: a deadline has passed, and
+    /// an operation that is at work there may still lead to them.
+    pub(crate) fn unmap(&self, pieces: &[Piece], deadline: Option<Instant>) -> bool {
+        self.space.upgrade().is_none_or(|space| space.unmap_outputs(self.hull, pieces, deadline))
     }
 
     /// Whether something there leads, or may lead in a moment, to one of the pieces, by output address.

@@ -23,16 +23,21 @@ use crate::ledger::coverage::Coverage;
 use crate::ledger::{Account, OverLimit};
 use crate::mapped_in::{MappedIn, Notes};
 use crate::space::{Space, UnmapError};
-use crate::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use crate::sync::{Instant, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use ioasid_pagetable::{IovaRange, Oa};
 use std::borrow::Cow;
 use std::io;
 use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A registered range of a [`Backing`]: charged to an account, held, and with a place on the bus, until it is
-/// dropped. Dropping it unmaps it wherever it is still mapped.
+/// dropped. Dropping it unmaps it wherever it is still mapped, and waits for operations that are at work there.
+///
+/// An operation that a panic of an IOMMU's driver has ended stays at work for ever where it was, since nobody knows what that
+/// IOMMU's table says. So a thread that is panicking does not wait for longer than [`PANIC_PATIENCE`]: then what it drops
+/// stays registered, held and charged, for the rest of the process. Other threads wait.
 #[derive(Debug)]
 pub struct Memory {
     backing: Arc<Backing>,
@@ -451,13 +456,14 @@ impl Memory {
         pieces
     }
 
-    /// Unmaps the pages, all of them registered, that no other registration holds, wherever they are mapped.
+    /// Unmaps the pages, all of them registered, that no other registration holds, wherever they are mapped. `false`: a
+    /// deadline has passed, and they may still be mapped.
     fn unmap(
         &self,
         registrations: &mut Registrations,
         parts: &[Range<u64>],
         effort: Effort,
-    ) -> Result<(), UnmapError> {
+    ) -> Result<bool, UnmapError> {
         registrations.earlier().retain(MappedIn::is_current);
         // Mostly nothing is mapped any more.
         let pieces = self.page_pieces(parts);
@@ -470,7 +476,7 @@ impl Memory {
         registrations.earlier().iter().cloned().for_each(&mut look);
         self.notes.for_each(self.backing.mapped_in(), look);
         if notes.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let (mut ours, mut shared) = (Vec::new(), Vec::new());
         for part in parts {
@@ -482,7 +488,11 @@ impl Memory {
         if !going.is_empty() {
             for note in &notes {
                 match effort {
-                    Effort::AtAnyPrice => note.unmap(&going),
+                    Effort::AtAnyPrice(deadline) => {
+                        if !note.unmap(&going, deadline) {
+                            return Ok(false);
+                        }
+                    }
                     Effort::Exact => {
                         if let Some(space) = note.space.upgrade() {
                             space.unmap_outputs_exactly(note.hull, &going)?;
@@ -499,17 +509,20 @@ impl Memory {
                 note.add_to(registrations.earlier());
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
+/// How long a thread that is panicking waits for operations that are at work where its memory may be mapped.
+pub const PANIC_PATIENCE: Duration = Duration::from_millis(100);
+
 /// What is done when exactly the pages cannot be unmapped.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Effort {
     /// Nothing.
     Exact,
-    /// More is unmapped.
-    AtAnyPrice,
+    /// More is unmapped; until a deadline, if there is one.
+    AtAnyPrice(Option<Instant>),
 }
 
 /// Charges and holds pages and makes them resident, all or nothing. Returns the places of their chunks.
@@ -545,8 +558,11 @@ impl Drop for Memory {
         let mut registrations = self.backing.registrations();
         let pages = self.pages();
         let parts = self.held(&pages);
-        // Unmapping at any price does not fail.
-        let _ = self.unmap(&mut registrations, &parts, Effort::AtAnyPrice);
+        let deadline = std::thread::panicking().then(|| Instant::now() + PANIC_PATIENCE);
+        // Unmapping at any price does not fail; but what may still be mapped must not go.
+        if let Ok(false) = self.unmap(&mut registrations, &parts, Effort::AtAnyPrice(deadline)) {
+            return;
+        }
         let account = self.payer.get_mut().unwrap_or_else(PoisonError::into_inner);
         for part in parts.iter() {
             let_go(&self.backing, &mut registrations, part.clone(), account, self.residency);

@@ -121,6 +121,9 @@ pub struct SpaceStatistics {
     pub leaves: Vec<(PageSize, u64)>,
     /// Mapped bytes; saturates at 2^64 - 1.
     pub mapped_bytes: u64,
+    /// Bytes of addresses at which an operation is at work, or that were unmapped and wait for a
+    /// [flush](Space::flush); saturates at 2^64 - 1.
+    pub busy_bytes: u64,
     /// Bytes of the native table's pages.
     pub native_table_bytes: u64,
     /// Bytes of the derived tables' pages, as far as they are known.
@@ -237,9 +240,17 @@ impl Space {
         let leaves = leaves_by_size(&self.native);
         let bytes = leaves.iter().map(|(size, count)| size.bytes().saturating_mul(*count));
         let mapped_bytes = bytes.fold(0, u64::saturating_add);
+        let mut busy_bytes = 0u64;
+        self.native.settled(IovaRange::ALL, |occupied, leaf| {
+            if leaf.is_none() {
+                busy_bytes = busy_bytes.saturating_add(occupied.length().unwrap_or(u64::MAX));
+            }
+            ControlFlow::Continue(())
+        });
         SpaceStatistics {
             leaves,
             mapped_bytes,
+            busy_bytes,
             native_table_bytes: self.native.table_bytes(),
             derived_table_bytes: layout.derived().filter_map(|table| table.table_bytes()).sum(),
             tables: layout.table_count(),

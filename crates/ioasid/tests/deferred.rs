@@ -228,6 +228,16 @@ impl Blocking {
     }
 }
 
+/// Lets the calls go at the latest when a test ends, whichever way.
+struct LetGo<'a>(&'a Blocking);
+
+impl Drop for LetGo<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().unwrap().1 = true;
+        self.0.moved.notify_all();
+    }
+}
+
 impl LateBound for Blocking {
     fn read(&self, _offset: u64, _buffer: &mut [u8]) -> Result<(), MemoryGone> {
         self.call();
@@ -250,6 +260,7 @@ fn a_copy_that_blocks_keeps_the_flusher_from_nobody_elses_space() {
     let _devices = (double.attached(NATIVE, &space), others.attached(NATIVE, &other));
     space.map(Iova::new(0), &late, 0, K4, RW).unwrap();
     std::thread::scope(|scope| {
+        let let_go = LetGo(&blocking);
         scope.spawn(|| {
             let section = epoch::dma();
             let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
@@ -278,11 +289,72 @@ fn a_copy_that_blocks_keeps_the_flusher_from_nobody_elses_space() {
             });
             std::thread::sleep(Duration::from_millis(20));
             assert!(!flushed.load(Ordering::SeqCst), "flushed under a running copy");
-            blocking.state.lock().unwrap().1 = true;
-            blocking.moved.notify_all();
+            drop(let_go);
         });
     });
     space.map(Iova::new(0), &ram, 0, K4, RW).unwrap();
+}
+
+/// Nobody calls any more: what the flusher could not release behind a copy it releases afterwards.
+#[test]
+fn what_a_copy_has_kept_is_released_when_it_ends() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let blocking = Arc::new(Blocking::default());
+    let late = Backing::late_bound(&bus, blocking.clone());
+    let late = Memory::register(&late, 0, K4, &Account::new("test", None)).unwrap();
+    let space = Space::new(&bus);
+    let _device = double.attached(NATIVE, &space);
+    space.map(Iova::new(0), &late, 0, K4, RW).unwrap();
+    let deadline = Instant::now() + CERTAINTY;
+    let until = |what: &str, is_so: &dyn Fn() -> bool| {
+        while !is_so() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    std::thread::scope(|scope| {
+        let let_go = LetGo(&blocking);
+        scope.spawn(|| {
+            let section = epoch::dma();
+            let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
+            let Ok(Translated::Late(memory)) = space.memory_at(&section, leaf.output(0)) else {
+                panic!("memory of this process")
+            };
+            drop(section);
+            memory.read(&mut [0; 8]).unwrap();
+        });
+        drop(blocking.moved.wait_while(blocking.state.lock().unwrap(), |state| state.0 == 0).unwrap());
+        space.unmap_deferred(range(0, K4)).unwrap();
+        until("the flusher does not come", &|| space.deferred_ranges() == 0);
+        // It looks again and again.
+        std::thread::sleep(2 * ioasid::DEFERRED_TIME);
+        assert_eq!(space.statistics().busy_bytes, K4, "released under a running copy");
+        drop(let_go);
+        until("the flusher has forgotten what it had taken", &|| space.statistics().busy_bytes == 0);
+    });
+}
+
+#[test]
+fn what_waited_for_a_flush_is_proposed_again() {
+    let (bus, double) = (Bus::new(), Double::new());
+    let (space, ram) = (Space::new(&bus), memory(&bus, 16 * K4));
+    let _device = double.attached(NATIVE, &space);
+    space.set_allowed(&[range(K4, 2 * K4)]).unwrap();
+    let anywhere = || space.map_anywhere(&ram, 0, K4, RW).map(Iova::get);
+    assert_eq!((anywhere().unwrap(), anywhere().unwrap()), (K4, 2 * K4));
+    assert!(matches!(anywhere(), Err(MapError::NoHole { .. })));
+    // Released by whoever flushes.
+    space.unmap_deferred(range(2 * K4, K4)).unwrap();
+    space.flush();
+    assert_eq!(anywhere().unwrap(), 2 * K4);
+    // And by the flusher.
+    space.unmap_deferred(range(K4, K4)).unwrap();
+    let deadline = Instant::now() + CERTAINTY;
+    while space.statistics().busy_bytes > 0 {
+        assert!(Instant::now() < deadline, "the flusher does not come");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(anywhere().unwrap(), K4);
 }
 
 /// A device's way to memory, one for each thread.

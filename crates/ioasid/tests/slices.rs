@@ -2,7 +2,7 @@
 
 mod double;
 
-use double::{DERIVED, Double, NATIVE};
+use double::{DERIVED, Double, NATIVE, Stop};
 use ioasid::{
     Account, Backing, BorrowError, BorrowedSlice, Bus, Iova, IovaRange, LateBound, Memory, MemoryGone,
     Permissions, ProtectError, RemapError, SliceHandle, Space, StillBorrowed, UnmapError,
@@ -397,4 +397,56 @@ fn a_change_in_place_and_a_borrower_never_miss_each_other() {
         stop.store(true, Ordering::Relaxed);
     });
     assert!(written.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
+}
+
+/// A holder is asked in the middle of a remap, behind its first look at the new memory: what becomes of that memory meanwhile
+/// counts.
+#[test]
+fn memory_that_goes_while_a_remap_asks_for_a_slice_is_led_to_by_nothing() {
+    type Goes = fn(&Memory);
+    let ways: [(&str, Goes); 3] = [
+        ("released in the middle", |new| new.release(K4, K4).unwrap()),
+        ("released at the end", |new| new.release(3 * K4, K4).unwrap()),
+        ("revoked", |new| new.backing().revoke()),
+    ];
+    for (way, goes) in ways {
+        let bus = Bus::new();
+        let space = Space::new(&bus);
+        let account = Account::new("test", None);
+        let register =
+            || Memory::register(&Backing::anonymous(&bus, 4 * K4).unwrap(), 0, 4 * K4, &account).unwrap();
+        let (old, new) = (register(), register());
+        space.map(Iova::new(0), &old, 0, 4 * K4, RW).unwrap();
+        let slot: Arc<Mutex<Option<BorrowedSlice>>> = Arc::default();
+        let (held, going) = (slot.clone(), new.clone());
+        let let_go = move |_: IovaRange| {
+            goes(&going);
+            drop(held.lock().unwrap().take());
+        };
+        *slot.lock().unwrap() = Some(space.borrow(Iova::new(0), 8, RW, Arc::new(let_go)).unwrap());
+        let refused = space.remap(Iova::new(0), &new, 0, 4 * K4, RW);
+        assert!(slot.lock().unwrap().is_none(), "{way}: nobody was asked");
+        assert!(matches!(refused, Err(RemapError::Request(_))), "{way}: {refused:?}");
+        let leaf = space.walk(Iova::new(0)).unwrap();
+        assert!(Arc::ptr_eq(&space.object_at(leaf.oa).unwrap().0, old.backing()), "{way}");
+        assert_eq!(space.statistics().busy_bytes, 0, "{way}");
+    }
+}
+
+/// Nobody had borrowed anything when the unmap began, and somebody has when the leaf is taken back.
+#[test]
+fn who_borrows_behind_the_first_look_of_an_unmap_is_seen_at_the_second() {
+    let (scene, double) = (Scene::new(), Double::new());
+    let _device = double.attached(DERIVED, &scene.space);
+    double.switches.close_gate(Stop::Cuts);
+    std::thread::scope(|scope| {
+        let unmapper = scope.spawn(|| scene.space.unmap(range(0, K4)));
+        double.switches.wait_for_call();
+        let slice = scene.space.borrow(Iova::new(0), 8, RW, Arc::new(|_: IovaRange| {}));
+        double.switches.open_gate();
+        let refused = unmapper.join().unwrap();
+        assert!(matches!(refused, Err(UnmapError::Borrowed(_))), "{refused:?}");
+        assert!(slice.is_ok() && scene.space.walk(Iova::new(0)).is_some());
+    });
+    assert_eq!(scene.space.unmap(range(0, K4)).unwrap().bytes(), K4);
 }

@@ -591,3 +591,64 @@ fn whatever_registrations_were_mapped_in_many_spaces_is_found_again() {
     backing.revoke();
     assert_eq!((0..SPACES).map(mapped).sum::<usize>(), 0);
 }
+
+/// Where memory goes, whichever way, the notes of its registrations and of its object name every place, in however many spaces and
+/// blocks of addresses.
+#[test]
+fn wherever_memory_was_mapped_it_is_found_when_it_goes() {
+    /// The last page of all.
+    const LAST: u64 = 0u64.wrapping_sub(K4);
+    // Spaces and addresses, in the order in which they are mapped.
+    let histories: [&[(usize, u64)]; 9] = [
+        &[(0, 0)],
+        &[(0, 0), (0, 5 * G1)],
+        &[(0, 5 * G1), (0, 0)],
+        &[(0, G1 - K4), (0, G1)],
+        &[(0, LAST), (0, 0)],
+        &[(0, 0), (1, 0), (2, 0)],
+        &[(0, 0), (1, 4 * G1), (1, 0), (1, LAST)],
+        &[(2, 8 * G1), (1, 4 * G1), (0, 0), (0, 9 * G1), (1, 7 * G1), (2, 3 * G1)],
+        &[(0, 0), (1, 0), (0, 2 * G1), (1, 2 * G1), (0, LAST), (1, LAST)],
+    ];
+    for history in histories {
+        for separate in [false, true] {
+            for way in ["dropped", "released", "revoked"] {
+                let (bus, account) = (Bus::new(), Account::new("test", None));
+                let pages = history.len() as u64;
+                let backing = Backing::anonymous(&bus, pages * K4).unwrap();
+                let spaces = [(); 3].map(|()| Space::new(&bus));
+                let all = (!separate).then(|| Memory::register(&backing, 0, pages * K4, &account).unwrap());
+                let mut memories = Vec::new();
+                for (number, (space, at)) in (0..).zip(history) {
+                    let (memory, offset) = match &all {
+                        Some(all) => (all.clone(), number * K4),
+                        None => (Memory::register(&backing, number * K4, K4, &account).unwrap(), 0),
+                    };
+                    spaces[*space].map(Iova::new(*at), &memory, offset, K4, RW).unwrap();
+                    memories.push((memory, offset));
+                }
+                match way {
+                    "dropped" => drop((memories, all)),
+                    "released" => {
+                        for (memory, offset) in memories.iter().rev() {
+                            memory.release(*offset, K4).unwrap();
+                        }
+                    }
+                    _ => backing.revoke(),
+                }
+                for space in &spaces {
+                    assert_eq!(space.leaves(IovaRange::ALL), [], "{way} {history:?}, separate: {separate}");
+                }
+            }
+        }
+    }
+    // One mapping in two blocks, and only the second part of it is left.
+    let (bus, account) = (Bus::new(), Account::new("test", None));
+    let backing = Backing::anonymous(&bus, 2 * K4).unwrap();
+    let memory = Memory::register(&backing, 0, 2 * K4, &account).unwrap();
+    let space = Space::new(&bus);
+    space.map(Iova::new(G1 - K4), &memory, 0, 2 * K4, RW).unwrap();
+    space.unmap(range(G1 - K4, K4)).unwrap();
+    backing.revoke();
+    assert_eq!(space.leaves(IovaRange::ALL), []);
+}

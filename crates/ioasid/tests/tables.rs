@@ -57,6 +57,7 @@ impl World {
     fn state(&self, space: &Space, double: &Double) -> State {
         State {
             mappings: mappings(space),
+            busy: space.statistics().busy_bytes,
             derived: double.tables().iter().map(|table| (table.mappings(), table.is_invalidated())).collect(),
             tables: space.statistics().tables,
             reserved: space.reserved_ranges(),
@@ -72,6 +73,8 @@ impl World {
 #[derive(Debug, PartialEq)]
 struct State {
     mappings: Vec<Mapping>,
+    /// Bytes at which an operation is at work.
+    busy: u64,
     /// And whether devices have been told of all that has changed.
     derived: Vec<(Vec<Mapping>, bool)>,
     tables: usize,
@@ -846,4 +849,58 @@ fn what_a_map_claimed_that_failed_is_proposed_again() {
     assert!(matches!(two_pages(), Err(MapError::NoHole { .. })));
     space.unmap(range(place, K4)).unwrap();
     assert_eq!(two_pages().unwrap(), place);
+}
+
+/// What one of the tables cannot do is known before anything is cut for it, natively or in another table.
+#[test]
+fn a_change_that_a_table_cannot_make_cuts_nothing() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _devices = [DERIVED, AMD_ALL_SIZES].map(|rid| double.attached(rid, &space));
+    space.map(Iova::new(0), &world.ram, 0, 16 * M2, RW).unwrap();
+    let leaves = || {
+        let sizes: Vec<_> = double.tables().iter().map(|table| table.leaf_sizes()).collect();
+        (space.leaves(IovaRange::ALL), sizes)
+    };
+    let before = leaves();
+    let refused = space.unmap(range(K4, K4));
+    assert!(matches!(refused, Err(UnmapError::Table(TableError::CannotCut { at: K4 }))), "{refused:?}");
+    assert_eq!(leaves(), before, "unmap");
+    let refused = space.unmap_deferred(range(0, M2 + K4));
+    assert!(matches!(refused, Err(UnmapError::Table(TableError::CannotCut { .. }))), "{refused:?}");
+    assert_eq!(leaves(), before, "deferred unmap");
+    let refused = space.protect(range(K4, K4), Permissions::READ);
+    assert!(matches!(refused, Err(ProtectError::Table(TableError::CannotCut { .. }))), "{refused:?}");
+    assert_eq!(leaves(), before, "protect");
+    let refused = space.remap(Iova::new(K4), &world.ram, 9 * K4, K4, RW);
+    assert!(matches!(refused, Err(RemapError::Table(_))), "{refused:?}");
+    assert_eq!(leaves(), before, "remap");
+    assert_in_step(&space, &double);
+}
+
+/// Nobody can say what the table of an IOMMU says whose driver has panicked.
+#[test]
+fn memory_below_a_panic_is_never_given_back_and_nobody_waits_for_that() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let _device = double.attached(DERIVED, &space);
+    let (account, object) = (Account::new("panic", None), Backing::anonymous(&world.bus, 16 * K4).unwrap());
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let ram = Memory::register(&object, 0, 16 * K4, &account).unwrap();
+        space.map(Iova::new(0), &ram, 0, K4, RW).unwrap();
+        double.switches.fail(Call::Map, 1);
+        double.switches.panics.store(true, Ordering::SeqCst);
+        let _ = space.map(Iova::new(4 * K4), &ram, 4 * K4, 4 * K4, RW);
+    }));
+    assert!(panic.is_err());
+    assert_eq!(space.statistics().busy_bytes, 4 * K4);
+    // What was mapped as a whole is gone; all is held.
+    assert_eq!(mappings(&space), []);
+    assert_eq!((account.charged_pages(), object.holds(0, 16 * K4)), (16, 1..=1));
+    // Others are not concerned.
+    space.map(Iova::new(0), &world.ram, 0, 4 * K4, RW).unwrap();
+    assert_eq!(space.unmap(range(0, 4 * K4)).unwrap().bytes(), 4 * K4);
+    let kept = Memory::register(&object, 0, K4, &account).unwrap();
+    drop(kept);
+    assert_eq!(account.charged_pages(), 16);
 }

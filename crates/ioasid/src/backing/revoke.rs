@@ -50,7 +50,7 @@ impl Backing {
         self.mapped_in.for_each(|note| notes.push(note));
         registrations.earlier.iter().for_each(|note| note.add_to(&mut notes));
         for note in notes {
-            note.unmap(&pieces);
+            note.unmap(&pieces, None);
         }
         // Nothing is mapped any more on behalf of registrations that are gone.
         registrations.earlier.clear();

@@ -88,8 +88,13 @@ impl Space {
             self.check_change(part.range, Change::Remap(part.oa, part.attributes))?;
         }
         memory.note_mapped(self, range);
-        let portions =
-            || request.parts().map(|part| Portion { range: part.range, largest: Some(largest_leaf(&part)) });
+        let portions = || {
+            let portion = |part: Part| Portion { range: part.range, largest: Some(largest_leaf(&part)) };
+            let mut portions = request.parts().map(portion).peekable();
+            // Memory that has gone meanwhile has no parts. That is found out when what is mapped is held.
+            let gone = portions.peek().is_none().then_some(Portion { range, largest: None });
+            portions.chain(gone)
+        };
         let (mut held, _recalled) = loop {
             let held = self.hold_unborrowed(range, ALL_RIGHTS, portions);
             let held = held.map_err(|error| match error {
@@ -97,13 +102,13 @@ impl Space {
                 NativeCut::OutOfTables => RemapError::OutOfTables,
                 NativeCut::Table(error) => RemapError::from(error),
             })?;
-            // Memory that was given back and grown again while this waited may stand elsewhere by now.
+            // What is held is held within an operation, so from here on the memory stays where it is.
+            request.check().map_err(RemapError::Request)?;
+            // If it was given back and grown again while this waited, it may stand elsewhere by now.
             if self.all_fit(&request) {
                 break held;
             }
         };
-        // What is held is held within an operation.
-        request.check().map_err(RemapError::Request)?;
         let begins = held.runs().iter().next().filter(|run| run.first() == range.first());
         match begins {
             Some(run) if run == range => {}

@@ -431,29 +431,34 @@ impl Space {
     }
 
     /// Unmaps every leaf within `hull` that leads to one of the pieces of memory, which are about to go. The
-    /// pieces are in ascending order of their output addresses.
-    pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece]) {
-        let _ = self.unmap_found(hull, pieces, |range| {
+    /// pieces are in ascending order of their output addresses. `false`: a deadline has passed, and whoever is at work there
+    /// may still lead to them.
+    pub(crate) fn unmap_outputs(&self, hull: IovaRange, pieces: &[Piece], deadline: Option<Instant>) -> bool {
+        let unmapped = self.unmap_found(hull, pieces, deadline, |range| {
             self.unmap_at_any_price(range, pieces);
             Ok(())
         });
+        matches!(unmapped, Ok(true))
     }
 
     /// The same, but nothing else. On an error some of the leaves may have been unmapped.
     pub(crate) fn unmap_outputs_exactly(&self, hull: IovaRange, pieces: &[Piece]) -> Result<(), UnmapError> {
         let wanted = |leaf: &Leaf| pieces_under(leaf, pieces).next().is_some();
-        self.unmap_found(hull, pieces, |range| {
+        self.unmap_found(hull, pieces, None, |range| {
             self.unmap_wanted(range, Some(&wanted), Manner::Strict).map(drop)
         })
+        .map(drop)
     }
 
-    /// Has every range unmapped that leads to one of the pieces, until there is none.
+    /// Has every range unmapped that leads to one of the pieces, until there is none, or a deadline has passed; whether
+    /// there is none.
     fn unmap_found(
         &self,
         hull: IovaRange,
         pieces: &[Piece],
+        deadline: Option<Instant>,
         mut unmap: impl FnMut(IovaRange) -> Result<(), UnmapError>,
-    ) -> Result<(), UnmapError> {
+    ) -> Result<bool, UnmapError> {
         // Devices may still reach what was unmapped without waiting for them.
         self.flush();
         let mut unknown = vec![hull];
@@ -467,10 +472,15 @@ impl Space {
             // decided, and when the DMA that the other one waits for has ended.
             unknown = busy;
             if !unknown.is_empty() {
+                let is_over =
+                    |deadline: Instant| deadline.saturating_duration_since(Instant::now()).is_zero();
+                if deadline.is_some_and(is_over) {
+                    return Ok(false);
+                }
                 self.step_aside(&mut tries);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Whether something in the range leads, or may lead in a moment, to one of the pieces of memory.

@@ -96,6 +96,8 @@ pub(crate) struct Switches {
     any_failed: AtomicBool,
     /// A call that fails does its work first and undoes it.
     pub(crate) late: AtomicBool,
+    /// A call that fails panics.
+    pub(crate) panics: AtomicBool,
     /// Leaves cannot be cut.
     pub(crate) uncuttable: AtomicBool,
     /// Every call sleeps this long.
@@ -161,7 +163,9 @@ impl Switches {
         self.pass_gate(Stop::Calls);
         let countdown = &self.countdown[call as usize];
         let one = countdown.load(Ordering::SeqCst) > 0 && countdown.fetch_sub(1, Ordering::SeqCst) == 1;
-        one || self.any_fails()
+        let fails = one || self.any_fails();
+        assert!(!(fails && self.panics.load(Ordering::SeqCst)), "the test wants this call to panic");
+        fails
     }
 
     /// Stops these calls at their beginning until the gate is opened.
@@ -232,10 +236,13 @@ impl Drop for Running<'_> {
 impl DoubleTable {
     fn run(&self, range: IovaRange) -> Running<'_> {
         let mut running = self.running.lock().unwrap();
-        let clash = running.iter().find(|other| other.overlaps(&range));
-        assert!(clash.is_none(), "two calls at the same time for {range} and {}", clash.unwrap());
+        let clash = running.iter().find(|other| other.overlaps(&range)).copied();
         running.push(range);
-        Running(self, range)
+        // Other calls go on when this one panics.
+        drop(running);
+        let running = Running(self, range);
+        assert!(clash.is_none(), "two calls at the same time for {range} and {}", clash.unwrap());
+        running
     }
 
     /// Whether something that was unmapped has not been invalidated yet.

@@ -1,7 +1,7 @@
 //! Epochs: who waits, and for whom.
 
 use crate::interrupts::{answer, interruptible};
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, CALM, Ordering};
 use crate::{model, model_with_interrupts};
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
@@ -189,7 +189,10 @@ fn a_ticket_is_passed_when_what_began_before_has_ended() {
 /// A thread that is plain already.
 fn plain(domain: &'static Domain) -> Local {
     let local = Local::new(domain);
-    drop(local.enter());
+    // One section for each that is fenced, and the one in which it becomes plain.
+    for _ in 0..=CALM {
+        drop(local.enter());
+    }
     local
 }
 
@@ -249,7 +252,8 @@ fn two_who_wait_do_not_mistake_each_others_requests() {
             }),
             thread::spawn(move || other.replace()),
         ];
-        interruptible(0, || read_in_sections(&local, 2, &replaced[2..]));
+        // The second of the sections makes it plain again, and the third is one of a plain thread.
+        interruptible(0, || read_in_sections(&local, 2 + CALM as usize, &replaced[2..]));
         drop(local);
         for waiter in waiters {
             waiter.join().unwrap();

@@ -26,15 +26,13 @@ mod slices;
 /// What the engine's module of this name offers, by loom.
 mod sync {
     pub(crate) use loom::sync::Mutex;
-    pub(crate) use loom::sync::atomic::{
-        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
-    };
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
     pub(crate) use std::sync::PoisonError;
 
     pub(crate) use crate::interrupts::{can_fence_everywhere, fence_everywhere};
 
-    /// A thread becomes plain in its first section, where it can.
-    pub(crate) const CALM: u32 = 0;
+    /// A thread becomes plain in its second section, where it can; so there are some in which it is fenced after it was plain.
+    pub(crate) const CALM: u32 = 1;
 
     /// The processor may change the order all the same, and an interrupt may come.
     pub(crate) fn compiler_fence(_order: Ordering) {
@@ -43,6 +41,29 @@ mod sync {
 
     pub(crate) fn wait_a_little(_tries: u32) {
         loom::thread::yield_now();
+    }
+
+    /// Loom's, with an interrupt before a store, which is where one matters to what was read before.
+    #[derive(Debug)]
+    pub(crate) struct AtomicU64(loom::sync::atomic::AtomicU64);
+
+    impl AtomicU64 {
+        pub(crate) fn new(value: u64) -> AtomicU64 {
+            AtomicU64(loom::sync::atomic::AtomicU64::new(value))
+        }
+
+        pub(crate) fn store(&self, value: u64, order: Ordering) {
+            crate::interrupts::answer();
+            self.0.store(value, order);
+        }
+    }
+
+    impl std::ops::Deref for AtomicU64 {
+        type Target = loom::sync::atomic::AtomicU64;
+
+        fn deref(&self) -> &Self::Target {
+            &self.0
+        }
     }
 
     /// The standard library's, with a flag of loom's that is ordered as its own is.

@@ -40,10 +40,17 @@ impl Drop for Value {
 // SAFETY: what the model checks.
 unsafe impl Sync for Value {}
 
+/// One whose value has been replaced before: the first one stays as long as it does itself, and so is never freed too early.
+fn replaced_once() -> Arc<Published<Value>> {
+    let published = Published::new(Value::new(0));
+    published.replace(Value::new(1));
+    Arc::new(published)
+}
+
 #[test]
 fn a_reader_has_one_value_or_the_other_as_long_as_it_reads() {
     model(3, || {
-        let published = Arc::new(Published::new(Value::new(1)));
+        let published = replaced_once();
         let reader = published.clone();
         let thread = thread::spawn(move || {
             let reading = reader.read();
@@ -77,7 +84,7 @@ fn what_was_replaced_twice_went_twice() {
 #[test]
 fn what_is_seen_replaced_is_not_seen_within_operations_that_begin_later() {
     model(3, || {
-        let published = Arc::new(Published::new(Value::new(1)));
+        let published = replaced_once();
         let reader = published.clone();
         // A map that looks at the memory's extent, inside a longer operation of its own.
         let thread = thread::spawn(move || {

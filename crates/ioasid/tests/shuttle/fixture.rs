@@ -199,11 +199,11 @@ impl World {
     /// Nobody is at work any more: every table says what the native one does, and nobody owns a leaf.
     pub(crate) fn finish(&self) {
         self.space.flush();
+        assert_eq!(self.space.statistics().busy_bytes, 0, "somebody has left leaves that he owned");
         for table in self.double.tables() {
             assert_eq!(table.mappings(), table.expected(&self.space));
             assert!(table.is_invalidated() && !table.is_stale(), "a device was not told");
         }
-        // What is owned by nobody can be unmapped.
         self.space.unmap(IovaRange::ALL).unwrap();
         assert_eq!(self.space.leaves(IovaRange::ALL), []);
     }

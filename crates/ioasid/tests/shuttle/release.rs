@@ -250,3 +250,70 @@ fn memory_that_grows_and_shrinks_is_mapped_where_it_is() {
         world.finish();
     });
 }
+
+#[test]
+fn an_alias_leads_to_no_memory_that_was_not_told() {
+    check(2000, || {
+        let world = World::new();
+        let (source, target) = (world.space.clone(), Space::new(&world.bus));
+        let objects = [world.object(0..1), world.object(8..9)];
+        let [old, new] = objects.each_ref().map(|object| world.register(object, 1));
+        source.map(iova(AT), &old, 0, PAGE, Permissions::READ).unwrap();
+        let changer = {
+            let (source, target, object) = (source.clone(), target.clone(), objects[1].clone());
+            thread::spawn(move || {
+                // Other memory stands there all of a sudden, and goes soon.
+                source.unmap(page(AT)).unwrap();
+                source.map(iova(AT), &new, 0, PAGE, Permissions::READ).unwrap();
+                drop(new);
+                assert!(!leads_to(&source, &object) && !leads_to(&target, &object));
+            })
+        };
+        match source.alias(page(AT), &target, iova(AT + 8), Permissions::READ) {
+            Ok(bytes) => assert_eq!(bytes, PAGE),
+            Err(AliasError::NotMapped { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+        changer.join().unwrap();
+        assert!(!leads_to(&target, &objects[1]), "an alias has outlived the memory behind it");
+        drop(old);
+        assert_eq!(target.leaves(IovaRange::ALL), []);
+        world.finish();
+    });
+}
+
+#[test]
+fn who_maps_memory_notes_it_before_others_rely_on_the_note() {
+    check(3000, || {
+        let world = World::new();
+        let object = world.object(0..1);
+        let memories = [(); 2].map(|()| world.register(&object, 1));
+        let spaces = [world.space.clone(), Space::new(&world.bus), Space::new(&world.bus)];
+        // The others come to what is there already, or not.
+        if random(2) == 0 {
+            spaces[0].map(iova(AT + 8), &memories[0], 0, PAGE, Permissions::READ).unwrap();
+        }
+        // Blocks of addresses far apart, and places in one block.
+        let places = [AT, AT + 1, AT + (1 << 20)];
+        let mappers = [(); 3].map(|()| {
+            let (memories, spaces) = (memories.clone(), spaces.clone());
+            thread::spawn(move || {
+                let (memory, space) = (&memories[random(2) as usize], &spaces[random(3) as usize]);
+                match space.map(iova(places[random(3) as usize]), memory, 0, PAGE, Permissions::READ) {
+                    Ok(()) | Err(MapError::AlreadyMapped { .. } | MapError::Revoked) => {}
+                    Err(MapError::BeyondMemory { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            })
+        });
+        if random(2) == 0 {
+            object.revoke();
+        } else {
+            memories.iter().for_each(|memory| memory.release(0, PAGE).unwrap());
+        }
+        assert!(!spaces.iter().any(|space| leads_to(space, &object)), "something was not found");
+        mappers.into_iter().for_each(|thread| thread.join().unwrap());
+        assert!(!spaces.iter().any(|space| leads_to(space, &object)), "something came afterwards");
+        world.finish();
+    });
+}

@@ -201,3 +201,33 @@ fn who_unmaps_and_maps_the_same_place_meets_nothing_halfway() {
         world.finish();
     });
 }
+
+#[test]
+fn a_mapping_that_comes_meanwhile_is_changed_whole_or_not_at_all() {
+    check(2500, || {
+        let world = World::new();
+        let memory = world.register(&world.object(0..3), 3);
+        let device = world.double.attached(NATIVE, &world.space);
+        world.lent.lend(0..3);
+        world.space.map(iova(AT + 1), &memory, 2 * PAGE, PAGE, Permissions::READ).unwrap();
+        // Whoever works in order meets this one, and waits there while the hole before it is filled.
+        world.space.unmap_deferred(page(AT + 1)).unwrap();
+        let mapper = {
+            let (world, memory) = (world.clone(), memory.clone());
+            thread::spawn(move || {
+                world.space.map(iova(AT), &memory, 0, 2 * PAGE, Permissions::READ).unwrap();
+            })
+        };
+        let around = pages(AT - 1, 4);
+        match random(3) {
+            0 => drop(world.space.unmap(around).unwrap()),
+            1 => drop(world.space.unmap_deferred(around).unwrap()),
+            _ => drop(world.space.protect(around, Permissions::READ_WRITE).unwrap()),
+        }
+        mapper.join().unwrap();
+        let of_page = |page| world.space.walk(iova(page)).map(|leaf| leaf.attributes);
+        assert_eq!(of_page(AT), of_page(AT + 1), "half of a mapping");
+        drop((device, memory));
+        world.finish();
+    });
+}
