@@ -320,3 +320,72 @@ impl Working<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::player::scene::GuestMemory;
+    use crate::trace::Direction;
+    use ioasid::{Account, Rid};
+    use ioasid_soft::iommu::TableKind;
+
+    fn mapping(line: u64, page: u64, memory: u64, direction: Direction) -> Mapping {
+        let pages = IovaRange::with_length(page * 4096, 8192).unwrap();
+        let step = Step { worker: 0, number: line };
+        Mapping { line, pages, memory: memory * 4096, iova: pages.first() + 5, bytes: 8000, direction, step }
+    }
+
+    fn with_worker(work: impl FnOnce(&Working<'_>, &Scene, &mut Findings)) -> Findings {
+        let memory = Arc::new(GuestMemory::new(1 << 20, &Account::new("test", None)).unwrap());
+        let scene = Scene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
+        let worker = Worker::default();
+        let workers = std::slice::from_ref(&worker);
+        let working = Working { workers, own: &worker, mode: Mode::Strict, began: Instant::now() };
+        let mut findings = Findings::new();
+        work(&working, &scene, &mut findings);
+        findings
+    }
+
+    /// A space that translates to another page is found out, whichever way the bytes go.
+    #[test]
+    fn wrong_translations_are_noticed() {
+        for direction in [Direction::ToDevice, Direction::FromDevice] {
+            let findings = with_worker(|worker, scene, findings| {
+                worker.map(scene, &mapping(2, 7, 16, direction), findings);
+                // Other bytes, which are there when the wrong place is looked for.
+                Buffers::default().transfer(scene, &mapping(1, 7, 16, direction), findings);
+                assert_eq!(findings.wrong_dma.count, 0);
+                Buffers::default().transfer(scene, &mapping(2, 7, 17, direction), findings);
+            });
+            assert_eq!(findings.wrong_dma.count, 1);
+            assert!(findings.wrong_dma.first[0].what.contains("at 0x7005"), "{:?}", findings.wrong_dma);
+        }
+    }
+
+    #[test]
+    fn dma_that_is_refused_and_unmaps_that_find_something_else_are_noticed() {
+        let both = Direction::Bidirectional;
+        let findings = with_worker(|worker, scene, findings| {
+            worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
+            let known = mapping(2, 7, 16, both);
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
+            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::default(), findings);
+            assert_eq!(scene.faults(), 2);
+        });
+        assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
+        assert!(findings.wrong_unmaps.first[0].what.contains("0 bytes went, not 8192"));
+    }
+
+    #[test]
+    fn a_device_that_is_still_let_through_is_noticed() {
+        let findings = with_worker(|worker, scene, findings| {
+            let known = mapping(2, 7, 16, Direction::FromDevice);
+            worker.map(scene, &known, findings);
+            assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
+        });
+        assert_eq!(findings.wrong_unmaps.count, 0);
+    }
+}
