@@ -136,9 +136,10 @@ impl Space {
         iova: u64,
         wanted: u64,
         needed: Attributes,
+        level: Option<u8>,
         ways: &[SharedWalk<AtomicU64>],
     ) -> Option<(Oa, u64)> {
-        self.native().translate_remembered(iova, wanted, needed, ways)
+        self.native().translate_remembered(iova, wanted, needed, level, ways)
     }
 
     /// Keeps what [`walk_for_dma`](Self::walk_for_dma) has remembered for all who ask the way.

@@ -200,6 +200,12 @@ pub trait Format: Clone + core::fmt::Debug + Send + Sync + 'static {
     /// Logarithm of the number of entries in a table at `level`.
     fn index_bits(&self, level: u8) -> u32;
 
+    /// Which entry of a table at `level` an address goes through.
+    #[inline(always)]
+    fn index(&self, level: u8, iova: u64) -> usize {
+        (iova >> self.shift(level)) as usize & ((1 << self.index_bits(level)) - 1)
+    }
+
     /// Leaf sizes allowed at `level`: bit n stands for 2^n bytes, from [`shift`](Self::shift)`(level)` on.
     fn leaf_sizes(&self, level: u8) -> u64;
 

@@ -359,7 +359,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
 
     #[inline(always)]
     fn index(&self, level: u8, iova: u64) -> usize {
-        (iova >> self.format.shift(level)) as usize & ((1 << self.format.index_bits(level)) - 1)
+        self.format.index(level, iova)
     }
 
     #[inline(always)]

@@ -97,6 +97,12 @@ impl Format for Native {
     }
 
     #[inline(always)]
+    fn index(&self, level: u8, iova: u64) -> usize {
+        // Where the top level has fewer bits, so has what is left of the address.
+        (iova >> self.shift(level)) as usize & ((1 << INDEX_BITS) - 1)
+    }
+
+    #[inline(always)]
     fn leaf_sizes(&self, level: u8) -> u64 {
         let shift = self.shift(level);
         if shift <= self.largest_leaf.log2() || level == 1 { 1 << shift } else { 0 }

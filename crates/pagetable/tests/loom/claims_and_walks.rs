@@ -342,7 +342,8 @@ fn cached_walk_against_retirement() {
 /// By the shared way if it leads there, and otherwise from the root; then the way is remembered.
 fn output_shared(radix: &Table, page: u64, way: &SharedWalk<AtomicU64>) -> Option<u64> {
     let needed = READ_WRITE;
-    if let Some((oa, _)) = radix.translate_remembered(page << 12, 1, needed, std::slice::from_ref(way)) {
+    if let Some((oa, _)) = radix.translate_remembered(page << 12, 1, needed, None, std::slice::from_ref(way))
+    {
         return Some(oa.get());
     }
     let mut walk = CachedWalk::new();

@@ -25,6 +25,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// How many sets there are for tables of the second level.
 const SETS: usize = 16;
+/// 2^64 divided by the golden ratio, so that numbers in a row and numbers far apart fall into different sets.
+const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 /// How many tables whose addresses fall into one set are remembered.
 const WAYS: usize = 4;
 /// Addresses that are the same above this share a table of the second level, where pages are 4 KiB.
@@ -35,7 +37,14 @@ pub(super) type Ways = [SharedWalk<AtomicU64>; WAYS];
 /// A table that a device walks, within a DMA section.
 pub(super) trait WalkedTable {
     /// See [`Radix::translate_remembered`].
-    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)>;
+    fn translate(
+        &self,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+        level: Option<u8>,
+        ways: &Ways,
+    ) -> Option<(Oa, u64)>;
 
     /// See [`Radix::walk_cached`].
     fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault>;
@@ -49,8 +58,15 @@ pub(super) trait WalkedTable {
 
 impl<F: Format> WalkedTable for Radix<F> {
     #[inline(always)]
-    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)> {
-        self.translate_remembered(iova, wanted, needed, ways)
+    fn translate(
+        &self,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+        level: Option<u8>,
+        ways: &Ways,
+    ) -> Option<(Oa, u64)> {
+        self.translate_remembered(iova, wanted, needed, level, ways)
     }
 
     fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
@@ -74,8 +90,15 @@ pub(super) struct NativeTable<'a> {
 
 impl WalkedTable for NativeTable<'_> {
     #[inline(always)]
-    fn translate(&self, iova: u64, wanted: u64, needed: Attributes, ways: &Ways) -> Option<(Oa, u64)> {
-        self.space.translate_remembered(self.section, iova, wanted, needed, ways)
+    fn translate(
+        &self,
+        iova: u64,
+        wanted: u64,
+        needed: Attributes,
+        level: Option<u8>,
+        ways: &Ways,
+    ) -> Option<(Oa, u64)> {
+        self.space.translate_remembered(self.section, iova, wanted, needed, level, ways)
     }
 
     fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
@@ -111,9 +134,9 @@ impl Iotlb {
 
     #[inline(always)]
     fn set(&self, iova: u64) -> &Ways {
-        let span = iova >> SPAN_BITS;
-        // Buffers are often spaced by powers of two: fold the upper bits in.
-        &self.small[(span ^ (span >> 4) ^ (span >> 9)) as usize % SETS]
+        // Buffers are often spaced by powers of two: a product has all bits of the GiB in its upper ones.
+        let span = (iova >> SPAN_BITS).wrapping_mul(SPREAD);
+        &self.small[(span >> (64 - SETS.trailing_zeros())) as usize]
     }
 
     /// Translates an address by one of the remembered ways, as [`Radix::translate_remembered`] does.
@@ -125,9 +148,9 @@ impl Iotlb {
         wanted: u64,
         needed: Attributes,
     ) -> Option<(Oa, u64)> {
-        match table.translate(iova, wanted, needed, self.set(iova)) {
+        match table.translate(iova, wanted, needed, Some(2), self.set(iova)) {
             Some(found) => Some(found),
-            None => table.translate(iova, wanted, needed, &self.large),
+            None => table.translate(iova, wanted, needed, None, &self.large),
         }
     }
 

@@ -79,24 +79,26 @@ impl<A> SharedWalk<A> {
         self.sequence.store(even.wrapping_add(2), Ordering::Release);
     }
 
-    /// The table, if it is one above the address and of this generation.
+    /// The table, if it is one above the address, of this generation, and of this level.
     #[inline(always)]
-    fn find(&self, generation: u64, iova: u64) -> Option<Node<A>> {
-        let above = |span: u64| (iova ^ span) >> (span & SPAN_BITS) == 0;
-        // Most ways lead elsewhere, and that is seen at once. What is seen here is not relied on.
-        if !above(self.span.load(Ordering::Relaxed)) {
-            return None;
-        }
+    fn find(&self, generation: u64, level: Option<u8>, iova: u64) -> Option<Node<A>> {
         let before = self.sequence.load(Ordering::Acquire);
         let of = self.generation.load(Ordering::Relaxed);
         let span = self.span.load(Ordering::Relaxed);
         let table = self.table.load(Ordering::Relaxed);
         fence(Ordering::Acquire);
         let after = self.sequence.load(Ordering::Relaxed);
-        if !above(span) || of >> LEVEL_BITS != generation || before != after || before & 1 != 0 {
+        // One question for all four: most look-ups find what they look for in the first way that they ask.
+        let elsewhere = (iova ^ span) >> (span & SPAN_BITS);
+        let other = match level {
+            Some(level) => of ^ (generation << LEVEL_BITS | u64::from(level)),
+            None => (of >> LEVEL_BITS) ^ generation,
+        };
+        if elsewhere | other | (before ^ after) | (before & 1) != 0 {
             return None;
         }
-        Some(Node { table: NonNull::new(table)?, level: (of & ((1 << LEVEL_BITS) - 1)) as u8 })
+        let level = level.unwrap_or((of & ((1 << LEVEL_BITS) - 1)) as u8);
+        Some(Node { table: NonNull::new(table)?, level })
     }
 }
 
@@ -137,6 +139,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// `needed`: the output address, and how many bytes follow it without a gap. At least that is the rest of the leaf; if
     /// more are wanted, it is as many of them as are consecutive within what the way spans.
     ///
+    /// `level`: only ways to tables of this level are asked. Where it is a constant, so is much of what follows.
+    ///
     /// `None` says nothing about the address: that takes a [`walk_cached`](Radix::walk_cached), whose way can be
     /// [kept](Self::remember) then.
     #[inline(always)]
@@ -145,10 +149,11 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         iova: u64,
         wanted: u64,
         needed: Attributes,
+        level: Option<u8>,
         ways: &[SharedWalk<A>],
     ) -> Option<(Oa, u64)> {
         let generation = self.generation.load();
-        let node = ways.iter().find_map(|way| way.find(generation, iova))?;
+        let node = ways.iter().find_map(|way| way.find(generation, level, iova))?;
         if self.outside(iova) {
             return None;
         }
@@ -156,7 +161,8 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
         let (oa, size) = self.leaf_in(node, iova, needed)?;
         let within = iova & (size - 1);
         let (oa, mut length) = (oa + within, size - within);
-        if length < wanted {
+        // What is asked first is known where this is compiled, for a byte.
+        if wanted > 1 && length < wanted {
             length = self.consecutive(node, iova, oa, length, wanted, needed);
         }
         Some((Oa::new(oa), length))
@@ -187,9 +193,7 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
     /// one below.
     #[inline(always)]
     fn leaf_in(&self, node: Node<A>, iova: u64, needed: Attributes) -> Option<(u64, u64)> {
-        // The levels are constants where it matters.
         let decoded = if node.level == 2 {
-            let node = Node { level: 2, ..node };
             let value = self.entry(node, self.index(2, iova)).load();
             if self.format.table_pattern(2).matches(value) {
                 let below = self.child(node, self.format.table_address(value));
