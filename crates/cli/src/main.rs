@@ -1,7 +1,8 @@
 //! The `ioasid` command.
 //!
 //! One module per subcommand: [`run`] starts a program with the software devices, [`probe`] is an ordinary program that
-//! tries what such a machine offers, [`measure`] times a few of its calls, [`doctor`] says whether `run` can work here.
+//! tries what such a machine offers, [`measure`] times a few of its calls, [`doctor`] says whether `run` can work here,
+//! [`replay`] carries out what real drivers once asked of an IOMMU.
 //! `probe` and `measure` are clients like any other; they reach `/dev/iommu` through [`client`], which knows nothing of
 //! the rest of the project but the layouts of the interface.
 
@@ -13,6 +14,7 @@ mod logging;
 mod measure;
 mod probe;
 mod quantity;
+mod replay;
 mod run;
 mod terminal;
 
@@ -35,6 +37,7 @@ Examples:
   ioasid run                     try everything: the built-in probe on software devices
   ioasid run -- ./my-vmm --vfio  run any program with a working /dev/iommu and /dev/vfio
   ioasid doctor                  what this machine lacks for that, and what to do
+  ioasid replay TRACE            carry out what real drivers asked of an IOMMU, and time it
 
 Environment:
   IOASID_LOG   what is logged to standard error, as in `info` or `ioasid_run=debug`; wins over -v
@@ -45,6 +48,7 @@ Environment:
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Replay(replay::Arguments),
     Probe(probe::Arguments),
     Measure(measure::Arguments),
     Doctor(doctor::Arguments),
@@ -68,6 +72,7 @@ fn main() -> ExitCode {
     let (result, failure) = match (arguments.logging.start(), arguments.command) {
         (Err(error), _) => (Err(error), USAGE),
         (Ok(()), Command::Run(arguments)) => (run::run(arguments), run::OWN_FAILURE),
+        (Ok(()), Command::Replay(arguments)) => (replay::replay(&arguments), FAILURE),
         (Ok(()), Command::Probe(arguments)) => (probe::probe(&arguments), FAILURE),
         (Ok(()), Command::Measure(arguments)) => (measure::measure(&arguments), FAILURE),
         (Ok(()), Command::Doctor(arguments)) => (doctor::doctor(&arguments), FAILURE),

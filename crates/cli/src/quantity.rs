@@ -45,6 +45,25 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// Bytes in a unit of which there is at least one, to a tenth: `60.3 MiB`.
+pub(crate) fn about(bytes: u64) -> String {
+    let unit = UNITS.iter().find(|(_, shift)| bytes >> shift != 0);
+    match unit {
+        // The fraction's digit is all that is wanted of a float.
+        Some((name, shift)) => format!("{:.1} {name}iB", bytes as f64 / (1u64 << shift) as f64),
+        None => format!("{bytes} bytes"),
+    }
+}
+
+/// So many in each second: `812`, `81.2 k`, `2.10 M`.
+pub(crate) fn rate(per_second: f64) -> String {
+    match per_second {
+        rate if rate >= 1e6 => format!("{:.2} M", rate / 1e6),
+        rate if rate >= 1e4 => format!("{:.1} k", rate / 1e3),
+        rate => format!("{rate:.0}"),
+    }
+}
+
 /// A duration with four digits or fewer and its unit, such as `12.3 us`.
 pub(crate) fn time(duration: Duration) -> String {
     let nanoseconds = duration.as_nanos();
@@ -101,6 +120,15 @@ mod tests {
             let shown = Bytes(bytes).to_string().replace(' ', "");
             assert_eq!(shown.parse(), Ok(Bytes(bytes)));
         }
+    }
+
+    #[test]
+    fn what_is_rounded_keeps_a_digit_or_two() {
+        assert_eq!(
+            [0, 1023, 1024, 63_229_133, u64::MAX].map(about),
+            ["0 bytes", "1023 bytes", "1.0 KiB", "60.3 MiB", "16777216.0 TiB"]
+        );
+        assert_eq!([0.0, 812.4, 81_234.0, 2_104_000.0].map(rate), ["0", "812", "81.2 k", "2.10 M"]);
     }
 
     #[test]

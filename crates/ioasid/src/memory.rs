@@ -385,6 +385,15 @@ impl Memory {
         Some(Oa::new(place.get() + (at & ((1 << bits) - 1))))
     }
 
+    /// The same, if all of the bytes lie in one window of the bus: then they are one piece, and it is found without a loop.
+    #[inline]
+    pub(crate) fn only_output(&self, offset: u64, length: u64) -> Option<Oa> {
+        let output = self.first_output(offset, length)?;
+        // Registered, so neither sum overflows.
+        let (first, bits) = (self.offset + offset, self.backing.window_bits());
+        (first >> bits == (first + (length - 1)) >> bits).then_some(output)
+    }
+
     /// The pieces with consecutive output addresses that `length` bytes from `offset` on consist of; `None` if
     /// that is nothing or more than what is registered.
     #[inline]

@@ -38,6 +38,8 @@ pub(crate) const ALL: &[Case] = cases! {
     calls_are_summed_up;
     calls_are_logged_on_request;
     pairs_are_measured;
+    a_trace_is_replayed_on_several_tables;
+    what_is_wrong_with_a_trace_is_said;
     the_doctor_is_content;
     a_static_program if |installed| installed.static_client.is_some();
     a_python_program if |installed| installed.python.is_some();
@@ -141,7 +143,7 @@ fn bad_usage_is_explained(command: &Command<'_>) -> Outcome {
 }
 
 fn help_teaches(command: &Command<'_>) -> Outcome {
-    for subcommand in ["run", "probe", "measure", "doctor"] {
+    for subcommand in ["run", "replay", "probe", "measure", "doctor"] {
         command.run(&[subcommand, "--help"]).exits(0)?.prints("Examples:")?.prints("Exit status:")?;
     }
     command.run(&["--help"]).exits(0)?.prints("ioasid doctor")?;
@@ -205,6 +207,60 @@ fn pairs_are_measured(command: &Command<'_>) -> Outcome {
     } else {
         Err(measured.to_string())
     }
+}
+
+/// The first events of a trace of the project, where every user can read them.
+fn trace(command: &Command<'_>, name: &str, lines: &[&str]) -> Result<String, String> {
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    let file = command.writable_file(name).map_err(|error| error.to_string())?;
+    fs::write(&file, text).map_err(|error| error.to_string())?;
+    Ok(file.to_str().ok_or("the temporary directory's name is not text")?.to_owned())
+}
+
+const HEADER: &str = "t_ns,cpu,dev,op,iova,phys,bytes,dir";
+const MAP: &str = "0,0,00:03.0,map,ffffa840,122595840,1522,BIDIRECTIONAL";
+const UNMAP: &str = "70,1,00:03.0,unmap,ffffa840,-,1522,BIDIRECTIONAL";
+
+fn a_trace_is_replayed_on_several_tables(command: &Command<'_>) -> Outcome {
+    let path = trace(command, "good.csv", &[HEADER, MAP, UNMAP])?;
+    let two = ["replay", "--table", "vtd", "--table", "riscv", "--mode", "deferred", "--threads", "2", &path];
+    let ended = command.run(&two).exits(0)?;
+    let ended = ended.prints("good.csv: vtd table, deferred, 2 threads, 1 device\n  2 events in ")?;
+    let ended = ended.prints("good.csv: sv48 table, deferred")?.prints("every byte right")?;
+    if ended.output.contains('\x1b') || !ended.errors.is_empty() {
+        return Err(ended.report("colours or a progress bar where there is no terminal"));
+    }
+    let replayed = command.run(&[&two[..], &["--json"]].concat()).exits(0)?.json()?;
+    let right = replayed.as_array().is_some_and(|all| {
+        all.iter().all(|one| one["maps"] == 1 && one["unmap"]["count"] == 1 && one["dma_bytes"] == 3044)
+    });
+    if !right || replayed[1]["table"] != "sv48" || replayed[0]["trace"] != path.as_str() {
+        return Err(replayed.to_string());
+    }
+    command
+        .run(&["run", "--", "sh", "-c", "\"$IOASID\" replay --json - < \"$0\"", &path])
+        .exits(0)?
+        .prints("\"trace\": \"-\"")?;
+    Ok(())
+}
+
+fn what_is_wrong_with_a_trace_is_said(command: &Command<'_>) -> Outcome {
+    let path = trace(command, "bad.csv", &[HEADER, UNMAP, MAP, "70,1"])?;
+    let ended = command.run(&["replay", &path]).exits(0)?.prints("1 line left out: no events")?;
+    ended.prints("line 4: 2 fields where there should be 8")?.prints("nothing mapped: 1")?;
+    command.run(&["replay", "--strict-input", &path]).exits(1)?.complains("line 2: an unmap of")?;
+    let none = trace(command, "none.csv", &["%PDF-1.7"])?;
+    command.run(&["replay", &none]).exits(1)?.complains("none.csv: this is no trace: line 1")?;
+    command.run(&["replay", "/nonexistent"]).exits(1)?.complains("/nonexistent: cannot open it")?;
+    let refused = "0,0,00:03.0,map,fee00000,1000,4096,TO_DEVICE";
+    let refused = trace(command, "refused.csv", &[HEADER, refused])?;
+    command.run(&["replay", &refused]).exits(1)?.prints("WRONG          maps or unmaps refused: 1")?;
+    command.run(&["replay"]).exits(2)?;
+    command.run(&["replay", "--table", "arm", &path]).exits(2)?.complains("amdv1")?;
+    command.run(&["replay", "--mode", "lazy", &path]).exits(2)?.complains("strict or deferred")?;
+    command.run(&["replay", "--threads", "0", &path]).exits(2)?.complains("1..=256")?;
+    command.run(&["replay", "--table", "vtd", "--table", "vtd57", "-"]).exits(2)?.complains("read once")?;
+    Ok(())
 }
 
 fn the_doctor_is_content(command: &Command<'_>) -> Outcome {

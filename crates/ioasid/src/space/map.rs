@@ -132,6 +132,12 @@ pub(super) trait Parts {
 
     fn parts(&self) -> impl Iterator<Item = Part>;
 
+    /// The only part, where that is known at once. Asked in the operation in which it becomes visible, after the check.
+    #[inline(always)]
+    fn only(&self) -> Option<Part> {
+        None
+    }
+
     /// Asked in the operation in which the parts become visible: whether they still may. If so they stay the same until
     /// the operation ends, and whoever takes the memory away meanwhile waits for that and finds them.
     fn check(&self) -> Result<(), MapError>;
@@ -180,6 +186,12 @@ impl Parts for Request<'_> {
             first = first.wrapping_add(piece.length);
             Some(Part { range, oa: piece.oa, attributes: self.attributes })
         })
+    }
+
+    #[inline(always)]
+    fn only(&self) -> Option<Part> {
+        let oa = self.memory.only_output(self.offset, self.length)?;
+        Some(Part { range: self.range, oa, attributes: self.attributes })
     }
 
     fn check(&self) -> Result<(), MapError> {
@@ -294,11 +306,17 @@ impl Space {
             return Err(Try::Contended);
         }
         request.check().map_err(Try::Failed)?;
+        let only = request.only();
         let counted = self.count_in(request)?;
         let mut gather = Gather::new();
-        let mut result = self.claim_parts(request, &mut gather);
+        let mut result = match only {
+            Some(Part { range, oa, attributes }) => {
+                self.native.claim(range, oa, attributes, &mut gather).map_err(Try::from)
+            }
+            None => self.claim_parts(request, &mut gather),
+        };
         if result.is_ok() {
-            match self.fill_followers(request, &layout) {
+            match self.fill_followers(request, only, &layout) {
                 Ok(()) if P::WHOLE => self.native.publish(range),
                 Ok(()) => request.parts().for_each(|part| self.native.publish(part.range)),
                 Err(error) => {
@@ -308,7 +326,13 @@ impl Space {
                     epoch::wait_for_dma();
                     self.sleeping.wait();
                     let _operation = epoch::operation();
-                    request.parts().for_each(|part| self.native.release(part.range, &mut gather));
+                    // The memory may be going while nothing was open, and have fewer parts.
+                    match P::WHOLE {
+                        true => self.native.release(range, &mut gather),
+                        false => {
+                            request.parts().for_each(|part| self.native.release(part.range, &mut gather));
+                        }
+                    }
                     result = Err(Try::Failed(error.into()));
                 }
             }
@@ -360,21 +384,39 @@ impl Space {
     }
 
     /// Maps the claimed range in every derived table, or in none; then DMA that has used it may still be running.
-    fn fill_followers(&self, request: &impl Parts, layout: &Layout) -> Result<(), TableError> {
+    #[inline(always)]
+    fn fill_followers(
+        &self,
+        request: &impl Parts,
+        only: Option<Part>,
+        layout: &Layout,
+    ) -> Result<(), TableError> {
         for (position, table) in layout.filling().enumerate() {
-            for (number, part) in request.parts().enumerate() {
-                let Err(error) = table.map(part.range, part.oa, part.attributes) else { continue };
-                let mut visible = Runs::default();
-                request.parts().for_each(|part| visible.push(part.range));
-                request.parts().take(number).for_each(|part| table.unmap(part.range));
-                table.invalidate(&visible);
-                for earlier in layout.filling().take(position) {
-                    request.parts().for_each(|part| earlier.unmap(part.range));
-                    earlier.invalidate(&visible);
+            let filled = match only {
+                Some(Part { range, oa, attributes }) => {
+                    table.map(range, oa, attributes).map_err(|error| (0, error))
                 }
+                None => request.parts().enumerate().try_for_each(|(number, part)| {
+                    table.map(part.range, part.oa, part.attributes).map_err(|error| (number, error))
+                }),
+            };
+            if let Err((number, error)) = filled {
+                Self::empty_followers(request, layout, position, number);
                 return Err(error);
             }
         }
         Ok(())
+    }
+
+    /// Takes back what was mapped in the first tables, and in the one at `position` of the first parts.
+    #[cold]
+    fn empty_followers(request: &impl Parts, layout: &Layout, position: usize, parts: usize) {
+        let mut visible = Runs::default();
+        request.parts().for_each(|part| visible.push(part.range));
+        for (number, table) in layout.filling().take(position + 1).enumerate() {
+            let parts = if number == position { parts } else { usize::MAX };
+            request.parts().take(parts).for_each(|part| table.unmap(part.range));
+            table.invalidate(&visible);
+        }
     }
 }

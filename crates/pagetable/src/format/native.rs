@@ -216,6 +216,16 @@ mod tests {
             let format = Native::new().with_granule(PageSize(granule)).unwrap();
             let top = (4..=6).find(|&level| format.shift(level) + format.index_bits(level) == 64).unwrap();
             assert!(format.index_bits(top) > 0);
+            // No address leads beyond the last entry of a table, and the top level has fewer.
+            for level in 1..=top {
+                let last = (1 << format.index_bits(level)) - 1;
+                assert_eq!(
+                    (format.index(level, 0), format.index(level, u64::MAX)),
+                    (0, last),
+                    "level {level}"
+                );
+                assert_eq!(format.index(level, 1 << format.shift(level)), 1);
+            }
         }
         assert!(Native::new().with_granule(PageSize(10)).is_none());
     }

@@ -1,0 +1,99 @@
+//! The DMA of a mapping, and its bytes.
+//!
+//! The bytes are the mapping's own: a sequence that begins with the line number of its map. What a device reads through a
+//! wrong translation, or what it writes to a wrong place, is therefore noticed wherever the place is. The processor's side
+//! goes past all tables, directly to the memory.
+
+use super::scene::Scene;
+use super::worker::Findings;
+use crate::live::Mapping;
+use ioasid_soft::dma::DmaPort;
+use std::time::Instant;
+
+/// So many bytes at most are moved in one piece. A mapping of more than two of these is used at both ends.
+const PIECE: u64 = 128 << 10;
+
+/// Two buffers of a worker: what should be there, and what is.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    expected: Vec<u8>,
+    found: Vec<u8>,
+}
+
+/// Words that say where they belong: to a mapping, a byte of it, and one of the two directions.
+fn fill(bytes: &mut [u8], line: u64, first: u64, write: bool) {
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut word = (line << 1 | u64::from(write)).wrapping_mul(ODD) ^ first.rotate_left(17);
+    for chunk in bytes.chunks_mut(8) {
+        word = word.wrapping_mul(ODD).wrapping_add(line | 1);
+        chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
+    }
+}
+
+impl Buffers {
+    /// Has the device use the mapping, in each direction that it may, and writes down how long that took and what was wrong.
+    pub(super) fn transfer(&mut self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+        let bytes = mapping.bytes;
+        let first = bytes.min(PIECE);
+        // Up to two pieces that together are everything, or the two ends.
+        let second = bytes.saturating_sub(first).min(PIECE);
+        let permissions = mapping.direction.permissions();
+        for write in [false, true] {
+            let wanted = if write { ioasid::Permissions::WRITE } else { ioasid::Permissions::READ };
+            if !permissions.contains(wanted) {
+                continue;
+            }
+            for (offset, length) in [(0, first), (bytes - second, second)] {
+                if length > 0 {
+                    if let Err(what) = self.piece(scene, mapping, offset, length, write, findings) {
+                        findings.wrong_dma.note(mapping.line, || what);
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Moves one piece: `write` means to memory.
+    fn piece(
+        &mut self,
+        scene: &Scene,
+        mapping: &Mapping,
+        offset: u64,
+        length: u64,
+        write: bool,
+        findings: &mut Findings,
+    ) -> Result<(), String> {
+        // At most a piece.
+        let size = length as usize;
+        self.expected.resize(size, 0);
+        self.found.resize(size, 0);
+        fill(&mut self.expected, mapping.line, offset, write);
+        let iova = mapping.iova + offset;
+        let place = mapping.memory + (iova - mapping.pages.first());
+        let memory = &scene.memory;
+        let _nobody_else = memory.lock(place, length);
+        let gone = |error: ioasid::MemoryGone| error.to_string();
+        if write {
+            let began = Instant::now();
+            let written = scene.port.write(iova, &self.expected);
+            findings.dma.record(began.elapsed());
+            written.map_err(|fault| fault.to_string())?;
+            memory.backing.read(place, &mut self.found).map_err(gone)?;
+        } else {
+            memory.backing.write(place, &self.expected).map_err(gone)?;
+            let began = Instant::now();
+            let read = scene.port.read(iova, &mut self.found);
+            findings.dma.record(began.elapsed());
+            read.map_err(|fault| fault.to_string())?;
+        }
+        findings.dma_bytes = findings.dma_bytes.saturating_add(length);
+        if self.found == self.expected {
+            return Ok(());
+        }
+        let at = self.found.iter().zip(&self.expected).position(|(found, expected)| found != expected);
+        let at = iova + at.unwrap_or(0) as u64;
+        let who = if write { "the device wrote" } else { "the device read" };
+        Err(format!("{who} at {at:#x}, and the bytes are not those of the mapping"))
+    }
+}

@@ -1,0 +1,391 @@
+//! The threads that do the work.
+//!
+//! A worker takes tasks from a bounded queue and counts, for all to see, how many it has done. That count is all there is between
+//! workers: a task that comes after a step of another worker waits until that worker has done so many.
+
+use super::scene::Scene;
+use super::transfer::Buffers;
+use super::{Mode, PlayError};
+use crate::live::{Mapping, Step};
+use crate::statistics::{Noted, Report, Times};
+use ioasid::IovaRange;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+/// Tasks are handed over so many at a time.
+const BATCH: usize = 128;
+/// How many batches may wait for a worker.
+const BATCHES: usize = 16;
+
+/// What is to be done, when, and after what.
+#[derive(Debug)]
+pub(super) struct Task {
+    /// Not before so much time has passed since the beginning.
+    pub(super) due: Duration,
+    /// Steps of other workers.
+    pub(super) after: Vec<Step>,
+    pub(super) work: Work,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub(super) enum Work {
+    Map { scene: Arc<Scene>, mapping: Mapping },
+    Unmap { scene: Arc<Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping> },
+    Transfer { scene: Arc<Scene>, mapping: Mapping },
+}
+
+/// How far a worker has come, on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct Worker {
+    done: AtomicU64,
+    /// It will do no more.
+    ended: AtomicBool,
+    /// The lines of maps that were refused, as far as they were not unmapped since.
+    refused: Mutex<HashSet<u64>>,
+    /// Whether there are any.
+    any_refused: AtomicBool,
+}
+
+impl Worker {
+    fn refused(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the mapping, which this worker made, was refused. It is asked once.
+    fn take_refused(&self, mapping: &Mapping) -> bool {
+        // Written before the step was counted, which whoever asks has waited for.
+        self.any_refused.load(Ordering::Relaxed) && self.refused().remove(&mapping.line)
+    }
+
+    /// Returns when the worker has done so many steps, or has ended.
+    fn wait_for(&self, number: u64) {
+        let mut tries = 0u32;
+        while self.done.load(Ordering::Acquire) < number && !self.ended.load(Ordering::Acquire) {
+            tries = tries.saturating_add(1);
+            match tries {
+                0..100 => std::hint::spin_loop(),
+                100..1000 => thread::yield_now(),
+                _ => thread::sleep(Duration::from_micros(50)),
+            }
+        }
+    }
+}
+
+/// The workers, as the reader sees them. When this is dropped they finish what they have and end.
+pub(super) struct Workers<'a> {
+    workers: &'a [Worker],
+    queues: Vec<Queue>,
+}
+
+/// What one worker has been given.
+struct Queue {
+    sender: SyncSender<Vec<Task>>,
+    /// Not handed over yet.
+    batch: Vec<Task>,
+    /// How many tasks there were, with those in the batch.
+    count: u64,
+}
+
+impl<'a> Workers<'a> {
+    /// Starts one thread for each worker.
+    pub(super) fn start<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        workers: &'a [Worker],
+        mode: Mode,
+    ) -> Result<(Workers<'a>, Vec<ScopedJoinHandle<'scope, Findings>>), PlayError>
+    where
+        'a: 'scope,
+    {
+        let began = Instant::now();
+        let (mut queues, mut threads) = (Vec::new(), Vec::new());
+        for number in 0..workers.len() {
+            let (sender, receiver) = sync_channel(BATCHES);
+            let builder = thread::Builder::new().name(format!("replay {number}"));
+            let thread = builder
+                .spawn_scoped(scope, move || {
+                    let worker = Working { workers, own: &workers[number], mode, began };
+                    worker.work(&receiver)
+                })
+                .map_err(PlayError::NoThread)?;
+            queues.push(Queue { sender, batch: Vec::with_capacity(BATCH), count: 0 });
+            threads.push(thread);
+        }
+        Ok((Workers { workers, queues }, threads))
+    }
+
+    /// The step that the next task of a worker will be.
+    pub(super) fn next_step(&self, worker: usize) -> Step {
+        Step { worker, number: self.queues[worker].count + 1 }
+    }
+
+    pub(super) fn is_done(&self, step: Step) -> bool {
+        self.workers[step.worker].done.load(Ordering::Acquire) >= step.number
+    }
+
+    /// Gives a task to a worker. If its queue is full, this waits.
+    pub(super) fn hand_out(&mut self, worker: usize, task: Task) {
+        let queue = &mut self.queues[worker];
+        queue.batch.push(task);
+        queue.count += 1;
+        if queue.batch.len() >= BATCH {
+            self.hand_over();
+        }
+    }
+
+    /// Hands over what every worker has been given. All of them: a worker may be waiting for a task that is still here.
+    fn hand_over(&mut self) {
+        for queue in &mut self.queues {
+            if !queue.batch.is_empty() {
+                let batch = std::mem::replace(&mut queue.batch, Vec::with_capacity(BATCH));
+                // A worker that has ended by itself has panicked, which is seen when it is joined.
+                let _ = queue.sender.send(batch);
+            }
+        }
+    }
+
+    /// Returns when everything that was handed out is done.
+    pub(super) fn wait_for_all(&mut self) {
+        self.hand_over();
+        for (worker, queue) in self.workers.iter().zip(&self.queues) {
+            worker.wait_for(queue.count);
+        }
+    }
+
+    /// The lines of the maps that were refused and not unmapped since.
+    pub(super) fn refused(&self) -> HashSet<u64> {
+        self.workers.iter().flat_map(|worker| worker.refused().clone()).collect()
+    }
+}
+
+impl Drop for Workers<'_> {
+    fn drop(&mut self) {
+        self.hand_over();
+    }
+}
+
+/// What a worker has seen.
+#[derive(Debug)]
+pub(super) struct Findings {
+    map: Times,
+    unmap: Times,
+    pub(super) dma: Times,
+    pub(super) dma_bytes: u64,
+    refused: Noted,
+    pub(super) wrong_dma: Noted,
+    wrong_unmaps: Noted,
+}
+
+impl Findings {
+    pub(super) fn new() -> Findings {
+        Findings {
+            map: Times::new(),
+            unmap: Times::new(),
+            dma: Times::new(),
+            dma_bytes: 0,
+            refused: Noted::default(),
+            wrong_dma: Noted::default(),
+            wrong_unmaps: Noted::default(),
+        }
+    }
+
+    pub(super) fn add(&mut self, other: Findings) {
+        self.map.add(&other.map);
+        self.unmap.add(&other.unmap);
+        self.dma.add(&other.dma);
+        self.dma_bytes = self.dma_bytes.saturating_add(other.dma_bytes);
+        self.refused.add(other.refused);
+        self.wrong_dma.add(other.wrong_dma);
+        self.wrong_unmaps.add(other.wrong_unmaps);
+    }
+
+    pub(super) fn report(self, report: &mut Report) {
+        report.map = self.map.summary();
+        report.unmap = self.unmap.summary();
+        report.dma = self.dma.summary();
+        report.dma_bytes = self.dma_bytes;
+        let seconds = report.map.total_seconds + report.unmap.total_seconds;
+        let calls = (report.map.count + report.unmap.count) as f64;
+        report.calls_per_second = if seconds > 0.0 { calls / seconds } else { 0.0 };
+        report.refused.add(self.refused);
+        report.wrong_dma.add(self.wrong_dma);
+        report.wrong_unmaps.add(self.wrong_unmaps);
+    }
+}
+
+/// A worker at work.
+struct Working<'a> {
+    workers: &'a [Worker],
+    own: &'a Worker,
+    mode: Mode,
+    began: Instant,
+}
+
+/// Says that the worker has ended, however it did, so that nobody waits for it for ever.
+struct Ending<'a>(&'a Worker);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::Release);
+    }
+}
+
+impl Working<'_> {
+    fn work(&self, tasks: &Receiver<Vec<Task>>) -> Findings {
+        let _ending = Ending(self.own);
+        let mut findings = Findings::new();
+        let mut buffers = Buffers::default();
+        let mut done = 0;
+        for task in tasks.iter().flatten() {
+            for step in &task.after {
+                self.workers[step.worker].wait_for(step.number);
+            }
+            let early = task.due.saturating_sub(self.began.elapsed());
+            if !early.is_zero() {
+                thread::sleep(early);
+            }
+            match task.work {
+                Work::Map { scene, mapping } => self.map(&scene, &mapping, &mut findings),
+                Work::Unmap { scene, line, pages, mappings } => {
+                    self.unmap(&scene, line, pages, &mappings, &mut buffers, &mut findings);
+                }
+                Work::Transfer { scene, mapping } => {
+                    if !self.own.refused().contains(&mapping.line) {
+                        buffers.transfer(&scene, &mapping, &mut findings);
+                    }
+                }
+            }
+            done += 1;
+            self.own.done.store(done, Ordering::Release);
+        }
+        findings
+    }
+
+    fn map(&self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+        let began = Instant::now();
+        let mapped = scene.map(mapping);
+        let time = began.elapsed();
+        match mapped {
+            Ok(()) => findings.map.record(time),
+            Err(error) => {
+                self.own.refused().insert(mapping.line);
+                self.own.any_refused.store(true, Ordering::Relaxed);
+                findings.refused.note(mapping.line, || format!("map of {}: {error}", mapping.pages));
+            }
+        }
+    }
+
+    fn unmap(
+        &self,
+        scene: &Scene,
+        line: u64,
+        pages: IovaRange,
+        mappings: &[Mapping],
+        buffers: &mut Buffers,
+        findings: &mut Findings,
+    ) {
+        let mut expected = 0u64;
+        for mapping in mappings {
+            if !self.workers[mapping.step.worker].take_refused(mapping) {
+                buffers.transfer(scene, mapping, findings);
+                expected = expected.saturating_add(mapping.page_bytes());
+            }
+        }
+        let began = Instant::now();
+        let unmapped = match self.mode {
+            Mode::Strict => scene.unmap(pages),
+            Mode::Deferred => scene.unmap_deferred(pages),
+        };
+        let time = began.elapsed();
+        match unmapped {
+            Ok(unmapped) => {
+                findings.unmap.record(time);
+                if unmapped.bytes() != expected {
+                    let found = unmapped.bytes();
+                    let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
+                    findings.wrong_unmaps.note(line, what);
+                }
+                let ends = [pages.first(), pages.last()];
+                if let Some(iova) = ends.into_iter().find(|iova| scene.reaches(*iova)) {
+                    let what = || format!("unmap of {pages}: the device still reaches {iova:#x}");
+                    findings.wrong_unmaps.note(line, what);
+                }
+            }
+            Err(error) => findings.refused.note(line, || format!("unmap of {pages}: {error}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::player::scene::GuestMemory;
+    use crate::trace::Direction;
+    use ioasid::{Account, Rid};
+    use ioasid_soft::iommu::TableKind;
+
+    fn mapping(line: u64, page: u64, memory: u64, direction: Direction) -> Mapping {
+        let pages = IovaRange::with_length(page * 4096, 8192).unwrap();
+        let step = Step { worker: 0, number: line };
+        Mapping { line, pages, memory: memory * 4096, iova: pages.first() + 5, bytes: 8000, direction, step }
+    }
+
+    fn with_worker(work: impl FnOnce(&Working<'_>, &Scene, &mut Findings)) -> Findings {
+        let memory = Arc::new(GuestMemory::new(1 << 20, &Account::new("test", None)).unwrap());
+        let scene = Scene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
+        let worker = Worker::default();
+        let workers = std::slice::from_ref(&worker);
+        let working = Working { workers, own: &worker, mode: Mode::Strict, began: Instant::now() };
+        let mut findings = Findings::new();
+        work(&working, &scene, &mut findings);
+        findings
+    }
+
+    /// A space that translates to another page is found out, whichever way the bytes go.
+    #[test]
+    fn wrong_translations_are_noticed() {
+        for direction in [Direction::ToDevice, Direction::FromDevice] {
+            let findings = with_worker(|worker, scene, findings| {
+                worker.map(scene, &mapping(2, 7, 16, direction), findings);
+                // Other bytes, which are there when the wrong place is looked for.
+                Buffers::default().transfer(scene, &mapping(1, 7, 16, direction), findings);
+                assert_eq!(findings.wrong_dma.count, 0);
+                Buffers::default().transfer(scene, &mapping(2, 7, 17, direction), findings);
+            });
+            assert_eq!(findings.wrong_dma.count, 1);
+            assert!(findings.wrong_dma.first[0].what.contains("at 0x700"), "{:?}", findings.wrong_dma);
+        }
+    }
+
+    #[test]
+    fn dma_that_is_refused_and_unmaps_that_find_something_else_are_noticed() {
+        let both = Direction::Bidirectional;
+        let findings = with_worker(|worker, scene, findings| {
+            worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
+            let known = mapping(2, 7, 16, both);
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
+            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::default(), findings);
+            assert_eq!(scene.faults(), 2);
+        });
+        assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
+        assert!(findings.wrong_unmaps.first[0].what.contains("0 bytes went, not 8192"));
+    }
+
+    #[test]
+    fn a_device_that_is_still_let_through_is_noticed() {
+        let findings = with_worker(|worker, scene, findings| {
+            let known = mapping(2, 7, 16, Direction::FromDevice);
+            worker.map(scene, &known, findings);
+            assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
+        });
+        assert_eq!(findings.wrong_unmaps.count, 0);
+    }
+}
