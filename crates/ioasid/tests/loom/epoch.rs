@@ -268,7 +268,7 @@ fn a_word_that_a_plain_thread_left_is_fenced() {
             let replaced = replaced.clone();
             thread::spawn(move || {
                 interruptible(number, || {
-                    read_in_sections(&plain(replaced.domain), 1, std::slice::from_ref(&replaced))
+                    read_in_sections(&plain(replaced.domain), 1, std::slice::from_ref(&replaced));
                 });
             })
         });
