@@ -17,6 +17,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
@@ -131,9 +132,21 @@ struct Scene {
 impl Scene {
     fn new(bytes: u64, kinds: &[TableKind]) -> Scene {
         let bus = Bus::new();
-        let backing = Backing::anonymous(&bus, bytes).unwrap();
-        let memory = Memory::register(&backing, 0, bytes, &Account::new("bench", None)).unwrap();
-        let space = Space::new(&bus);
+        Scene::of(&bus, &Backing::anonymous(&bus, bytes).unwrap(), bytes, kinds)
+    }
+
+    /// The same with memory that is backed as the bench's own is.
+    fn with_own_memory(bytes: u64, kinds: &[TableKind]) -> Scene {
+        let bus = Bus::new();
+        let memory = vec![0u8; bytes as usize].leak();
+        // SAFETY: leaked, so it stays, and referred to by nobody else.
+        let backing = unsafe { Backing::host(&bus, NonNull::from(memory).cast(), bytes) };
+        Scene::of(&bus, &backing, bytes, kinds)
+    }
+
+    fn of(bus: &Arc<Bus>, backing: &Arc<Backing>, bytes: u64, kinds: &[TableKind]) -> Scene {
+        let memory = Memory::register(backing, 0, bytes, &Account::new("bench", None)).unwrap();
+        let space = Space::new(bus);
         let iommu = SoftIommu::new();
         let (mut ports, mut devices) = (Vec::new(), Vec::new());
         for (number, &kind) in kinds.iter().enumerate() {
@@ -497,7 +510,7 @@ fn dma_beside_mapping(pairs: Pairs) -> f64 {
 // ------------------------------------------------------------------------------------------------- copying
 
 fn copying() {
-    let scene = Scene::new(64 * MIB, &[TableKind::Native]);
+    let scene = Scene::with_own_memory(64 * MIB, &[TableKind::Native]);
     scene.map(BASE, 0, 64 * MIB);
     let port = &scene.ports[0];
     let mut small = [0u8; 64];
