@@ -1,9 +1,10 @@
-//! Waiting for what is already running, at no cost to those who run.
+//! Waiting for what is already running, at hardly any cost to those who run.
 //!
 //! Two kinds of activity have to be waited for. A DMA that looked a page up may still be copying when the page is
 //! unmapped: *strict* unmap returns only when it is done. An operation that reached a table, or that read which
 //! tables a space has, may still be using it when it is retired. Both happen far more often than anyone waits
-//! for them, so all of the cost is on the side of the waiter (see `epoch/domain.rs`).
+//! for them, so the cost is on the side of the waiter; only while somebody waits often do those pay a little who enter
+//! (see `epoch/domain.rs`).
 //!
 //! They are two domains, because a DMA copy is short and never blocks, while an operation may sleep in the driver
 //! of a real IOMMU, and the first must never wait for the second. Nobody inside a

@@ -228,6 +228,17 @@ impl Blocking {
     }
 }
 
+/// What a device does that reads from address 0, behind which is memory behind calls.
+fn copy_late(space: &Space) {
+    let section = epoch::dma();
+    let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
+    let Ok(Translated::Late(memory)) = space.memory_at(&section, leaf.output(0)) else {
+        panic!("memory of this process")
+    };
+    drop(section);
+    memory.read(&mut [0; 8]).unwrap();
+}
+
 /// Lets the calls go at the latest when a test ends, whichever way.
 struct LetGo<'a>(&'a Blocking);
 
@@ -261,15 +272,7 @@ fn a_copy_that_blocks_keeps_the_flusher_from_nobody_elses_space() {
     space.map(Iova::new(0), &late, 0, K4, RW).unwrap();
     std::thread::scope(|scope| {
         let let_go = LetGo(&blocking);
-        scope.spawn(|| {
-            let section = epoch::dma();
-            let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
-            let Ok(Translated::Late(memory)) = space.memory_at(&section, leaf.output(0)) else {
-                panic!("memory of this process")
-            };
-            drop(section);
-            memory.read(&mut [0; 8]).unwrap();
-        });
+        scope.spawn(|| copy_late(&space));
         drop(blocking.moved.wait_while(blocking.state.lock().unwrap(), |state| state.0 == 0).unwrap());
         space.unmap_deferred(range(0, K4)).unwrap();
         std::thread::sleep(Duration::from_millis(25));
@@ -314,15 +317,7 @@ fn what_a_copy_has_kept_is_released_when_it_ends() {
     };
     std::thread::scope(|scope| {
         let let_go = LetGo(&blocking);
-        scope.spawn(|| {
-            let section = epoch::dma();
-            let leaf = space.walk_for_dma(&section, 0, &mut CachedWalk::new()).unwrap();
-            let Ok(Translated::Late(memory)) = space.memory_at(&section, leaf.output(0)) else {
-                panic!("memory of this process")
-            };
-            drop(section);
-            memory.read(&mut [0; 8]).unwrap();
-        });
+        scope.spawn(|| copy_late(&space));
         drop(blocking.moved.wait_while(blocking.state.lock().unwrap(), |state| state.0 == 0).unwrap());
         space.unmap_deferred(range(0, K4)).unwrap();
         until("the flusher does not come", &|| space.deferred_ranges() == 0);

@@ -141,8 +141,8 @@ impl Drop for UnmapBatch<'_> {
 }
 
 impl Space {
-    /// Begins a batch of unmaps that waits for DMA once, at its end, or once for every 64 ranges if there are more. Each of them happens whole or not at all by itself,
-    /// and until the end all of them are as [deferred](Self::unmap_deferred).
+    /// Begins a batch of unmaps that waits for DMA once, at its end, or once for every 64 ranges if there are more. Each of
+    /// them happens whole or not at all by itself, and until the end all of them are as [deferred](Self::unmap_deferred).
     ///
     /// ```
     /// # use ioasid::{Account, Backing, Bus, Iova, IovaRange, Memory, Permissions, Space};

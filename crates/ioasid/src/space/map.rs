@@ -326,13 +326,8 @@ impl Space {
                     epoch::wait_for_dma();
                     self.sleeping.wait();
                     let _operation = epoch::operation();
-                    // The memory may be going while nothing was open, and have fewer parts.
-                    match P::WHOLE {
-                        true => self.native.release(range, &mut gather),
-                        false => {
-                            request.parts().for_each(|part| self.native.release(part.range, &mut gather));
-                        }
-                    }
+                    // The parts are the same still: whoever takes the memory away waits for these entries first.
+                    request.parts().for_each(|part| self.native.release(part.range, &mut gather));
                     result = Err(Try::Failed(error.into()));
                 }
             }
