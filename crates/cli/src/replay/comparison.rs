@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ioasid_replay::{Latency, Report};
 
+use super::text::counted;
 use crate::quantity::{about, rate, time};
 use crate::terminal::{Palette, Tone};
 
@@ -22,8 +23,7 @@ pub(super) struct Row<'a> {
 pub(super) fn describe(rows: &[Row<'_>], palette: Palette) -> String {
     let mut text = String::new();
     let Some(Row { trace, report, .. }) = rows.first() else { return text };
-    let threads =
-        if report.threads == 1 { "1 thread".to_owned() } else { format!("{} threads", report.threads) };
+    let threads = counted(report.threads as u64, "thread");
     let width = rows.iter().map(|row| row.label.chars().count()).max().unwrap_or(0).max(16);
     // Writing to a string does not fail.
     let _ = writeln!(text, "{trace}: {} events, {threads}", report.events);

@@ -194,7 +194,14 @@ pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 fn picture(all: &[Replayed], compare: bool) -> anyhow::Result<String> {
     match all {
         [replayed] if !compare => plot::draw_detail(&replayed.trace, &replayed.report),
-        _ => plot::draw_sides("Replays side by side", &all.iter().map(Replayed::row).collect::<Vec<_>>()),
+        _ => {
+            let rows: Vec<Row<'_>> = all.iter().map(Replayed::row).collect();
+            let threads = rows.first().map_or(0, |row| row.report.threads);
+            plot::draw_sides(
+                &format!("Replays side by side, {}", text::counted(threads as u64, "thread")),
+                &rows,
+            )
+        }
     }
 }
 

@@ -8,16 +8,18 @@ use plotters::prelude::*;
 
 use super::page::{
     Area, Axis, BELOW, BESIDE, BLUE, Drawn, GREEN, HEADING, Marker, Sample, VERMILION, axes, dashed, figure,
-    heading, light, line, text,
+    heading, light, line, named, text,
 };
 use super::scale::{Unit, bytes_unit, count, decades, nanoseconds, number, time_unit};
 use crate::quantity::rate;
-use crate::replay::text::setting;
+use crate::replay::text::{counted, setting};
 
 /// The heights of the panels, with what is above and below them.
-const LIVE: u32 = 520;
-const LATENCIES: u32 = 570;
-const HISTOGRAM: u32 = 570;
+const LIVE: u32 = 550;
+const LATENCIES: u32 = 640;
+const HISTOGRAM: u32 = 600;
+/// The axis of live mappings goes so far at least, so that its ticks are whole numbers.
+const FEWEST: u64 = 5;
 /// Of the line below the title.
 const SETTING: u32 = 62;
 
@@ -29,9 +31,9 @@ pub(crate) fn draw(trace: &str, report: &Report) -> anyhow::Result<String> {
     figure(trace, SETTING + LIVE + LATENCIES + HISTOGRAM, |page| {
         let (top, rest) = page.split_vertically(SETTING);
         let summary = format!(
-            "{}; {} events, {} events/s",
+            "{}; {}, {} events/s",
             setting(report),
-            report.events,
+            counted(report.events, "event"),
             rate(report.events_per_second)
         );
         top.draw_text(&summary, &text(), (0, 0))?;
@@ -57,7 +59,7 @@ fn recorded(report: &Report) -> (Unit, Range<f64>) {
 pub(super) fn live(area: &Area<'_>, report: &Report) -> Drawn {
     let (unit, times) = recorded(report);
     let course = &report.course;
-    let most = course.live.iter().map(|step| step.most_mappings).max().unwrap_or(0).max(1) as f64;
+    let most = course.live.iter().map(|step| step.most_mappings).max().unwrap_or(0).max(FEWEST) as f64;
     let most_bytes = course.live.iter().map(|step| step.most_bytes).max().unwrap_or(0).max(1);
     let bytes = bytes_unit(most_bytes);
     let mappings_line = line(BLUE, 5);
@@ -73,6 +75,7 @@ pub(super) fn live(area: &Area<'_>, report: &Report) -> Drawn {
         .x_label_area_size(BELOW)
         .y_label_area_size(BESIDE)
         .right_y_label_area_size(BESIDE)
+        .margin_right(8)
         .build_cartesian_2d(times.clone(), 0.0..most * 1.06)?
         .set_secondary_coord(times.clone(), 0.0..most_bytes as f64 / bytes.size * 1.06);
     let means = format!("time in the recording ({})", unit.name);
@@ -134,13 +137,13 @@ fn latencies(area: &Area<'_>, report: &Report) -> Drawn {
         let labels = if index == 0 { BESIDE } else { 0 };
         let (panel, others) = rest.split_horizontally(each + labels);
         rest = others;
+        let panel = named(&panel, name, labels)?;
         let mut chart = ChartBuilder::on(&panel)
-            .margin_right(40)
-            .margin_top(14)
+            .margin_right(66)
             .x_label_area_size(BELOW)
             .y_label_area_size(labels)
             .build_cartesian_2d(times.clone(), (low..high).log_scale())?;
-        let means = format!("{name} at ({})", unit.name);
+        let means = format!("time in the recording ({})", unit.name);
         let x = Axis { labels: 5, label: &|value| number(*value), means: &means };
         axes(
             &mut chart,
@@ -208,21 +211,30 @@ fn histogram(area: &Area<'_>, bins: &[HistogramBin]) -> Drawn {
         .build_cartesian_2d((low..high).log_scale(), (none..top).log_scale())?;
     let x = Axis { labels: 9, label: &|value| nanoseconds(*value), means: "time for one" };
     axes(&mut chart, &x, &Axis { labels: 8, label: &|value| count(*value), means: "calls" })?;
+    // Charts and areas count from their own corners, but `map_coordinate` from the figure's.
+    let paper = area.use_screen_coord();
     for (_, style, is_dashed, marker, count_of) in kinds {
         let middle = |bin: &HistogramBin| (bin.from_nanoseconds as f64 * bin.below_nanoseconds as f64).sqrt();
-        let points = bins.iter().map(|bin| (middle(bin), (count_of(bin) as f64).max(none)));
-        let on_paper: Vec<_> = points.map(|point| chart.plotting_area().map_coordinate(&point)).collect();
-        // Charts and areas of a page count from its corner, but `map_coordinate` from the whole figure's.
-        let paper = area.use_screen_coord();
-        if is_dashed {
-            dashed(&paper, &on_paper, style)?;
-        } else {
-            paper.draw(&PathElement::new(on_paper.clone(), style))?;
-        }
-        for (at, bin) in on_paper.into_iter().zip(bins) {
-            if count_of(bin) > 0 {
-                marker.draw(&paper, at, style)?;
+        let point = |bin: &HistogramBin| {
+            let point = (middle(bin), (count_of(bin) as f64).max(none));
+            chart.plotting_area().map_coordinate(&point)
+        };
+        // Where there are several bins without calls, there is no line.
+        let is_near = |index: &usize| {
+            let near = &bins[index.saturating_sub(1)..bins.len().min(index + 2)];
+            near.iter().any(|bin| count_of(bin) > 0)
+        };
+        let near: Vec<usize> = (0..bins.len()).filter(is_near).collect();
+        for run in near.chunk_by(|one, next| one + 1 == *next) {
+            let line: Vec<_> = run.iter().map(|index| point(&bins[*index])).collect();
+            if is_dashed {
+                dashed(&paper, &line, style)?;
+            } else {
+                paper.draw(&PathElement::new(line, style))?;
             }
+        }
+        for bin in bins.iter().filter(|bin| count_of(bin) > 0) {
+            marker.draw(&paper, point(bin), style)?;
         }
     }
     Ok(())

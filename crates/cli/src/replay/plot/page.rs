@@ -10,14 +10,18 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 /// How wide a figure is: an A4 page less margins of 15 mm.
 pub(super) const WIDTH: u32 = 1800;
+/// What is left free at both sides.
+const MARGIN: u32 = 10;
 /// How high the strip above a panel is, with its heading and its legend.
-pub(super) const HEADING: i32 = 62;
+pub(super) const HEADING: u32 = 92;
+/// How high the strip above one of several panels is, with its name.
+pub(super) const NAME: u32 = 54;
 /// How high the strip below a panel is, with the labels of its axis and what they mean.
 pub(super) const BELOW: u32 = 110;
 /// How wide the strip beside a panel is that has the labels of its axis and what they mean.
 pub(super) const BESIDE: u32 = 170;
-/// About how wide a letter is at [`TEXT`].
-const LETTER: i32 = 17;
+/// How wide a letter is at [`TEXT`], or wider.
+const LETTER: i32 = 19;
 /// The size of all ordinary text, in points. Nothing is smaller.
 const TEXT: f64 = 9.0;
 /// How long a line in a legend is.
@@ -89,9 +93,10 @@ pub(super) fn figure(
     {
         let root = SVGBackend::with_string(&mut picture, (WIDTH, height)).into_drawing_area();
         root.fill(&WHITE)?;
+        let page = root.margin(0u32, 0u32, MARGIN, MARGIN);
         // Large letters are wider.
-        root.draw_text(&fitting(title, 75), &large(), (0, 8))?;
-        let (_, below) = root.split_vertically(TITLE);
+        page.draw_text(&fitting(title, 72), &large(), (0, 8))?;
+        let (_, below) = page.split_vertically(TITLE);
         draw(&below)?;
         root.present()?;
     }
@@ -155,10 +160,10 @@ impl Marker {
 
 /// Writes the heading of a panel, and its legend at the right end of the same line.
 pub(super) fn heading(area: &Area<'_>, words: &str, legend: &[(Sample, &str)]) -> Drawn {
-    let middle = HEADING / 2;
+    let middle = HEADING as i32 - 36;
     let centred = |style: TextStyle<'static>| style.pos(Pos::new(HPos::Left, VPos::Center));
     area.draw_text(words, &centred(bold()), (0, middle))?;
-    let width = |words: &str| SAMPLE + 14 + words.chars().count() as i32 * LETTER + 30;
+    let width = |words: &str| SAMPLE + 14 + words.chars().count() as i32 * LETTER + 36;
     let (across, _) = area.dim_in_pixel();
     let mut x = across as i32 - legend.iter().map(|(_, words)| width(words)).sum::<i32>();
     for (sample, words) in legend {
@@ -190,6 +195,12 @@ pub(super) fn heading(area: &Area<'_>, words: &str, legend: &[(Sample, &str)]) -
         x += width(words);
     }
     Ok(())
+}
+
+/// Writes the name of one of several panels above it; what is below is the panel's.
+pub(super) fn named<'a>(area: &Area<'a>, name: &str, left: u32) -> anyhow::Result<Area<'a>> {
+    area.draw_text(name, &bold(), (left as i32, 4))?;
+    Ok(area.split_vertically(NAME).1)
 }
 
 /// Draws a dashed line through points of the paper.

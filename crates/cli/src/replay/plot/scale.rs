@@ -78,6 +78,14 @@ pub(super) fn decades(values: impl IntoIterator<Item = u64>) -> (f64, f64) {
     (10f64.powf(low), 10f64.powf(high.max(low + 1.0)))
 }
 
+/// From a little below the least to a little above the most of some values, with a power of ten in between.
+pub(super) fn around(values: impl IntoIterator<Item = u64>) -> (f64, f64) {
+    let values: Vec<u64> = values.into_iter().filter(|value| *value > 0).collect();
+    let (Some(least), Some(most)) = (values.iter().min(), values.iter().max()) else { return decades([]) };
+    let (low, high) = (*least as f64 / 1.5, *most as f64 * 1.5);
+    if low.log10().ceil() <= high.log10().floor() { (low, high) } else { decades(values) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,5 +116,12 @@ mod tests {
         assert_eq!(decades([]), (100.0, 10_000.0));
         let (low, high) = decades([1, u64::MAX]);
         assert!(low <= 1.0 && high >= u64::MAX as f64);
+    }
+
+    #[test]
+    fn there_is_a_power_of_ten_around_values() {
+        assert_eq!(around([90, 0, 300]), (60.0, 450.0));
+        assert_eq!(around([200, 300]), (100.0, 1_000.0));
+        assert_eq!(around([]), decades([]));
     }
 }

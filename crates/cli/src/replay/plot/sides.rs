@@ -9,25 +9,26 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::detail;
 use super::page::{
-    Area, Axis, BELOW, BLUE, Drawn, GREEN, GREY, HEADING, Marker, Sample, VERMILION, axes, bold, figure,
-    fitting, heading, line, text,
+    Area, Axis, BELOW, BLUE, Drawn, GREEN, GREY, HEADING, Marker, NAME, Sample, VERMILION, axes, bold,
+    figure, fitting, heading, line, named, text,
 };
-use super::scale::{count, decades, nanoseconds};
+use super::scale::{around, count, nanoseconds};
 use crate::replay::comparison::Row;
 
 /// How high a row is.
 const ROW: u32 = 56;
 /// How high the panel of what is live is, with its heading and its axis.
-const LIVE: u32 = 430;
+const LIVE: u32 = 460;
 /// How wide the names of the rows are: so many letters at most.
-const NAMES: u32 = 300;
+const NAMES: u32 = 290;
 const LETTERS: usize = 17;
 /// The line that names a trace.
 const TRACE: u32 = 60;
 /// Below a trace.
 const GAP: u32 = 50;
-/// The names of the columns.
-const COLUMN: u32 = 54;
+/// At the left and the right of a column, so that the labels of two axes do not meet.
+const LEFT: u32 = 36;
+const RIGHT: u32 = 58;
 
 /// Draws rows, which are together if they are of the same trace.
 ///
@@ -42,7 +43,7 @@ pub(crate) fn draw(title: &str, rows: &[Row<'_>]) -> anyhow::Result<String> {
         .collect();
     let height_of = |rows: usize| {
         let rows = ROW.saturating_mul(u32::try_from(rows).unwrap_or(u32::MAX));
-        (TRACE + LIVE + HEADING as u32 + COLUMN + BELOW + GAP).saturating_add(rows)
+        (TRACE + LIVE + HEADING + NAME + BELOW + GAP).saturating_add(rows)
     };
     let height = sections.iter().map(|(_, rows)| height_of(rows.len())).fold(0, u32::saturating_add);
     figure(title, height, |page| {
@@ -76,7 +77,7 @@ fn section(area: &Area<'_>, trace: &str, rows: &[&Row<'_>]) -> Drawn {
     let (_, rest) = rest.split_vertically(HEADING);
     let (names, rest) = rest.split_horizontally(NAMES);
     for (index, row) in (0..).zip(rows) {
-        let middle = COLUMN as i32 + index * ROW as i32 + ROW as i32 / 2;
+        let middle = NAME as i32 + index * ROW as i32 + ROW as i32 / 2;
         let style = text().pos(Pos::new(HPos::Left, VPos::Center));
         names.draw_text(&fitting(&row.label, LETTERS), &style, (0, middle))?;
     }
@@ -95,12 +96,6 @@ fn section(area: &Area<'_>, trace: &str, rows: &[&Row<'_>]) -> Drawn {
     throughput(&rest, rows)
 }
 
-/// Where the name of a column is written, and the column below it.
-fn column<'a>(area: &Area<'a>, name: &str) -> anyhow::Result<Area<'a>> {
-    area.draw_text(name, &bold(), (0, 4))?;
-    Ok(area.split_vertically(COLUMN).1)
-}
-
 /// The middle of a row on an axis that goes down.
 fn middle(index: usize) -> f64 {
     index as f64 + 0.5
@@ -115,16 +110,17 @@ fn stripes(rows: usize, low: f64, high: f64) -> impl Iterator<Item = Rectangle<(
 }
 
 fn latencies(area: &Area<'_>, name: &str, color: RGBColor, rows: &[&Latency]) -> Drawn {
-    let area = column(area, name)?;
+    let area = named(area, name, LEFT)?;
     let values =
         |latency: &Latency| [latency.p50_nanoseconds, latency.p99_nanoseconds, latency.p999_nanoseconds];
-    let (low, high) = decades(rows.iter().flat_map(|latency| values(latency)));
+    let (low, high) = around(rows.iter().flat_map(|latency| values(latency)));
     let mut chart = ChartBuilder::on(&area)
-        .margin_right(52)
+        .margin_left(LEFT)
+        .margin_right(RIGHT)
         .x_label_area_size(BELOW)
         .build_cartesian_2d((low..high).log_scale(), rows.len() as f64..0.0)?;
     chart.draw_series(stripes(rows.len(), low, high))?;
-    let x = Axis { labels: 4, label: &|value| nanoseconds(*value), means: "time for one" };
+    let x = Axis { labels: 2, label: &|value| nanoseconds(*value), means: "time for one" };
     axes(&mut chart, &x, &Axis { labels: 0, label: &|_| String::new(), means: "" })?;
     let paper = area.use_screen_coord();
     for (index, latency) in rows.iter().enumerate().filter(|(_, latency)| latency.count > 0) {
@@ -141,15 +137,16 @@ fn latencies(area: &Area<'_>, name: &str, color: RGBColor, rows: &[&Latency]) ->
 }
 
 fn throughput(area: &Area<'_>, rows: &[&Row<'_>]) -> Drawn {
-    let area = column(area, "throughput")?;
+    let area = named(area, "throughput", LEFT)?;
     let rates = rows.iter().flat_map(|row| [row.report.calls_per_second, row.report.events_per_second]);
     let most = rates.fold(1.0, f64::max) * 1.06;
     let mut chart = ChartBuilder::on(&area)
-        .margin_right(52)
+        .margin_left(LEFT)
+        .margin_right(RIGHT)
         .x_label_area_size(BELOW)
         .build_cartesian_2d(0.0..most, rows.len() as f64..0.0)?;
     chart.draw_series(stripes(rows.len(), 0.0, most))?;
-    let x = Axis { labels: 4, label: &|value| count(*value), means: "per second" };
+    let x = Axis { labels: 3, label: &|value| count(*value), means: "per second" };
     axes(&mut chart, &x, &Axis { labels: 0, label: &|_| String::new(), means: "" })?;
     for (index, row) in rows.iter().enumerate() {
         let bar = |up: f64, down: f64, rate: f64, fill: ShapeStyle| {
