@@ -313,7 +313,7 @@ impl Play {
                 }
             }
             Call::Drop { set } => {
-                drop(self.sets.remove(&set).ok_or_else(|| format!("there is no set {set}"))?)
+                self.sets.remove(&set).ok_or_else(|| format!("there is no set {set}"))?;
             }
             Call::Reserve { count } => {
                 let reservation = self.system.reserve(count)?;
