@@ -78,4 +78,12 @@ pub trait Process: ioasid::LateBound + Debug {
     /// # Errors
     /// `EFAULT` if not.
     fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno>;
+
+    /// The file behind `[address, address + length)`, open for reading and if possible writing, and where in it the bytes
+    /// begin: if all of them are one shared mapping of memory (tmpfs, which anonymous shared memory is too) whose file can
+    /// be opened. Such memory is that file's, not the process's, and stays when the process ends. `None` otherwise; then
+    /// the bytes are reached through the process.
+    fn shared_file(&self, _address: u64, _length: u64) -> Option<(OwnedFd, u64)> {
+        None
+    }
 }

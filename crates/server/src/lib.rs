@@ -106,6 +106,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    test_devices: bool,
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +133,12 @@ pub enum ServerError {
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
     Place(#[from] RidTaken),
+    /// Test devices need a granule of 2 KiB, and the tables of a device cannot have that.
+    #[error("a device with table={table} cannot be in one machine with test devices; only table=native can")]
+    TableTooCoarse {
+        /// The kind of the device's table.
+        table: TableKind,
+    },
 }
 
 /// The result of a successful open.
@@ -162,9 +169,14 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
+        let mut tables = options.devices.iter().map(|device| device.table);
+        if let Some(table) = tables.find(|table| options.test_devices && *table != TableKind::Native) {
+            return Err(ServerError::TableTooCoarse { table });
+        }
         let devices = machine::devices(options.devices)?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
+        let test_devices = options.test_devices;
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -196,7 +208,7 @@ impl Server {
     fn new_context(&self) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory)));
+        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.test_devices));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context

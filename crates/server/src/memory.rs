@@ -20,6 +20,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -50,8 +51,9 @@ enum Source {
     Process {
         process: Arc<dyn Process>,
         backing: Arc<Backing>,
+        files: Arc<Files>,
     },
-    File(Arc<FileBacking>),
+    File(FileBacking),
     /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
     NotMemory,
 }
@@ -85,7 +87,7 @@ impl ChargedAccount {
     }
 }
 
-/// A file with its backing: what the registry knows of it.
+/// A file with its backing.
 #[derive(Debug)]
 struct FileBacking {
     file: Arc<MappedFile>,
@@ -97,6 +99,8 @@ struct FileBacking {
 struct MappedFile {
     /// Our duplicate, open for writing if it could be had.
     fd: OwnedFd,
+    /// The backing that reaches its bytes here, and holds it.
+    backing: Mutex<Weak<Backing>>,
 }
 
 /// What identifies a file: device and inode number. Both stay true for as long as we hold a descriptor.
@@ -197,29 +201,23 @@ impl Pages {
     pub(crate) fn register(&self, offset: u64, length: u64) -> Result<Arc<Memory>, Errno> {
         let start = self.start.checked_add(offset).ok_or(Errno::OVERFLOW)?;
         let range = IovaRange::with_length(start, length).ok_or(Errno::INVAL)?;
-        let backing = match &self.source {
-            Source::Process { process, backing } => {
+        let (backing, start) = match &self.source {
+            Source::Process { process, backing, files } => {
                 process.check_access(start, length, self.writable)?;
-                backing
+                files.behind(&**process, backing, start, length)?
             }
             Source::File(mapped) => {
                 if range.last() >= mapped.file.size()? {
                     return Err(Errno::INVAL);
                 }
-                &mapped.backing
+                (Arc::clone(&mapped.backing), start)
             }
             Source::NotMemory => return Err(Errno::INVAL),
         };
         let _charging = lock(&self.charge.account.charging);
         self.charge.account.account.set_limit(self.charge.limit_pages);
-        Memory::register(backing, start, length, &self.charge.account.account).map_err(|error| match error {
-            RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
-            RegisterError::OutOfBounds { .. }
-            | RegisterError::Revoked
-            | RegisterError::Residency(_)
-            | RegisterError::Unreachable(_) => Errno::FAULT,
-            RegisterError::Empty => Errno::INVAL,
-        })
+        let account = &self.charge.account.account;
+        Memory::register(&backing, start, length, account).map_err(|error| register_errno(&error))
     }
 
     /// Where the bytes come from, for people.
@@ -229,6 +227,70 @@ impl Pages {
             Source::File(_) => "file".to_owned(),
             Source::NotMemory => "file without memory pages".to_owned(),
         }
+    }
+}
+
+fn register_errno(error: &RegisterError) -> Errno {
+    match error {
+        RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
+        RegisterError::OutOfBounds { .. }
+        | RegisterError::Revoked
+        | RegisterError::Residency(_)
+        | RegisterError::Unreachable(_) => Errno::FAULT,
+        RegisterError::Empty => Errno::INVAL,
+    }
+}
+
+/// The files that are mapped, and how they are found.
+struct Files {
+    bus: Arc<Bus>,
+    by_key: WeakMap<FileKey, MappedFile>,
+}
+
+impl fmt::Debug for Files {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Files").finish_non_exhaustive()
+    }
+}
+
+impl Files {
+    /// The backing of a file, the one that exists or a new one.
+    fn backing(&self, fd: OwnedFd) -> Result<FileBacking, Errno> {
+        let status = rustix::fs::fstat(&fd)?;
+        let make = || Arc::new(MappedFile { fd: writable(fd), backing: Mutex::default() });
+        let file = self.by_key.get_or_insert(FileKey(status.st_dev, status.st_ino), make);
+        let backing = {
+            let mut known = lock(&file.backing);
+            known.upgrade().unwrap_or_else(|| {
+                let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
+                *known = Arc::downgrade(&backing);
+                backing
+            })
+        };
+        Ok(FileBacking { file, backing })
+    }
+
+    /// What the bytes at an address of a process are now: those of a file that others can map too, or the process's own.
+    /// Returns the backing, and where in it they begin.
+    ///
+    /// # Errors
+    /// `EFAULT`: the file behind the mapping has become shorter. Those of `fstat`.
+    fn behind(
+        &self,
+        process: &dyn Process,
+        private: &Arc<Backing>,
+        start: u64,
+        length: u64,
+    ) -> Result<(Arc<Backing>, u64), Errno> {
+        let Some((fd, offset)) = process.shared_file(start, length) else {
+            return Ok((Arc::clone(private), start));
+        };
+        let mapped = self.backing(fd)?;
+        let end = offset.checked_add(length).ok_or(Errno::FAULT)?;
+        if end > mapped.file.size()?.next_multiple_of(PAGE_SIZE) {
+            return Err(Errno::FAULT);
+        }
+        Ok((mapped.backing, offset))
     }
 }
 
@@ -247,7 +309,7 @@ enum AccountKey {
 pub(crate) struct MemoryRegistry {
     bus: Arc<Bus>,
     processes: WeakMap<u64, Backing>,
-    files: WeakMap<FileKey, FileBacking>,
+    files: Arc<Files>,
     accounts: WeakMap<AccountKey, ChargedAccount>,
     /// Accounts of users stay, so that their peaks can be read after everything was unmapped.
     users: Mutex<HashMap<AccountKey, Arc<ChargedAccount>>>,
@@ -261,10 +323,11 @@ impl fmt::Debug for MemoryRegistry {
 
 impl MemoryRegistry {
     pub(crate) fn new(bus: Arc<Bus>) -> Self {
+        let files = Arc::new(Files { bus: Arc::clone(&bus), by_key: WeakMap::default() });
         Self {
             bus,
             processes: WeakMap::default(),
-            files: WeakMap::default(),
+            files,
             accounts: WeakMap::default(),
             users: Mutex::default(),
         }
@@ -304,9 +367,14 @@ impl MemoryRegistry {
         writable: bool,
         charge: Charge,
     ) -> Pages {
-        let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(&process))));
-        let backing = self.processes.get_or_insert(process.identity(), make);
-        Pages { source: Source::Process { process, backing }, start, writable, charge }
+        let backing = self.private_backing(&process);
+        let files = Arc::clone(&self.files);
+        Pages { source: Source::Process { process, backing, files }, start, writable, charge }
+    }
+
+    fn private_backing(&self, process: &Arc<dyn Process>) -> Arc<Backing> {
+        let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(process))));
+        self.processes.get_or_insert(process.identity(), make)
     }
 
     /// A file from the offset `start` on. `None`: a file that is surely not made of memory.
@@ -322,22 +390,42 @@ impl MemoryRegistry {
     ) -> Result<Pages, Errno> {
         let source = match fd.filter(is_memory) {
             None => Source::NotMemory,
-            Some(fd) => {
-                let status = rustix::fs::fstat(&fd)?;
-                let make = || {
-                    let file = Arc::new(MappedFile { fd: writable(fd) });
-                    let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
-                    Arc::new(FileBacking { file, backing })
-                };
-                Source::File(self.files.get_or_insert(FileKey(status.st_dev, status.st_ino), make))
-            }
+            Some(fd) => Source::File(self.files.backing(fd)?),
         };
         Ok(Pages { source, start, writable: writable_by_device, charge })
     }
 
-    /// The backing of a process, if any mapping uses it.
-    pub(crate) fn backing_of_process(&self, identity: u64) -> Option<Arc<Backing>> {
-        self.processes.get(&identity)
+    /// Registers memory of a process for a moment, charged to nobody, to learn which pages it is made of.
+    ///
+    /// # Errors
+    /// `EFAULT`: the process has no such memory, or may not read it.
+    pub(crate) fn identify(
+        &self,
+        process: Arc<dyn Process>,
+        start: u64,
+        length: u64,
+    ) -> Result<Arc<Memory>, Errno> {
+        process.check_access(start, length, false)?;
+        let private = self.private_backing(&process);
+        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let nobody = Account::new("nobody", None);
+        Memory::register(&backing, start, length, &nobody).map_err(|error| register_errno(&error))
+    }
+
+    /// The fewest and the most registrations that hold a page of a process's memory.
+    ///
+    /// # Errors
+    /// As [`MemoryRegistry::identify`].
+    pub(crate) fn holds(
+        &self,
+        process: Arc<dyn Process>,
+        start: u64,
+        length: u64,
+    ) -> Result<RangeInclusive<u64>, Errno> {
+        process.check_access(start, length, false)?;
+        let private = self.private_backing(&process);
+        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        Ok(backing.holds(start, length))
     }
 
     /// All accounts that are known.
@@ -362,10 +450,6 @@ impl<K, V> Default for WeakMap<K, V> {
 }
 
 impl<K: Eq + Hash, V> WeakMap<K, V> {
-    fn get(&self, key: &K) -> Option<Arc<V>> {
-        lock(&self.inner).0.get(key)?.upgrade()
-    }
-
     fn get_or_insert(&self, key: K, make: impl FnOnce() -> Arc<V>) -> Arc<V> {
         let mut inner = lock(&self.inner);
         let (map, sweep_at) = &mut *inner;

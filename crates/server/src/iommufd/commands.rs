@@ -61,6 +61,7 @@ impl Call<'_> {
             Object::Hwpt(hwpt) => hwpt.destroy(),
             // Its file uses a device for as long as it is bound, so it is never taken out this way.
             Object::Device(_) => {}
+            Object::TestDevice(device) => device.end(self.context),
         }
         Ok(())
     }
@@ -71,7 +72,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let space = Space::new(self.context.memory.bus());
+        let space = Space::with_format(self.context.memory.bus(), self.context.space_format());
         let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
@@ -286,14 +287,16 @@ impl Call<'_> {
             HeldObject::Ioas(ioas) => ioas,
             // A nested table: none of ours can be a parent.
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
-            HeldObject::Hwpt(_) | HeldObject::Device(_) => return Err(Errno::INVAL),
+            _ => return Err(Errno::INVAL),
         };
         // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
-        if command.flags != 0 || command.data_len != 0 {
-            return Err(Errno::OPNOTSUPP);
-        }
+        let engine = match device.mock() {
+            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
+            None if command.flags != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
+            None => device.engine_for(&ioas),
+        };
         let reservation = self.context.objects.reserve()?;
-        let hwpt = ioas.with_table(device.engine(), TableUse::Own, |table, _| {
+        let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
             Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
         })?;
@@ -314,26 +317,50 @@ impl Call<'_> {
         if HwInfoFlags::from_bits(command.flags).is_none() || command.reserved != [0; 3] {
             return Err(Errno::OPNOTSUPP);
         }
-        drop(self.context.objects.hold_device(command.dev_id)?);
+        let wanted = HwInfoFlags::from_bits_truncate(command.flags).contains(HwInfoFlags::INPUT_TYPE);
+        let wanted = if wanted { command.data_type } else { uapi::HW_INFO_TYPE_NONE };
+        let device = self.context.objects.hold_device(command.dev_id)?;
         // The software IOMMU has no registers of a real one to report: no data, of type none. The client's room is
-        // zeroed, as for data that is shorter than the room.
+        // zeroed behind the data.
+        let info = match device.mock() {
+            Some(mock) => mock.hw_info(wanted)?,
+            None => HwInfo {
+                data: Vec::new(),
+                data_type: uapi::HW_INFO_TYPE_NONE,
+                capabilities: HwCapabilities::ATS_NOT_SUPPORTED,
+                max_pasid_log2: 0,
+            },
+        };
+        drop(device);
         if command.data_len > LARGEST_HW_INFO {
             return Err(Errno::TOOBIG);
         }
+        let fits = info.data.len().min(command.data_len as usize);
+        if fits > 0 {
+            self.client.write(command.data_uptr, &info.data[..fits])?;
+        }
         let zeroes = [0; PAGE_SIZE as usize];
-        let mut at = 0;
+        let mut at = fits as u32;
         while at < command.data_len {
             let part = (command.data_len - at).min(PAGE_SIZE as u32);
             let address = command.data_uptr.checked_add(u64::from(at)).ok_or(Errno::FAULT)?;
             self.client.write(address, &zeroes[..part as usize])?;
             at += part;
         }
-        command.data_type = uapi::HW_INFO_TYPE_NONE;
-        command.data_len = 0;
-        command.out_capabilities = HwCapabilities::ATS_NOT_SUPPORTED.bits();
-        command.out_max_pasid_log2 = 0;
+        command.data_type = info.data_type;
+        command.data_len = info.data.len() as u32;
+        command.out_capabilities = info.capabilities.bits();
+        command.out_max_pasid_log2 = info.max_pasid_log2;
         self.respond(&command)
     }
+}
+
+/// What GET_HW_INFO answers for a device.
+pub(crate) struct HwInfo {
+    pub(super) data: Vec<u8>,
+    pub(super) data_type: u32,
+    pub(super) capabilities: HwCapabilities,
+    pub(super) max_pasid_log2: u8,
 }
 
 /// All of `pages`, which have `length` bytes.

@@ -10,6 +10,7 @@
 //!                  │  register, map
 //!                  ▼
 //!                ioasid::Space (4 KiB granule) ──► tables   while there is a table
+//!                              (2 KiB with test devices)
 //! ```
 //!
 //! The engine's space also keeps which IOVAs are reserved and where automatic placement is allowed; areas are looked at
@@ -24,14 +25,16 @@ use std::sync::{Arc, Mutex, Weak};
 
 use ioasid::{
     Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space, Table,
+    TableClass,
 };
+use ioasid_uapi::iommufd_test::MOCK_PAGE_SIZE;
 use rustix::io::Errno;
 
 use super::areas::Areas;
 use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
-use super::placement;
+use super::{placement, testing};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
@@ -78,6 +81,8 @@ struct State {
     areas: Areas<Area>,
     /// Tables over this space; while there is one, every area is registered and in the engine's space.
     tables: usize,
+    /// How many of them have pages of 4 KiB; the others have smaller ones.
+    coarse_tables: usize,
     /// Tables that attaching to the space itself made, for other devices of their class to share.
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
@@ -134,12 +139,28 @@ impl Counted for Ioas {
 impl State {
     /// What IOVAs, lengths and page offsets have to be multiples of, in bytes.
     fn alignment(&self) -> u64 {
-        if self.tables > 0 || !self.large_pages { PAGE_SIZE } else { 1 }
+        if self.coarse_tables > 0 || !self.large_pages {
+            PAGE_SIZE
+        } else if self.tables > 0 {
+            MOCK_PAGE_SIZE
+        } else {
+            1
+        }
     }
 
-    /// Whether every area fits tables of 4 KiB pages.
-    fn all_aligned(&self) -> bool {
-        self.areas.iter().all(|(range, area)| is_page_aligned(range, &area.source))
+    /// Whether every area could be there if this were what mappings have to be aligned to.
+    fn all_aligned(&self, alignment: u64) -> bool {
+        self.areas.iter().all(|(range, area)| is_aligned(range, &area.source, alignment))
+    }
+
+    fn count_table(&mut self, class: TableClass) {
+        self.tables += 1;
+        self.coarse_tables += usize::from(testing::mock::alignment(class) == PAGE_SIZE);
+    }
+
+    fn discount_table(&mut self, class: TableClass) {
+        self.tables -= 1;
+        self.coarse_tables -= usize::from(testing::mock::alignment(class) == PAGE_SIZE);
     }
 }
 
@@ -153,8 +174,8 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
     !forbidden.any(|range| areas.overlaps(range))
 }
 
-fn is_page_aligned(range: IovaRange, source: &Slice) -> bool {
-    range.first() % PAGE_SIZE == 0 && source.length % PAGE_SIZE == 0 && source.start() % PAGE_SIZE == 0
+fn is_aligned(range: IovaRange, source: &Slice, alignment: u64) -> bool {
+    [range.first(), source.length, source.start()].iter().all(|value| value % alignment == 0)
 }
 
 impl Ioas {
@@ -166,6 +187,7 @@ impl Ioas {
             state: Mutex::new(State {
                 areas: Areas::new(),
                 tables: 0,
+                coarse_tables: 0,
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: 0,
@@ -210,7 +232,7 @@ impl Ioas {
             if permissions.contains(Permissions::WRITE) && !source.pages.writable() {
                 return Err(Errno::PERM);
             }
-            if alignment > 1 && !is_page_aligned(range, &source) {
+            if !is_aligned(range, &source, alignment) {
                 return Err(Errno::INVAL);
             }
             next = next.wrapping_add(source.length);
@@ -372,7 +394,7 @@ impl Ioas {
             if state.tables > 0 && !state.areas.is_empty() {
                 return Err(Errno::INVAL);
             }
-            if !state.all_aligned() {
+            if !state.all_aligned(PAGE_SIZE) {
                 return Err(Errno::ADDRINUSE);
             }
         }
@@ -396,8 +418,12 @@ impl Ioas {
     ) -> Result<Arc<Hwpt>, Errno> {
         let mut state = lock(&self.state);
         let first = state.tables == 0;
+        let alignment = testing::mock::alignment(device.requirements().class);
+        if alignment > state.alignment() && !state.all_aligned(alignment) {
+            return Err(Errno::ADDRINUSE);
+        }
         if first {
-            if !state.all_aligned() || !fits(&state.areas, device.requirements()) {
+            if !fits(&state.areas, device.requirements()) {
                 return Err(Errno::ADDRINUSE);
             }
             self.populate(state.areas.iter_mut())?;
@@ -432,7 +458,7 @@ impl Ioas {
         let existed = existing.is_some();
         let hwpt = install(table, existing)?;
         if !existed {
-            state.tables += 1;
+            state.count_table(device.requirements().class);
             if table_use == TableUse::Shared {
                 state.shared.push(Arc::downgrade(&hwpt));
             }
@@ -443,8 +469,9 @@ impl Ioas {
     /// Drops a table that [`Ioas::with_table`] made. With the last one the areas' memory is given back.
     pub(crate) fn remove_table(&self, table: Arc<Table>) {
         let mut state = lock(&self.state);
+        let class = table.class();
         drop(table);
-        state.tables -= 1;
+        state.discount_table(class);
         if state.tables == 0 {
             self.depopulate(&mut state);
         }

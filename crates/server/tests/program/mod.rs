@@ -43,7 +43,7 @@ pub(crate) fn server() -> Arc<Server> {
 
 /// A machine with one device that these options describe.
 pub(crate) fn server_with(device: &str) -> Arc<Server> {
-    Server::new(ServerOptions { devices: vec![device.parse().unwrap()] }).unwrap()
+    Server::new(ServerOptions { devices: vec![device.parse().unwrap()], ..Default::default() }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {
