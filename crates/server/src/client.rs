@@ -36,6 +36,12 @@ pub trait Client {
     /// `EBADF` if it is not open.
     fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno>;
 
+    /// Gives the program a new descriptor of `file`, which stays although the call may fail afterwards.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENFILE` or `ENOMEM`: it cannot have one; the file is closed then.
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno>;
+
     /// The address space that addresses of this call belong to: the same `Arc` as long as it is the same one.
     ///
     /// # Errors

@@ -78,6 +78,7 @@ use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
+use crate::iommufd::testing::{AccessFile, DmaBuf};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
 use crate::vfio::{DeviceFile, MachineDevice};
@@ -161,6 +162,10 @@ pub struct File {
 enum FileKind {
     Iommufd(Arc<Context>),
     Device(DeviceFile),
+    /// A user of pages that the test-only command made.
+    Access(AccessFile),
+    /// Memory of an imagined driver, likewise.
+    DmaBuf(Arc<DmaBuf>),
 }
 
 impl Server {
@@ -234,6 +239,7 @@ impl File {
         match &self.kind {
             FileKind::Iommufd(context) => context.ioctl(client, command, argument),
             FileKind::Device(device) => device.ioctl(client, command, argument),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::NOTTY),
         }
     }
 
@@ -243,7 +249,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.read_at(offset, buffer),
         }
     }
@@ -254,7 +260,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.write_at(offset, bytes),
         }
     }
@@ -263,7 +269,31 @@ impl File {
     pub(crate) fn context(&self) -> Option<Arc<Context>> {
         match &self.kind {
             FileKind::Iommufd(context) => Some(Arc::clone(context)),
-            FileKind::Device(_) => None,
+            FileKind::Device(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => None,
+        }
+    }
+
+    pub(crate) fn of_access(access: AccessFile) -> Self {
+        Self { kind: FileKind::Access(access) }
+    }
+
+    pub(crate) fn of_dma_buf(buffer: Arc<DmaBuf>) -> Self {
+        Self { kind: FileKind::DmaBuf(buffer) }
+    }
+
+    /// The access, if this is one's file.
+    pub(crate) fn access(&self) -> Option<&AccessFile> {
+        match &self.kind {
+            FileKind::Access(access) => Some(access),
+            _ => None,
+        }
+    }
+
+    /// The dma-buf, if this is one.
+    pub(crate) fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        match &self.kind {
+            FileKind::DmaBuf(buffer) => Some(buffer),
+            _ => None,
         }
     }
 }

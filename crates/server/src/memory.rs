@@ -28,6 +28,7 @@ use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, Re
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::iommufd::testing::{DmaBuf, DmaBufs};
 use crate::poison::lock;
 use crate::{AccountStatus, Process};
 
@@ -42,7 +43,8 @@ pub(crate) struct Pages {
     start: u64,
     /// Whether devices may be given write access.
     writable: bool,
-    charge: Charge,
+    /// Nobody for a dma-buf, whose memory is not the client's.
+    charge: Option<Charge>,
 }
 
 /// What the bytes belong to.
@@ -54,6 +56,11 @@ enum Source {
         files: Arc<Files>,
     },
     File(FileBacking),
+    /// A dma-buf as it was when it was mapped: revoking it ends this memory for good.
+    DmaBuf {
+        buffer: Arc<DmaBuf>,
+        backing: Arc<Backing>,
+    },
     /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
     NotMemory,
 }
@@ -212,12 +219,27 @@ impl Pages {
                 }
                 (Arc::clone(&mapped.backing), start)
             }
+            Source::DmaBuf { buffer, backing } => {
+                return Memory::register(backing, start, length, buffer.account())
+                    .map_err(|error| register_errno(&error));
+            }
             Source::NotMemory => return Err(Errno::INVAL),
         };
-        let _charging = lock(&self.charge.account.charging);
-        self.charge.account.account.set_limit(self.charge.limit_pages);
-        let account = &self.charge.account.account;
+        let charge = self.charge.as_ref().ok_or(Errno::INVAL)?;
+        let _charging = lock(&charge.account.charging);
+        let account = &charge.account.account;
+        account.set_limit(charge.limit_pages);
         Memory::register(&backing, start, length, account).map_err(|error| register_errno(&error))
+    }
+
+    /// Whether it was taken back for good, so that nothing can be registered of it any more.
+    pub(crate) fn is_revoked(&self) -> bool {
+        matches!(&self.source, Source::DmaBuf { backing, .. } if backing.is_revoked())
+    }
+
+    /// Whether software may copy to and from it: a dma-buf belongs to a driver.
+    pub(crate) fn is_accessible(&self) -> bool {
+        !matches!(self.source, Source::DmaBuf { .. })
     }
 
     /// Where the bytes come from, for people.
@@ -225,9 +247,22 @@ impl Pages {
         match &self.source {
             Source::Process { process, .. } => format!("memory of process {}", process.id()),
             Source::File(_) => "file".to_owned(),
+            Source::DmaBuf { .. } => "dma-buf".to_owned(),
             Source::NotMemory => "file without memory pages".to_owned(),
         }
     }
+}
+
+/// `length` bytes of a dma-buf from the offset `start` on.
+///
+/// # Errors
+/// `EINVAL`: it ends before. `ENODEV`: it is taken back now.
+pub(crate) fn dma_buf_pages(buffer: &Arc<DmaBuf>, start: u64, length: u64) -> Result<Pages, Errno> {
+    if start.checked_add(length).is_none_or(|end| end > buffer.length()) {
+        return Err(Errno::INVAL);
+    }
+    let source = Source::DmaBuf { backing: buffer.backing()?, buffer: Arc::clone(buffer) };
+    Ok(Pages { source, start, writable: true, charge: None })
 }
 
 fn register_errno(error: &RegisterError) -> Errno {
@@ -310,6 +345,7 @@ pub(crate) struct MemoryRegistry {
     bus: Arc<Bus>,
     processes: WeakMap<u64, Backing>,
     files: Arc<Files>,
+    dma_bufs: Arc<DmaBufs>,
     accounts: WeakMap<AccountKey, ChargedAccount>,
     /// Accounts of users stay, so that their peaks can be read after everything was unmapped.
     users: Mutex<HashMap<AccountKey, Arc<ChargedAccount>>>,
@@ -328,6 +364,7 @@ impl MemoryRegistry {
             bus,
             processes: WeakMap::default(),
             files,
+            dma_bufs: Arc::default(),
             accounts: WeakMap::default(),
             users: Mutex::default(),
         }
@@ -336,6 +373,11 @@ impl MemoryRegistry {
     /// The bus address space that all of this memory is in.
     pub(crate) fn bus(&self) -> &Arc<Bus> {
         &self.bus
+    }
+
+    /// How many dma-bufs there are.
+    pub(crate) fn dma_bufs(&self) -> &Arc<DmaBufs> {
+        &self.dma_bufs
     }
 
     /// Who pays for what `process` maps.
@@ -369,7 +411,7 @@ impl MemoryRegistry {
     ) -> Pages {
         let backing = self.private_backing(&process);
         let files = Arc::clone(&self.files);
-        Pages { source: Source::Process { process, backing, files }, start, writable, charge }
+        Pages { source: Source::Process { process, backing, files }, start, writable, charge: Some(charge) }
     }
 
     fn private_backing(&self, process: &Arc<dyn Process>) -> Arc<Backing> {
@@ -392,7 +434,7 @@ impl MemoryRegistry {
             None => Source::NotMemory,
             Some(fd) => Source::File(self.files.backing(fd)?),
         };
-        Ok(Pages { source, start, writable: writable_by_device, charge })
+        Ok(Pages { source, start, writable: writable_by_device, charge: Some(charge) })
     }
 
     /// Registers memory of a process for a moment, charged to nobody, to learn which pages it is made of.

@@ -17,7 +17,7 @@ use super::hwpt::Hwpt;
 use super::ioas::{Ioas, Placement, RANGES_PER_IOAS, Slice, TableUse};
 use super::objects::{Held, HeldObject, Object};
 use crate::Descriptor;
-use crate::memory::{PAGE_SIZE, Pages};
+use crate::memory::{PAGE_SIZE, Pages, dma_buf_pages};
 use std::sync::atomic::Ordering;
 
 /// The most room for hardware information that is zeroed for a client; what exists is a few dozen bytes.
@@ -59,8 +59,8 @@ impl Call<'_> {
         match self.context.objects.retire(command.id)? {
             Object::Ioas(ioas) => ioas.clear(),
             Object::Hwpt(hwpt) => hwpt.destroy(),
-            // Its file uses a device for as long as it is bound, so it is never taken out this way.
-            Object::Device(_) => {}
+            // Its file uses a device or an access for as long as it is open, so it is never taken out this way.
+            Object::Device(_) | Object::Access(_) => {}
             Object::TestDevice(device) => device.end(self.context),
         }
         Ok(())
@@ -169,7 +169,16 @@ impl Call<'_> {
         }
         command.start.checked_add(command.length - 1).ok_or(Errno::OVERFLOW)?;
         let file = match self.client.descriptor(command.fd)? {
-            Descriptor::Ours(_) => None,
+            Descriptor::Ours(file) => {
+                if let Some(buffer) = file.dma_buf() {
+                    check_length(command.length)?;
+                    let slice = whole(dma_buf_pages(buffer, command.start, command.length)?, command.length);
+                    command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+                    drop(ioas);
+                    return self.respond(&command);
+                }
+                None
+            }
             Descriptor::Foreign(fd) => Some(fd),
         };
         check_length(command.length)?;

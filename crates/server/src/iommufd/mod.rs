@@ -73,7 +73,12 @@ impl Context {
     /// - `ENOTTY`: no such command. VFIO's container commands, which Linux answers here too, are not served.
     /// - `EFAULT`: the argument cannot be read. `EINVAL`: it is too short. `E2BIG`: it has more than is known.
     /// - `EOPNOTSUPP`: a known command that is not served. Those of the command.
-    pub(crate) fn ioctl(&self, client: &dyn Client, number: u32, argument: u64) -> Result<u32, Errno> {
+    pub(crate) fn ioctl(
+        self: &Arc<Self>,
+        client: &dyn Client,
+        number: u32,
+        argument: u64,
+    ) -> Result<u32, Errno> {
         // The kernel finds its table's row by the low byte, then reads the size, then compares the whole number.
         let numbers =
             COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
@@ -152,7 +157,7 @@ impl Drop for Context {
 
 /// One call of a command, with its argument still at the client.
 struct Call<'a> {
-    context: &'a Context,
+    context: &'a Arc<Context>,
     client: &'a dyn Client,
     argument: u64,
     user_size: u32,
@@ -186,7 +191,7 @@ impl Context {
                     status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
                 }
                 Object::Device(device) => status.devices.push(device.status(*id)),
-                Object::Hwpt(_) | Object::TestDevice(_) => {}
+                Object::Hwpt(_) | Object::TestDevice(_) | Object::Access(_) => {}
             }
         }
         status

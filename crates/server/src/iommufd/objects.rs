@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use super::device::BoundDevice;
 use super::hwpt::Hwpt;
 use super::ioas::Ioas;
-use super::testing::TestDevice;
+use super::testing::{Access, TestDevice};
 use crate::poison::lock;
 
 /// How many objects one context may have. A client that wants more gets `ENOMEM`.
@@ -92,6 +92,7 @@ pub(crate) enum Object {
     Hwpt(Arc<Hwpt>),
     Device(Arc<BoundDevice>),
     TestDevice(Arc<TestDevice>),
+    Access(Arc<Access>),
 }
 
 impl Object {
@@ -101,6 +102,7 @@ impl Object {
             Self::Hwpt(hwpt) => hwpt.users(),
             Self::Device(device) => device.users(),
             Self::TestDevice(device) => device.users(),
+            Self::Access(access) => access.users(),
         }
     }
 
@@ -110,6 +112,7 @@ impl Object {
             (Self::Hwpt(a), Self::Hwpt(b)) => Arc::ptr_eq(a, b),
             (Self::Device(a), Self::Device(b)) => Arc::ptr_eq(a, b),
             (Self::TestDevice(a), Self::TestDevice(b)) => Arc::ptr_eq(a, b),
+            (Self::Access(a), Self::Access(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
@@ -122,6 +125,8 @@ pub(crate) enum HeldObject {
     Hwpt(Held<Hwpt>),
     Device(Held<BoundDevice>),
     TestDevice(Held<TestDevice>),
+    /// One that no command works on.
+    Other,
 }
 
 /// The table of objects. Its lock is taken for a look-up only and is innermost among the server's.
@@ -180,6 +185,7 @@ impl Objects {
             Some(Some(Object::Hwpt(hwpt))) => Held::new(hwpt).map(HeldObject::Hwpt),
             Some(Some(Object::Device(device))) => Held::new(device).map(HeldObject::Device),
             Some(Some(Object::TestDevice(device))) => Held::new(device).map(HeldObject::TestDevice),
+            Some(Some(Object::Access(_))) => Some(HeldObject::Other),
             Some(None) | None => None,
         }
         .ok_or(Errno::NOENT)

@@ -1,14 +1,18 @@
 //! The test-only command of the kernel's own iommufd self-test.
 //!
-//! Kernels that are built for it have one more ioctl, on which the self-test builds all that it cannot do without a device:
-//! mock devices, and looks at what the kernel did. It is
+//! Kernels that are built for it have one more ioctl, on which the self-test builds all that it cannot do without a device
+//! or a driver: mock devices, imagined users of pages inside the kernel, dma-bufs, and looks at what the kernel did. It is
 //! served only by servers whose options say so ([`ServerOptions::test_devices`](crate::ServerOptions::test_devices));
 //! others answer as a production kernel does, ENOTTY.
 //!
 //! - [`mock`]: the mock devices and their tables;
+//! - [`accesses`]: users of pages in the kernel;
+//! - [`dma_buf`]: memory of an imagined driver;
 //! - `checks`: what a table says, how often pages are held.
 
+mod accesses;
 mod checks;
+mod dma_buf;
 pub(super) mod mock;
 
 use ioasid::IovaRange;
@@ -17,6 +21,8 @@ use rustix::io::Errno;
 
 use super::Call;
 
+pub(crate) use accesses::{Access, AccessFile};
+pub(crate) use dma_buf::{DmaBuf, DmaBufs};
 pub(crate) use mock::{MockDevice, TestDevice};
 
 /// What the kernel's limit for its own temporary memory must at least be, in bytes.
@@ -47,6 +53,13 @@ impl Call<'_> {
             }
             uapi::OP_MD_CHECK_MAP => self.check_map(id, command.payload()),
             uapi::OP_MD_CHECK_REFS => self.check_refs(command.payload()),
+            uapi::OP_CREATE_ACCESS => self.create_access(command),
+            uapi::OP_ACCESS_REPLACE_IOAS => self.replace_access_space(id, command.payload()),
+            uapi::OP_ACCESS_PAGES => self.pin_pages(command),
+            uapi::OP_DESTROY_ACCESS_PAGES => self.unpin_pages(id, command.payload()),
+            uapi::OP_ACCESS_RW => self.access_memory(id, command.payload()),
+            uapi::OP_DMABUF_GET => return self.get_dma_buf(command.payload()),
+            uapi::OP_DMABUF_REVOKE => self.revoke_dma_buf(command.payload()),
             uapi::OP_DEV_CHECK_CACHE => self.check_device_cache(id, command.payload()),
             uapi::OP_SET_TEMP_MEMORY_LIMIT => {
                 // Makes the kernel work in smaller batches. There are none here; the value is only checked.
