@@ -73,7 +73,7 @@ pub use backing::RegionError;
 pub use backing::{Backing, FileError, LateBound, MemoryGone, Residency, ResidencyError};
 pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
-pub use device::Device;
+pub use device::{Device, DeviceError};
 pub use dma::{DmaError, Here, Late, Translated};
 #[cfg(feature = "vm-memory")]
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};

@@ -8,6 +8,7 @@
 #![allow(dead_code, reason = "every test program uses its own part of it")]
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
+use ioasid::pasid::Pasid;
 use ioasid::{
     AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize, RadixTable,
     Requirements, Rid, Runs, Space, Table, TableClass, TableError,
@@ -491,6 +492,7 @@ impl DerivedTable for DoubleTable {
 pub(crate) struct Double {
     devices: HashMap<Rid, Requirements>,
     attached: Mutex<HashMap<Rid, Arc<Table>>>,
+    with_pasid: Mutex<HashMap<(Rid, Pasid), Arc<Table>>>,
     tables: Mutex<Vec<Weak<DoubleTable>>>,
     pub(crate) switches: Arc<Switches>,
 }
@@ -575,6 +577,7 @@ impl Double {
         Arc::new(Double {
             devices: devices.into(),
             attached: Mutex::default(),
+            with_pasid: Mutex::default(),
             tables: Mutex::default(),
             switches: Arc::default(),
         })
@@ -594,6 +597,11 @@ impl Double {
     /// Where the device's DMA goes.
     pub(crate) fn table_of(&self, rid: Rid) -> Option<Arc<Table>> {
         self.attached.lock().unwrap().get(&rid).cloned()
+    }
+
+    /// Where the device's DMA with this PASID goes.
+    pub(crate) fn table_of_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Table>> {
+        self.with_pasid.lock().unwrap().get(&(rid, pasid)).cloned()
     }
 
     /// All derived tables that exist, oldest first.
@@ -651,6 +659,24 @@ impl Iommu for Double {
 
     fn block(&self, device: Rid) {
         let before = self.attached.lock().unwrap().remove(&device);
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+    }
+
+    fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
+        if self.switches.fails(Call::Attach) {
+            return Err(refused().into());
+        }
+        let before = self.with_pasid.lock().unwrap().insert((device, pasid), table.clone());
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+        Ok(())
+    }
+
+    fn block_pasid(&self, device: Rid, pasid: Pasid) {
+        let before = self.with_pasid.lock().unwrap().remove(&(device, pasid));
         if let Some(before) = before {
             before.wait_for_dma();
         }

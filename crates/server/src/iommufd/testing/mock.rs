@@ -132,7 +132,7 @@ pub(crate) struct MockDevice {
 impl MockDevice {
     fn new(flags: MockDeviceFlags) -> Self {
         let engine = |table| Device::new(Arc::new(MockIommu(table)), Rid(0));
-        Self { flags, engines: MockTable::ALL.into_iter().filter_map(engine).collect() }
+        Self { flags, engines: MockTable::ALL.into_iter().filter_map(|table| engine(table).ok()).collect() }
     }
 
     /// What GET_HW_INFO says of it, if data of the type `wanted` is asked for.
