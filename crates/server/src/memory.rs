@@ -41,7 +41,8 @@ pub(crate) struct Pages {
     start: u64,
     /// Whether devices may be given write access.
     writable: bool,
-    charge: Charge,
+    /// Changed only while the areas of all address spaces that share the pages are locked.
+    charge: Mutex<Charge>,
 }
 
 /// What the bytes belong to.
@@ -56,7 +57,7 @@ enum Source {
     NotMemory,
 }
 
-/// Who pays, and up to how much; decided when the mapping is made.
+/// Who pays, and up to how much; decided when the mapping is made, or when another process takes it over.
 #[derive(Debug, Clone)]
 pub(crate) struct Charge {
     account: Arc<ChargedAccount>,
@@ -72,7 +73,23 @@ pub(crate) struct ChargedAccount {
     charging: Mutex<()>,
 }
 
+impl Charge {
+    /// Makes the account pay for all of `memories` in place of those that do: all or none.
+    ///
+    /// # Errors
+    /// `ENOMEM`: over the limit.
+    pub(crate) fn take_over(&self, memories: &[&Memory]) -> Result<(), Errno> {
+        let _charging = lock(&self.account.charging);
+        self.account.account.set_limit(self.limit_pages);
+        Memory::transfer_all(memories, &self.account.account).map_err(|_| Errno::NOMEM)
+    }
+}
+
 impl ChargedAccount {
+    fn new(name: String, limit_pages: Option<u64>) -> Arc<Self> {
+        Arc::new(Self { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
+    }
+
     /// What is charged, for the status.
     pub(crate) fn status(&self) -> AccountStatus {
         AccountStatus {
@@ -188,6 +205,21 @@ impl Pages {
         self.writable
     }
 
+    /// Whether a file was mapped, and not memory of a process.
+    pub(crate) fn is_file(&self) -> bool {
+        matches!(self.source, Source::File(_) | Source::NotMemory)
+    }
+
+    /// Whether there is a limit for who pays.
+    pub(crate) fn is_limited(&self) -> bool {
+        lock(&self.charge).limit_pages.is_some()
+    }
+
+    /// Says who pays for what is registered from now on.
+    pub(crate) fn set_charge(&self, charge: &Charge) {
+        *lock(&self.charge) = charge.clone();
+    }
+
     /// Checks that `length` bytes from byte `offset` on are there and permit the access, and registers them.
     ///
     /// # Errors
@@ -210,9 +242,10 @@ impl Pages {
             }
             Source::NotMemory => return Err(Errno::INVAL),
         };
-        let _charging = lock(&self.charge.account.charging);
-        self.charge.account.account.set_limit(self.charge.limit_pages);
-        Memory::register(backing, start, length, &self.charge.account.account).map_err(|error| match error {
+        let charge = lock(&self.charge).clone();
+        let _charging = lock(&charge.account.charging);
+        charge.account.account.set_limit(charge.limit_pages);
+        Memory::register(backing, start, length, &charge.account.account).map_err(|error| match error {
             RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
             RegisterError::OutOfBounds { .. }
             | RegisterError::Revoked
@@ -277,23 +310,34 @@ impl MemoryRegistry {
 
     /// Who pays for what `process` maps.
     pub(crate) fn charge(&self, process: &dyn Process, per_process: bool) -> Charge {
-        let limit_pages = process.memory_lock_limit().map(|bytes| bytes / PAGE_SIZE);
+        let Some(limit) = process.memory_lock_limit() else { return self.charge_without_limit(process) };
+        let limit_pages = Some(limit / PAGE_SIZE);
         let user = process.user();
-        let open = |name| {
-            Arc::new(ChargedAccount { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
-        };
-        let account = if limit_pages.is_none() {
-            let key = AccountKey::UnlimitedUser(user);
-            let mut users = lock(&self.users);
-            Arc::clone(users.entry(key).or_insert_with(|| open(format!("user {user} without limit"))))
-        } else if per_process {
-            let make = || open(format!("process {} of user {user}", process.id()));
+        let account = if per_process {
+            let make =
+                || ChargedAccount::new(format!("process {} of user {user}", process.id()), limit_pages);
             self.accounts.get_or_insert(AccountKey::Process(process.identity()), make)
         } else {
-            let mut users = lock(&self.users);
-            Arc::clone(users.entry(AccountKey::User(user)).or_insert_with(|| open(format!("user {user}"))))
+            self.user_account(AccountKey::User(user), || format!("user {user}"), limit_pages)
         };
         Charge { account, limit_pages }
+    }
+
+    /// Who pays for what `process` maps if it may lock memory without limit.
+    pub(crate) fn charge_without_limit(&self, process: &dyn Process) -> Charge {
+        let user = process.user();
+        let name = || format!("user {user} without limit");
+        Charge { account: self.user_account(AccountKey::UnlimitedUser(user), name, None), limit_pages: None }
+    }
+
+    fn user_account(
+        &self,
+        key: AccountKey,
+        name: impl FnOnce() -> String,
+        limit_pages: Option<u64>,
+    ) -> Arc<ChargedAccount> {
+        let mut users = lock(&self.users);
+        Arc::clone(users.entry(key).or_insert_with(|| ChargedAccount::new(name(), limit_pages)))
     }
 
     /// Memory of a process from the address `start` on.
@@ -306,7 +350,7 @@ impl MemoryRegistry {
     ) -> Pages {
         let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(&process))));
         let backing = self.processes.get_or_insert(process.identity(), make);
-        Pages { source: Source::Process { process, backing }, start, writable, charge }
+        Pages { source: Source::Process { process, backing }, start, writable, charge: Mutex::new(charge) }
     }
 
     /// A file from the offset `start` on. `None`: a file that is surely not made of memory.
@@ -332,7 +376,7 @@ impl MemoryRegistry {
                 Source::File(self.files.get_or_insert(FileKey(status.st_dev, status.st_ino), make))
             }
         };
-        Ok(Pages { source, start, writable: writable_by_device, charge })
+        Ok(Pages { source, start, writable: writable_by_device, charge: Mutex::new(charge) })
     }
 
     /// The backing of a process, if any mapping uses it.

@@ -19,6 +19,9 @@
 //! maps, so that an area is mapped in all tables or in none; it is never held while a call reads or writes its client's
 //! memory.
 
+pub(crate) mod change_process;
+mod cut;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -151,6 +154,19 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
     let above = aperture.last().checked_add(1).and_then(|first| IovaRange::new(first, u64::MAX));
     let mut forbidden = requirements.reserved.iter().copied().chain(below).chain(above);
     !forbidden.any(|range| areas.overlaps(range))
+}
+
+/// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
+/// other areas, from which this one was cut off: then its part of the registration ends.
+fn give_back(area: Area) {
+    let Area { source, memory: Some(memory), .. } = area else { return };
+    let (registered, start) = (memory.offset(), source.start());
+    if (registered, memory.length()) == (start, source.length) {
+        return;
+    }
+    if let Err(error) = memory.release(start.wrapping_sub(registered), source.length) {
+        tracing::error!(?error, "the memory of an area that was unmapped is still held");
+    }
 }
 
 fn is_page_aligned(range: IovaRange, source: &Slice) -> bool {
@@ -302,7 +318,9 @@ impl Ioas {
         let mut bytes = 0_u64;
         for range in found {
             bytes = bytes.saturating_add(range.length().unwrap_or(u64::MAX));
-            state.areas.remove(range);
+            if let Some(area) = state.areas.remove(range) {
+                give_back(area);
+            }
         }
         Ok(bytes)
     }

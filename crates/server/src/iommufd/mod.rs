@@ -5,6 +5,7 @@
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
 //! - `commands`: what each command does, one function each;
+//! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
 //! - `selftest`: the test-only command of the kernel's self-test.
 //!
 //! A context lives as long as its file is open or a device is bound to it, whichever is longer.
@@ -17,9 +18,10 @@ pub(crate) mod ioas;
 pub(crate) mod objects;
 mod placement;
 mod selftest;
+mod vfio_compat;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
 use ioasid_uapi::iommufd_test::TestCommand;
@@ -29,6 +31,7 @@ use rustix::io::Errno;
 use self::hwpt::Hwpt;
 use self::ioas::AreaBudget;
 use self::objects::{Held, Object, Objects};
+use self::vfio_compat::CompatIoas;
 use crate::Client;
 use crate::argument;
 use crate::memory::MemoryRegistry;
@@ -43,6 +46,8 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
+    /// The address space that VFIO's commands mean.
+    compat: Mutex<Option<CompatIoas>>,
 }
 
 impl Context {
@@ -53,6 +58,7 @@ impl Context {
             objects: Objects::default(),
             budget: Arc::new(AreaBudget::new()),
             charge_processes: AtomicBool::new(false),
+            compat: Mutex::default(),
         }
     }
 
@@ -63,7 +69,7 @@ impl Context {
     /// Performs one ioctl.
     ///
     /// # Errors
-    /// - `ENOTTY`: no such command. VFIO's container commands, which Linux answers here too, are not served.
+    /// - `ENOTTY`: no such command.
     /// - `EFAULT`: the argument cannot be read. `EINVAL`: it is too short. `E2BIG`: it has more than is known.
     /// - `EOPNOTSUPP`: a known command that is not served. Those of the command.
     pub(crate) fn ioctl(&self, client: &dyn Client, number: u32, argument: u64) -> Result<u32, Errno> {
@@ -71,7 +77,7 @@ impl Context {
         let numbers =
             COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
         if !numbers.contains(&(IOCTL_TYPE | (number & 0xff))) {
-            return Err(Errno::NOTTY);
+            return self.vfio_ioctl(client, number, argument);
         }
         let user_size = argument::read_u32(client, argument)?;
         let info = uapi::command(number).ok_or(Errno::NOTTY)?;
@@ -89,6 +95,8 @@ impl Context {
             uapi::IoasCopy::NUMBER => call.ioas_copy(),
             uapi::IoasUnmap::NUMBER => call.ioas_unmap(),
             uapi::SetOption::NUMBER => call.option(),
+            uapi::IoasChangeProcess::NUMBER => call.ioas_change_process(),
+            uapi::VfioIoas::NUMBER => call.vfio_ioas(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
             TestCommand::NUMBER => call.selftest(),
