@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ioasid::{IovaRange, Permissions, Space};
 use ioasid_uapi::iommufd as uapi;
-use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, IoasMapFlags};
+use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, HwptAllocFlags, IoasMapFlags};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -324,14 +324,17 @@ impl Call<'_> {
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
             HeldObject::Hwpt(_) | HeldObject::Device(_) => return Err(Errno::INVAL),
         };
-        // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
-        if command.flags != 0 || command.data_len != 0 {
+        // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+        let dirty_tracking = command.flags == HwptAllocFlags::DIRTY_TRACKING.bits();
+        let flags_served = command.flags == 0 || (dirty_tracking && device.engine().records_writes());
+        if !flags_served || command.data_len != 0 {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
         let hwpt = ioas.with_table(device.engine(), TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
-            Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
+            let hwpt = Hwpt::new(reservation.id(), table, user, false);
+            Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking)))
         })?;
         drop((device, ioas));
         command.out_hwpt_id = reservation.id();
@@ -350,7 +353,10 @@ impl Call<'_> {
         if HwInfoFlags::from_bits(command.flags).is_none() || command.reserved != [0; 3] {
             return Err(Errno::OPNOTSUPP);
         }
-        drop(self.context.objects.hold_device(command.dev_id)?);
+        let device = self.context.objects.hold_device(command.dev_id)?;
+        let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
+        capabilities.set(HwCapabilities::DIRTY_TRACKING, device.engine().records_writes());
+        drop(device);
         // The software IOMMU has no registers of a real one to report: no data, of type none. The client's room is
         // zeroed, as for data that is shorter than the room.
         if command.data_len > LARGEST_HW_INFO {
@@ -366,7 +372,7 @@ impl Call<'_> {
         }
         command.data_type = uapi::HW_INFO_TYPE_NONE;
         command.data_len = 0;
-        command.out_capabilities = HwCapabilities::ATS_NOT_SUPPORTED.bits();
+        command.out_capabilities = capabilities.bits();
         command.out_max_pasid_log2 = 0;
         self.respond(&command)
     }

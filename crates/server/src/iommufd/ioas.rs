@@ -92,7 +92,16 @@ struct State {
 struct Area {
     source: Slice,
     permissions: Permissions,
-    memory: Option<Arc<Memory>>,
+    /// Where its bytes are registered, while there is a table.
+    memory: Option<Registered>,
+}
+
+/// The part of registered memory that belongs to one area, from the byte at `offset` on. It is less than the whole if
+/// the area was cut.
+#[derive(Debug, Clone)]
+struct Registered {
+    memory: Arc<Memory>,
+    offset: u64,
 }
 
 /// A piece of mapped memory: the bytes of `pages` from `offset` on.
@@ -159,12 +168,11 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
 /// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
 /// other areas, from which this one was cut off: then its part of the registration ends.
 fn give_back(area: Area) {
-    let Area { source, memory: Some(memory), .. } = area else { return };
-    let (registered, start) = (memory.offset(), source.start());
-    if (registered, memory.length()) == (start, source.length) {
+    let Area { source, memory: Some(Registered { memory, offset }), .. } = area else { return };
+    if (offset, memory.length()) == (0, source.length) {
         return;
     }
-    if let Err(error) = memory.release(start.wrapping_sub(registered), source.length) {
+    if let Err(error) = memory.release(offset, source.length) {
         tracing::error!(?error, "the memory of an area that was unmapped is still held");
     }
 }
@@ -289,7 +297,7 @@ impl Ioas {
         self.space
             .map(Iova::new(range.first()), &memory, 0, source.length, area.permissions)
             .map_err(map_errno)?;
-        area.memory = Some(memory);
+        area.memory = Some(Registered { memory, offset: 0 });
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
 //! - `commands`: what each command does, one function each;
+//! - `dirty`: what devices have written;
 //! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
 //! - `selftest`: the test-only command of the kernel's self-test.
 //!
@@ -12,6 +13,7 @@
 
 pub(crate) mod areas;
 mod commands;
+mod dirty;
 pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
@@ -98,6 +100,8 @@ impl Context {
             uapi::IoasChangeProcess::NUMBER => call.ioas_change_process(),
             uapi::VfioIoas::NUMBER => call.vfio_ioas(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
+            uapi::HwptSetDirtyTracking::NUMBER => call.hwpt_set_dirty_tracking(),
+            uapi::HwptGetDirtyBitmap::NUMBER => call.hwpt_get_dirty_bitmap(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
             TestCommand::NUMBER => call.selftest(),
             _ => {

@@ -190,6 +190,17 @@ impl Objects {
         }
     }
 
+    /// Holds the page table `id`.
+    ///
+    /// # Errors
+    /// `ENOENT` if there is none, also if the object is of another kind.
+    pub(crate) fn hold_hwpt(&self, id: u32) -> Result<Held<Hwpt>, Errno> {
+        match self.hold(id)? {
+            HeldObject::Hwpt(hwpt) => Ok(hwpt),
+            _ => Err(Errno::NOENT),
+        }
+    }
+
     /// Holds the bound device `id`.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use ioasid::IovaRange;
 use rustix::io::Errno;
 
 use super::super::errno::unmap_errno;
-use super::{Area, Ioas, Slice, give_back};
+use super::{Area, Ioas, Registered, Slice, give_back};
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
 
@@ -16,9 +16,12 @@ impl Area {
     /// The first `length` bytes, and the rest.
     fn divided(self, length: u64) -> (Self, Self) {
         let Self { source: Slice { pages, offset, length: whole }, permissions, memory } = self;
-        let slice = |offset, length| Slice { pages: pages.clone(), offset, length };
-        let area = |source| Self { source, permissions, memory: memory.clone() };
-        (area(slice(offset, length)), area(slice(offset + length, whole - length)))
+        let part = |from: u64, length| Self {
+            source: Slice { pages: pages.clone(), offset: offset + from, length },
+            permissions,
+            memory: memory.clone().map(|memory| Registered { offset: memory.offset + from, ..memory }),
+        };
+        (part(0, length), part(length, whole - length))
     }
 }
 
