@@ -17,7 +17,7 @@ use super::ioas::change_process::change_process;
 use super::ioas::{Ioas, Placement, RANGES_PER_IOAS, Slice, TableUse};
 use super::objects::{Held, HeldObject, Object};
 use super::{Call, Context};
-use crate::memory::{PAGE_SIZE, Pages};
+use crate::memory::{PAGE_SIZE, Pages, dma_buf_pages};
 use crate::{Client, Descriptor};
 use std::sync::atomic::Ordering;
 
@@ -84,8 +84,9 @@ impl Call<'_> {
         match self.context.objects.retire(command.id)? {
             Object::Ioas(ioas) => ioas.clear(),
             Object::Hwpt(hwpt) => hwpt.destroy(),
-            // Its file uses a device for as long as it is bound, so it is never taken out this way.
-            Object::Device(_) => {}
+            // Its file uses a device or an access for as long as it is open, so it is never taken out this way.
+            Object::Device(_) | Object::Access(_) => {}
+            Object::TestDevice(device) => device.end(self.context),
         }
         Ok(())
     }
@@ -96,7 +97,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let space = Space::new(self.context.memory.bus());
+        let space = Space::with_format(self.context.memory.bus(), self.context.space_format());
         let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
@@ -187,7 +188,16 @@ impl Call<'_> {
         }
         command.start.checked_add(command.length - 1).ok_or(Errno::OVERFLOW)?;
         let file = match self.client.descriptor(command.fd)? {
-            Descriptor::Ours(_) => None,
+            Descriptor::Ours(file) => {
+                if let Some(buffer) = file.dma_buf() {
+                    check_length(command.length)?;
+                    let slice = whole(dma_buf_pages(buffer, command.start, command.length)?, command.length);
+                    command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+                    drop(ioas);
+                    return self.respond(&command);
+                }
+                None
+            }
             Descriptor::Foreign(fd) => Some(fd),
         };
         check_length(command.length)?;
@@ -256,7 +266,7 @@ impl Call<'_> {
             .into_iter()
             .filter_map(|(_, object)| match object {
                 Object::Ioas(ioas) => Some(ioas),
-                Object::Hwpt(_) | Object::Device(_) => None,
+                _ => None,
             })
             .collect();
         change_process(&spaces, &charge, &memory.charge_without_limit(&*process))
@@ -322,16 +332,21 @@ impl Call<'_> {
             HeldObject::Ioas(ioas) => ioas,
             // A nested table: none of ours can be a parent.
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
-            HeldObject::Hwpt(_) | HeldObject::Device(_) => return Err(Errno::INVAL),
+            _ => return Err(Errno::INVAL),
         };
-        // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
-        let dirty_tracking = command.flags == HwptAllocFlags::DIRTY_TRACKING.bits();
-        let flags_served = command.flags == 0 || (dirty_tracking && device.engine().records_writes());
-        if !flags_served || command.data_len != 0 {
+        let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;
+        let flags_of_others = command.flags & !HwptAllocFlags::DIRTY_TRACKING.bits();
+        let engine = match device.mock() {
+            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
+            // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+            None if flags_of_others != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
+            None => device.engine_for(&ioas),
+        };
+        if dirty_tracking && !engine.records_writes() {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let hwpt = ioas.with_table(device.engine(), TableUse::Own, |table, _| {
+        let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
             let hwpt = Hwpt::new(reservation.id(), table, user, false);
             Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking)))
@@ -353,29 +368,50 @@ impl Call<'_> {
         if HwInfoFlags::from_bits(command.flags).is_none() || command.reserved != [0; 3] {
             return Err(Errno::OPNOTSUPP);
         }
+        let wanted = HwInfoFlags::from_bits_truncate(command.flags).contains(HwInfoFlags::INPUT_TYPE);
+        let wanted = if wanted { command.data_type } else { uapi::HW_INFO_TYPE_NONE };
         let device = self.context.objects.hold_device(command.dev_id)?;
-        let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
-        capabilities.set(HwCapabilities::DIRTY_TRACKING, device.engine().records_writes());
-        drop(device);
         // The software IOMMU has no registers of a real one to report: no data, of type none. The client's room is
-        // zeroed, as for data that is shorter than the room.
+        // zeroed behind the data.
+        let info = match device.mock() {
+            Some(mock) => mock.hw_info(wanted)?,
+            None => {
+                let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
+                capabilities.set(HwCapabilities::DIRTY_TRACKING, device.records_writes());
+                let data_type = uapi::HW_INFO_TYPE_NONE;
+                HwInfo { data: Vec::new(), data_type, capabilities, max_pasid_log2: 0 }
+            }
+        };
+        drop(device);
         if command.data_len > LARGEST_HW_INFO {
             return Err(Errno::TOOBIG);
         }
+        let fits = info.data.len().min(command.data_len as usize);
+        if fits > 0 {
+            self.client.write(command.data_uptr, &info.data[..fits])?;
+        }
         let zeroes = [0; PAGE_SIZE as usize];
-        let mut at = 0;
+        let mut at = fits as u32;
         while at < command.data_len {
             let part = (command.data_len - at).min(PAGE_SIZE as u32);
             let address = command.data_uptr.checked_add(u64::from(at)).ok_or(Errno::FAULT)?;
             self.client.write(address, &zeroes[..part as usize])?;
             at += part;
         }
-        command.data_type = uapi::HW_INFO_TYPE_NONE;
-        command.data_len = 0;
-        command.out_capabilities = capabilities.bits();
-        command.out_max_pasid_log2 = 0;
+        command.data_type = info.data_type;
+        command.data_len = info.data.len() as u32;
+        command.out_capabilities = info.capabilities.bits();
+        command.out_max_pasid_log2 = info.max_pasid_log2;
         self.respond(&command)
     }
+}
+
+/// What GET_HW_INFO answers for a device.
+pub(crate) struct HwInfo {
+    pub(super) data: Vec<u8>,
+    pub(super) data_type: u32,
+    pub(super) capabilities: HwCapabilities,
+    pub(super) max_pasid_log2: u8,
 }
 
 /// All of `pages`, which have `length` bytes.

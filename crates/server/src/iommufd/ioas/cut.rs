@@ -30,7 +30,7 @@ impl Ioas {
     /// that were. An area is cut between its pages, and not behind its first byte or in front of its last.
     ///
     /// # Errors
-    /// `EINVAL`: an area would be cut within a page. `ENOENT`: an area reaches over an end by all but one byte.
+    /// `EINVAL`: an area would be cut within a page. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an end by all but one byte.
     /// `ENOMEM`: an area too many, or no memory for page tables. Nothing has changed.
     pub(crate) fn unmap_cutting(&self, range: IovaRange) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
@@ -38,6 +38,7 @@ impl Ioas {
         let cut_behind = |at: u64| match state.areas.at(at) {
             Some((area, _)) if at == area.first() && area.first() != area.last() => Err(Errno::NOENT),
             Some((area, _)) if at == area.last() => Ok(None),
+            Some((_, area)) if !area.source.pages.is_accessible() => Err(Errno::OPNOTSUPP),
             Some(_) if at % PAGE_SIZE != PAGE_SIZE - 1 => Err(Errno::INVAL),
             found => Ok(found.map(|(area, _)| area)),
         };
@@ -55,6 +56,9 @@ impl Ioas {
                 return Err(unmap_errno(error));
             }
         }
+        for access in &state.accesses {
+            access.let_go(hull);
+        }
         let ends = [sticks_out_before.map(|_| range.first()), sticks_out_behind.and(behind)];
         for end in ends.into_iter().flatten() {
             state.areas.divide(end, Area::divided);
@@ -68,6 +72,8 @@ impl Ioas {
             }
         }
         self.budget.give_back(counted + usize::from(divides_one) - state.areas.len());
+        drop(state);
+        self.wait_for_copies();
         Ok(bytes)
     }
 }
