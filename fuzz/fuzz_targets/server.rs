@@ -46,7 +46,16 @@ enum Call {
     Ranges { fd: Fd, ioas: Id, room: u8, array: Address },
     Allow { fd: Fd, ioas: Id, ranges: Vec<(Address, Length)> },
     Option { fd: Fd, option: u8, op: u8, object: Id, value: u8 },
-    HwptAlloc { fd: Fd, device: Id, parent: Id },
+    HwptAlloc { fd: Fd, device: Id, parent: Id, flags: u8 },
+    ChangeProcess { fd: Fd },
+    VfioIoas { fd: Fd, op: u8, ioas: Id },
+    /// CHECK_EXTENSION and SET_IOMMU.
+    VfioNumber { fd: Fd, set: bool, value: u8 },
+    VfioInfo { fd: Fd, room: u8, address: Address },
+    VfioMap { fd: Fd, flags: u8, address: Address, length: Length, iova: Address },
+    VfioUnmap { fd: Fd, flags: u8, iova: Address, length: Length },
+    TrackWrites { fd: Fd, table: Id, flags: u8 },
+    Written { fd: Fd, table: Id, flags: u8, iova: Address, length: Length, page: u8, bitmap: Address },
     HwInfo { fd: Fd, device: Id, room: u16, address: Address },
     AddReserved { fd: Fd, ioas: Id, start: Address, length: Length },
     CheckRefs { fd: Fd, address: Address, pages: u8, refs: u8 },
@@ -89,6 +98,7 @@ impl Id {
 enum Number {
     Iommufd(u8),
     Device(u8),
+    Container(u8),
     Any(u32),
 }
 
@@ -97,6 +107,9 @@ impl Number {
         match self {
             Self::Iommufd(index) => iommufd::COMMANDS[usize::from(index) % iommufd::COMMANDS.len()].number,
             Self::Device(index) => vfio::DEVICE_COMMANDS[usize::from(index) % vfio::DEVICE_COMMANDS.len()].0,
+            Self::Container(index) => {
+                vfio::CONTAINER_COMMANDS[usize::from(index) % vfio::CONTAINER_COMMANDS.len()].0
+            }
             Self::Any(number) => number,
         }
     }
@@ -326,13 +339,50 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
                 ..Default::default()
             },
         ),
-        Call::HwptAlloc { fd, device, parent } => {
-            run(
-                client,
-                fd,
-                iommufd::HwptAlloc { dev_id: device.get(), pt_id: parent.get(), ..Default::default() },
-            );
+        Call::HwptAlloc { fd, device, parent, flags } => {
+            let (flags, dev_id, pt_id) = (u32::from(flags % 4) & 2, device.get(), parent.get());
+            run(client, fd, iommufd::HwptAlloc { flags, dev_id, pt_id, ..Default::default() });
         }
+        Call::ChangeProcess { fd } => run(client, fd, iommufd::IoasChangeProcess::default()),
+        Call::VfioIoas { fd, op, ioas } => {
+            let (op, ioas_id) = (u16::from(op % 4), ioas.get());
+            run(client, fd, iommufd::VfioIoas { op, ioas_id, ..Default::default() });
+        }
+        Call::VfioNumber { fd, set, value } => {
+            let number = if set { vfio::SET_IOMMU } else { vfio::CHECK_EXTENSION };
+            let _ = client.ioctl(fd.get(), number, u64::from(value % 12));
+        }
+        Call::VfioInfo { fd, room, address } => {
+            let _ = client.put(address.get(), &u32::from(room).to_ne_bytes());
+            let _ = client.ioctl(fd.get(), vfio::IOMMU_GET_INFO, address.get());
+        }
+        Call::VfioMap { fd, flags, address, length, iova } => {
+            let (flags, vaddr) = (Flags(flags).get() % 8, address.get());
+            let (iova, size) = (iova.get(), length.get());
+            run(client, fd, vfio::Type1DmaMap { flags, vaddr, iova, size, ..Default::default() });
+        }
+        Call::VfioUnmap { fd, flags, iova, length } => {
+            let flags = if flags < 0xf0 { 0 } else { u32::from(flags % 4) };
+            let (iova, size) = if flags == 2 { (0, 0) } else { (iova.get(), length.get()) };
+            run(client, fd, vfio::Type1DmaUnmap { flags, iova, size, ..Default::default() });
+        }
+        Call::TrackWrites { fd, table, flags } => {
+            let (flags, hwpt_id) = (u32::from(flags % 3), table.get());
+            run(client, fd, iommufd::HwptSetDirtyTracking { flags, hwpt_id, ..Default::default() });
+        }
+        Call::Written { fd, table, flags, iova, length, page, bitmap } => run(
+            client,
+            fd,
+            iommufd::HwptGetDirtyBitmap {
+                hwpt_id: table.get(),
+                flags: u32::from(flags % 3),
+                iova: iova.get(),
+                length: length.get(),
+                page_size: if page < 0xf0 { PAGE << (page % 12) } else { page.into() },
+                data: bitmap.get(),
+                ..Default::default()
+            },
+        ),
         Call::HwInfo { fd, device, room, address } => run(
             client,
             fd,
