@@ -87,6 +87,12 @@ pub(crate) fn alignment(class: TableClass) -> u64 {
     }
 }
 
+/// The granule of address spaces that a table of this class can follow.
+pub(crate) fn granule(class: TableClass) -> PageSize {
+    let mock = matches!(class, TableClass::Derived { format: FORMAT, .. });
+    PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| mock).unwrap_or(PageSize::SIZE_4K)
+}
+
 /// The imagined IOMMU, as it is for tables of one kind. It remembers nothing.
 #[derive(Debug)]
 struct MockIommu(MockTable);
