@@ -335,9 +335,9 @@ impl Call<'_> {
         };
         // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
         let engine = match device.mock() {
-            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
+            Some(mock) => mock.engine(self.mock_table(mock, &command)?),
             None if command.flags != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
-            None => device.engine_for(&ioas),
+            None => device.engine(),
         };
         let reservation = self.context.objects.reserve()?;
         let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
