@@ -134,12 +134,15 @@ pub enum ServerError {
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
     Place(#[from] RidTaken),
-    /// Test devices need a granule of 2 KiB, and the tables of a device cannot have that.
-    #[error("a device with table={table} cannot be in one machine with test devices; only table=native can")]
-    TableTooCoarse {
-        /// The kind of the device's table.
-        table: TableKind,
-    },
+}
+
+/// How much memory a process has pinned by mapping it, in pages of 4 KiB. Every map call counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PinnedMemory {
+    /// All of it: `VmPin`.
+    pub pages: u64,
+    /// What it pays for itself, not its user: part of `VmLck`.
+    pub locked_pages: u64,
 }
 
 /// The result of a successful open.
@@ -174,10 +177,6 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        let mut tables = options.devices.iter().map(|device| device.table);
-        if let Some(table) = tables.find(|table| options.test_devices && *table != TableKind::Native) {
-            return Err(ServerError::TableTooCoarse { table });
-        }
         let devices = machine::devices(options.devices)?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         let test_devices = options.test_devices;
@@ -217,6 +216,18 @@ impl Server {
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
+    }
+
+    /// What the process of this [identity](Process::identity) has pinned, if a transport shall tell the process so in its
+    /// `/proc/PID/status`, as a kernel would: on a server with [test devices](ServerOptions::test_devices), since only tests
+    /// look.
+    pub fn pinned_memory(&self, process: u64) -> Option<PinnedMemory> {
+        let mut pinned = self.test_devices.then(PinnedMemory::default)?;
+        let contexts: Vec<_> = lock(&self.contexts).living.iter().filter_map(Weak::upgrade).collect();
+        for context in contexts {
+            context.add_pinned(process, &mut pinned);
+        }
+        Some(pinned)
     }
 
     /// A snapshot of what is mapped, attached and charged.

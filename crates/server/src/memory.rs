@@ -43,9 +43,8 @@ pub(crate) struct Pages {
     start: u64,
     /// Whether devices may be given write access.
     writable: bool,
-    /// Nobody for a dma-buf, whose memory is not the client's. Changed only while the areas of all address spaces that
-    /// share the pages are locked.
-    charge: Option<Mutex<Charge>>,
+    /// Changed only while the areas of all address spaces that share the pages are locked.
+    charge: Mutex<Charge>,
 }
 
 /// What the bytes belong to.
@@ -59,7 +58,8 @@ enum Source {
     File(FileBacking),
     /// A dma-buf as it was when it was mapped: revoking it ends this memory for good.
     DmaBuf {
-        buffer: Arc<DmaBuf>,
+        /// Counts as long as its memory is there.
+        _buffer: Arc<DmaBuf>,
         backing: Arc<Backing>,
     },
     /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
@@ -71,6 +71,10 @@ enum Source {
 pub(crate) struct Charge {
     account: Arc<ChargedAccount>,
     limit_pages: Option<u64>,
+    /// The process that mapped the memory, or took it over, by its identity; 0 for none.
+    process: u64,
+    /// Whether it pays itself, not its user.
+    pays_itself: bool,
 }
 
 /// An account together with the lock that makes "set my limit, then charge" one step: processes of one user share
@@ -223,14 +227,18 @@ impl Pages {
 
     /// Whether there is a limit for who pays.
     pub(crate) fn is_limited(&self) -> bool {
-        self.charge.as_ref().is_some_and(|charge| lock(charge).limit_pages.is_some())
+        lock(&self.charge).limit_pages.is_some()
+    }
+
+    /// Whether the process of this identity pins what is registered, and if so, whether it pays itself.
+    pub(crate) fn is_pinned_by(&self, process: u64) -> Option<bool> {
+        let charge = lock(&self.charge);
+        (charge.process == process).then_some(charge.pays_itself)
     }
 
     /// Says who pays for what is registered from now on.
     pub(crate) fn set_charge(&self, charge: &Charge) {
-        if let Some(now) = &self.charge {
-            *lock(now) = charge.clone();
-        }
+        *lock(&self.charge) = charge.clone();
     }
 
     /// Checks that `length` bytes from byte `offset` on are there and permit the access, and registers them.
@@ -253,17 +261,14 @@ impl Pages {
                 }
                 (Arc::clone(&mapped.backing), start)
             }
-            Source::DmaBuf { buffer, backing } => {
-                return Memory::register(backing, start, length, buffer.account())
-                    .map_err(|error| register_errno(&error));
-            }
+            Source::DmaBuf { backing, .. } => (Arc::clone(backing), start),
             Source::NotMemory => return Err(Errno::INVAL),
         };
-        let charge = lock(self.charge.as_ref().ok_or(Errno::INVAL)?).clone();
+        let charge = lock(&self.charge).clone();
         let _charging = lock(&charge.account.charging);
-        let account = &charge.account.account;
-        account.set_limit(charge.limit_pages);
-        Memory::register(&backing, start, length, account).map_err(|error| register_errno(&error))
+        charge.account.account.set_limit(charge.limit_pages);
+        Memory::register(&backing, start, length, &charge.account.account)
+            .map_err(|error| register_errno(&error))
     }
 
     /// Whether it was taken back for good, so that nothing can be registered of it any more.
@@ -295,8 +300,11 @@ pub(crate) fn dma_buf_pages(buffer: &Arc<DmaBuf>, start: u64, length: u64) -> Re
     if start.checked_add(length).is_none_or(|end| end > buffer.length()) {
         return Err(Errno::INVAL);
     }
-    let source = Source::DmaBuf { backing: buffer.backing()?, buffer: Arc::clone(buffer) };
-    Ok(Pages { source, start, writable: true, charge: None })
+    let source = Source::DmaBuf { backing: buffer.backing()?, _buffer: Arc::clone(buffer) };
+    // The memory is not the client's, so nobody pays.
+    let account = ChargedAccount::new("dma-buf".to_owned(), None);
+    let nobody = Charge { account, limit_pages: None, process: 0, pays_itself: false };
+    Ok(Pages { source, start, writable: true, charge: Mutex::new(nobody) })
 }
 
 fn register_errno(error: &RegisterError) -> Errno {
@@ -426,14 +434,15 @@ impl MemoryRegistry {
         } else {
             self.user_account(AccountKey::User(user), || format!("user {user}"), limit_pages)
         };
-        Charge { account, limit_pages }
+        Charge { account, limit_pages, process: process.identity(), pays_itself: per_process }
     }
 
     /// Who pays for what `process` maps if it may lock memory without limit.
     pub(crate) fn charge_without_limit(&self, process: &dyn Process) -> Charge {
         let user = process.user();
         let name = || format!("user {user} without limit");
-        Charge { account: self.user_account(AccountKey::UnlimitedUser(user), name, None), limit_pages: None }
+        let account = self.user_account(AccountKey::UnlimitedUser(user), name, None);
+        Charge { account, limit_pages: None, process: process.identity(), pays_itself: false }
     }
 
     fn user_account(
@@ -460,7 +469,7 @@ impl MemoryRegistry {
             source: Source::Process { process, backing, files },
             start,
             writable,
-            charge: Some(Mutex::new(charge)),
+            charge: Mutex::new(charge),
         }
     }
 
@@ -484,7 +493,7 @@ impl MemoryRegistry {
             None => Source::NotMemory,
             Some(fd) => Source::File(self.files.backing(fd)?),
         };
-        Ok(Pages { source, start, writable: writable_by_device, charge: Some(Mutex::new(charge)) })
+        Ok(Pages { source, start, writable: writable_by_device, charge: Mutex::new(charge) })
     }
 
     /// Registers memory of a process for a moment, charged to nobody, to learn which pages it is made of.

@@ -572,10 +572,6 @@ fn the_self_tests_command_serves_what_tests_without_devices_need() {
     assert_eq!(refs(BUFFER, 0, 7), Ok(()));
     assert_eq!(refs(u64::MAX - PAGE + 1, PAGE, 0), Err(Errno::INVAL));
 
-    assert_eq!(program.test(fd, 0, &test::MockDomain::default()).map(drop), Err(Errno::NOENT));
-    assert_eq!(program.test(fd, ioas, &test::MockDomain::default()).map(drop), Err(Errno::OPNOTSUPP));
-    assert_eq!(program.test(fd, ioas, &test::MockDomainReplace::default()).map(drop), Err(Errno::NOENT));
-    assert_eq!(program.test(fd, ioas, &test::CreateAccess::default()).map(drop), Err(Errno::OPNOTSUPP));
     let unknown = test::TestCommand { op: 99, ..Default::default() };
     assert_eq!(program.run(fd, unknown).map(drop), Err(Errno::OPNOTSUPP));
 }

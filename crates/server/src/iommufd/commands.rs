@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use ioasid::{IovaRange, Permissions, Space};
+use ioasid::{IovaRange, Permissions};
 use ioasid_uapi::iommufd as uapi;
 use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, HwptAllocFlags, IoasMapFlags};
 use rustix::io::Errno;
@@ -97,8 +97,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let space = Space::with_format(self.context.memory.bus(), self.context.space_format());
-        let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
+        let ioas = Arc::new(Ioas::new(self.context.memory.bus(), Arc::clone(&self.context.budget)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
         reservation.install(Object::Ioas(ioas));
@@ -337,10 +336,10 @@ impl Call<'_> {
         let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;
         let flags_of_others = command.flags & !HwptAllocFlags::DIRTY_TRACKING.bits();
         let engine = match device.mock() {
-            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
+            Some(mock) => mock.engine(self.mock_table(mock, &command)?),
             // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
             None if flags_of_others != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
-            None => device.engine_for(&ioas),
+            None => device.engine(),
         };
         if dirty_tracking && !engine.records_writes() {
             return Err(Errno::OPNOTSUPP);

@@ -27,10 +27,8 @@ mod vfio_compat;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use ioasid::PageSize;
-use ioasid::pagetable::Native;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
-use ioasid_uapi::iommufd_test::{MOCK_PAGE_SIZE, TestCommand};
+use ioasid_uapi::iommufd_test::TestCommand;
 use ioasid_uapi::{Command, IOCTL_TYPE};
 use rustix::io::Errno;
 
@@ -39,6 +37,7 @@ use self::ioas::AreaBudget;
 use self::objects::{Held, Object, Objects};
 use self::vfio_compat::CompatIoas;
 use crate::Client;
+use crate::PinnedMemory;
 use crate::argument;
 use crate::memory::MemoryRegistry;
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
@@ -52,10 +51,10 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
-    /// The address space that VFIO's commands mean.
-    compat: Mutex<Option<CompatIoas>>,
     /// Whether the test-only command is there.
     test_devices: bool,
+    /// The address space that VFIO's commands mean.
+    compat: Mutex<Option<CompatIoas>>,
 }
 
 impl Context {
@@ -126,12 +125,6 @@ impl Context {
             }
         }
         .map(|()| 0)
-    }
-
-    /// The format of address spaces: mock hardware has smaller pages than any other.
-    fn space_format(&self) -> Native {
-        let small = PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| self.test_devices);
-        small.and_then(|granule| Native::new().with_granule(granule)).unwrap_or_default()
     }
 
     /// Ends one use of a page table; an automatic one goes with its last use.
@@ -207,5 +200,14 @@ impl Context {
             }
         }
         status
+    }
+
+    /// Adds what the process of this identity has pinned here.
+    pub(crate) fn add_pinned(&self, process: u64, pinned: &mut PinnedMemory) {
+        for (_, object) in self.objects.snapshot() {
+            if let Object::Ioas(ioas) = object {
+                ioas.add_pinned(process, pinned);
+            }
+        }
     }
 }
