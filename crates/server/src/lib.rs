@@ -43,16 +43,21 @@
 //!   a file of hugetlbfs is a fault.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
+//! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
+//!   and pages of a power of two; holes in the range are passed over. See docs/conformance.md.
+//! - VFIO's MAP_DMA with neither READ nor WRITE is `EINVAL`, as in VFIO's own container.
 //! - A client cannot grow the server without bound: 4,096 objects and 2^20 areas for each open, 2^12 allowed ranges for
 //!   each address space, arguments of 64 KiB; beyond that, `ENOMEM` or `E2BIG`.
-//! - Absent so far: interrupts, mapping of device regions, groups and type 1 containers, nesting, PASIDs, fault queues
-//!   and dirty tracking. Their commands are known, and refused with the error of a kernel without the capability.
+//! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting, PASIDs and fault queues.
+//!   Their commands are known, and refused with the error of a kernel without the capability. Dirty tracking has the
+//!   precision of leaves, and is absent from the native kind of table.
 //!
 //! # Threads and locks
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
 //! is read or written for a call: a device file's state and attachment, an address space's areas, a page table
-//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost.
+//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost. Of
+//! several address spaces, which only IOAS_CHANGE_PROCESS locks together, the lower number comes first.
 //!
 //! Unmapping and detaching wait until the device's running copies have ended, as they must; a client whose memory
 //! answers slowly thereby delays those who share an address space or a device with it, and nobody else.

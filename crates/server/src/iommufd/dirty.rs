@@ -5,8 +5,8 @@
 //!
 //! A mark that was cleared and did not reach the client would be a page that is never copied. So what is taken from the
 //! table and cannot be written to the client is put back, and the call fails. It goes in portions, because the bitmap
-//! may be large; no portion ends within a leaf, which could only be cleared as a whole. Nothing is held while client
-//! memory is accessed.
+//! may be large; no portion ends within a leaf, which could only be cleared as a whole (docs/decisions/0025). No lock is
+//! held while client memory is accessed; the table is, so that it cannot be destroyed until the call ends.
 
 use ioasid::pagetable::DirtyBitmap;
 use ioasid::{IovaRange, PageSize, Table};
