@@ -179,7 +179,8 @@ fn what_is_mapped_is_what_ioas_map_maps() {
     assert_eq!(c.map(READ_WRITE, BUFFER, 0, 0), Err(Errno::INVAL));
     assert_eq!(c.map(0, BUFFER, PAGE, 0), Err(Errno::INVAL));
     assert_eq!(c.map(READ_WRITE, BUFFER + 1, PAGE, 0), Err(Errno::INVAL));
-    assert_eq!(c.map(READ_WRITE, BUFFER, PAGE, u64::MAX - PAGE + 1), Err(Errno::INVAL), "beyond the table");
+    assert_eq!(c.map(READ_WRITE, BUFFER, PAGE, 0xfee0_0000), Err(Errno::INVAL), "reserved");
+    assert_eq!(c.map(READ_WRITE, BUFFER, PAGE, u64::MAX - PAGE + 1), Ok(()), "the last page");
     assert_eq!(c.map(READ_WRITE, BUFFER, 2 * PAGE, u64::MAX - PAGE + 1), Err(Errno::OVERFLOW));
     assert_eq!(c.map(READ_WRITE, u64::MAX, 2, 0), Err(Errno::OVERFLOW));
     assert_eq!(c.map(READ_WRITE, BUFFER + BUFFER_SIZE, PAGE, 0), Err(Errno::FAULT));

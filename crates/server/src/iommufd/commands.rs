@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ioasid::{IovaRange, Permissions};
 use ioasid_uapi::iommufd as uapi;
-use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, IoasMapFlags};
+use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, HwptAllocFlags, IoasMapFlags};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -333,16 +333,22 @@ impl Call<'_> {
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
             _ => return Err(Errno::INVAL),
         };
-        // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+        let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;
+        let flags_of_others = command.flags & !HwptAllocFlags::DIRTY_TRACKING.bits();
         let engine = match device.mock() {
             Some(mock) => mock.engine(self.mock_table(mock, &command)?),
-            None if command.flags != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
+            // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+            None if flags_of_others != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
             None => device.engine(),
         };
+        if dirty_tracking && !engine.records_writes() {
+            return Err(Errno::OPNOTSUPP);
+        }
         let reservation = self.context.objects.reserve()?;
         let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
-            Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
+            let hwpt = Hwpt::new(reservation.id(), table, user, false);
+            Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking)))
         })?;
         drop((device, ioas));
         command.out_hwpt_id = reservation.id();
@@ -368,12 +374,12 @@ impl Call<'_> {
         // zeroed behind the data.
         let info = match device.mock() {
             Some(mock) => mock.hw_info(wanted)?,
-            None => HwInfo {
-                data: Vec::new(),
-                data_type: uapi::HW_INFO_TYPE_NONE,
-                capabilities: HwCapabilities::ATS_NOT_SUPPORTED,
-                max_pasid_log2: 0,
-            },
+            None => {
+                let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
+                capabilities.set(HwCapabilities::DIRTY_TRACKING, device.records_writes());
+                let data_type = uapi::HW_INFO_TYPE_NONE;
+                HwInfo { data: Vec::new(), data_type, capabilities, max_pasid_log2: 0 }
+            }
         };
         drop(device);
         if command.data_len > LARGEST_HW_INFO {

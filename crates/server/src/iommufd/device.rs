@@ -72,6 +72,11 @@ impl BoundDevice {
         }
     }
 
+    /// Whether tables for the device can record what it writes.
+    pub(crate) fn records_writes(&self) -> bool {
+        self.engines().iter().any(Device::records_writes)
+    }
+
     fn engines(&self) -> &[Device] {
         match &self.behind {
             Behind::Machine { engine, .. } => std::slice::from_ref(engine),
@@ -111,6 +116,9 @@ impl BoundDevice {
         let mut attached = lock(&self.attached);
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
+                if hwpt.tracks_writes() && self.mock().is_some_and(|mock| !mock.records_writes()) {
+                    return Err(Errno::INVAL);
+                }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
                 self.attach_engine(&table)?;
                 hwpt

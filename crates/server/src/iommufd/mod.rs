@@ -6,6 +6,7 @@
 //! - [`errno`]: the error numbers for what the engine refuses;
 //! - [`device`]: the devices that are bound;
 //! - `commands`: what each command does, one function each;
+//! - `dirty`: what devices have written;
 //! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
 //! - [`testing`]: the test-only command of the kernel's self-test.
 //!
@@ -14,6 +15,7 @@
 pub(crate) mod areas;
 mod commands;
 pub(crate) mod device;
+mod dirty;
 pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
@@ -49,10 +51,10 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
-    /// Whether the test-only command is there.
-    test_devices: bool,
     /// The address space that VFIO's commands mean.
     compat: Mutex<Option<CompatIoas>>,
+    /// Whether the test-only command is there.
+    test_devices: bool,
 }
 
 impl Context {
@@ -113,6 +115,8 @@ impl Context {
             uapi::IoasChangeProcess::NUMBER => call.ioas_change_process(),
             uapi::VfioIoas::NUMBER => call.vfio_ioas(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
+            uapi::HwptSetDirtyTracking::NUMBER => call.hwpt_set_dirty_tracking(),
+            uapi::HwptGetDirtyBitmap::NUMBER => call.hwpt_get_dirty_bitmap(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
             TestCommand::NUMBER => return call.test(),
             _ => {

@@ -8,17 +8,20 @@ use ioasid::IovaRange;
 use rustix::io::Errno;
 
 use super::super::errno::unmap_errno;
-use super::{Area, Ioas, Slice, give_back};
+use super::{Area, Ioas, Registered, Slice, give_back};
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
 
 impl Area {
     /// The first `length` bytes, and the rest.
     fn divided(self, length: u64) -> (Self, Self) {
-        let Self { source: Slice { pages, offset, length: whole }, permissions, memory, memory_start } = self;
-        let slice = |offset, length| Slice { pages: pages.clone(), offset, length };
-        let area = |source| Self { source, permissions, memory: memory.clone(), memory_start };
-        (area(slice(offset, length)), area(slice(offset + length, whole - length)))
+        let Self { source: Slice { pages, offset, length: whole }, permissions, memory } = self;
+        let part = |from: u64, length| Self {
+            source: Slice { pages: pages.clone(), offset: offset + from, length },
+            permissions,
+            memory: memory.clone().map(|memory| Registered { offset: memory.offset + from, ..memory }),
+        };
+        (part(0, length), part(length, whole - length))
     }
 }
 
@@ -27,7 +30,7 @@ impl Ioas {
     /// that were. An area is cut between its pages, and not behind its first byte or in front of its last.
     ///
     /// # Errors
-    /// `EINVAL`: an area would be cut within a page. `ENOENT`: an area reaches over an end by all but one byte.
+    /// `EINVAL`: an area would be cut within a page. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an end by all but one byte.
     /// `ENOMEM`: an area too many, or no memory for page tables. Nothing has changed.
     pub(crate) fn unmap_cutting(&self, range: IovaRange) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
@@ -35,6 +38,7 @@ impl Ioas {
         let cut_behind = |at: u64| match state.areas.at(at) {
             Some((area, _)) if at == area.first() && area.first() != area.last() => Err(Errno::NOENT),
             Some((area, _)) if at == area.last() => Ok(None),
+            Some((_, area)) if !area.source.pages.is_accessible() => Err(Errno::OPNOTSUPP),
             Some(_) if at % PAGE_SIZE != PAGE_SIZE - 1 => Err(Errno::INVAL),
             found => Ok(found.map(|(area, _)| area)),
         };
