@@ -406,6 +406,10 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
                 &iommufd_test::CheckRefs { length, uptr: address.get() & !(PAGE - 1), refs, padding: 0 },
             );
         }
+        Call::Test { fd, op, id, payload } => {
+            let payload = payload.map(Number::get);
+            run(client, fd, iommufd_test::TestCommand { op: op.into(), id: id.get(), payload, ..Default::default() });
+        }
         Call::Bind { fd, iommu } => {
             run(client, fd, vfio::DeviceBindIommufd { iommufd: iommu.get(), ..Default::default() });
         }

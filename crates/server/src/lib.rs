@@ -38,8 +38,8 @@
 //!
 //! # Where it differs from Linux
 //!
-//! - Private memory of a client is reached through its process, not pinned: when the process ends or unmaps it, the
-//!   device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
+//! - Private memory of a client is reached through its process, not pinned (shared memory is its file's, if that can be
+//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
 //!   a file of hugetlbfs is a fault.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
@@ -55,11 +55,12 @@
 //! # Threads and locks
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
-//! is read or written for a call: a device file's state and attachment, an address space's areas, a page table
-//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost. Of
-//! several address spaces, which only IOAS_CHANGE_PROCESS locks together, the lower number comes first.
+//! is read or written for a call: a device file's state and attachment, the space of an access, an address space's areas,
+//! what an access has pinned, a page table object, a context's table of objects, the registry of memory, an account.
+//! The engine's own locks are innermost. Of several address spaces, which only IOAS_CHANGE_PROCESS locks together, the
+//! lower number comes first.
 //!
-//! Unmapping and detaching wait until the device's running copies have ended, as they must; a client whose memory
+//! Unmapping and detaching wait until the running copies of devices and accesses have ended, as they must; a client whose memory
 //! answers slowly thereby delays those who share an address space or a device with it, and nobody else.
 
 #![forbid(unsafe_code)]

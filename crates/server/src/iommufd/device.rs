@@ -116,6 +116,9 @@ impl BoundDevice {
         let mut attached = lock(&self.attached);
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
+                if hwpt.tracks_writes() && self.mock().is_some_and(|mock| !mock.records_writes()) {
+                    return Err(Errno::INVAL);
+                }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
                 self.attach_engine(&table)?;
                 hwpt

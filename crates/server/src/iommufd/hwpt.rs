@@ -72,6 +72,11 @@ impl Hwpt {
         self.id
     }
 
+    /// Whether it was made to record what devices write.
+    pub(crate) fn tracks_writes(&self) -> bool {
+        self.dirty_tracking
+    }
+
     pub(crate) fn is_automatic(&self) -> bool {
         self.automatic
     }

@@ -151,9 +151,16 @@ struct State {
 struct Area {
     source: Slice,
     permissions: Permissions,
-    memory: Option<Arc<Memory>>,
-    /// The byte of the source's pages with which `memory` begins.
-    memory_start: u64,
+    /// Where its bytes are registered, while there is a table.
+    memory: Option<Registered>,
+}
+
+/// The part of registered memory that belongs to one area, from the byte at `offset` on. It is less than the whole if
+/// the area was cut.
+#[derive(Debug, Clone)]
+struct Registered {
+    memory: Arc<Memory>,
+    offset: u64,
 }
 
 /// A piece of mapped memory: the bytes of `pages` from `offset` on.
@@ -256,6 +263,18 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
     !forbidden.any(|range| areas.overlaps(range))
 }
 
+/// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
+/// other areas, from which this one was cut off: then its part of the registration ends.
+fn give_back(area: Area) {
+    let Area { source, memory: Some(Registered { memory, offset }), .. } = area else { return };
+    if (offset, memory.length()) == (0, source.length) {
+        return;
+    }
+    if let Err(error) = memory.release(offset, source.length) {
+        tracing::error!(?error, "the memory of an area that was unmapped is still held");
+    }
+}
+
 fn is_aligned(range: IovaRange, source: &Slice, alignment: u64) -> bool {
     [range.first(), source.length, source.start()].iter().all(|value| value % alignment == 0)
 }
@@ -267,18 +286,6 @@ fn may_access(pages: &Pages, write: bool) -> Result<(), Errno> {
         Err(Errno::PERM)
     } else {
         Ok(())
-    }
-}
-
-/// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
-/// other areas, from which this one was cut off: then its part of the registration ends.
-fn give_back(area: Area) {
-    let Area { source, memory: Some(memory), memory_start, .. } = area else { return };
-    if (memory_start, memory.length()) == (source.offset, source.length) {
-        return;
-    }
-    if let Err(error) = memory.release(source.offset.wrapping_sub(memory_start), source.length) {
-        tracing::error!(?error, "the memory of an area that was unmapped is still held");
     }
 }
 
@@ -313,8 +320,7 @@ fn populate_one(space: &Arc<Space>, range: IovaRange, area: &mut Area) -> Result
     }
     let memory = source.pages.register(source.offset, source.length)?;
     space.map(Iova::new(range.first()), &memory, 0, source.length, area.permissions).map_err(map_errno)?;
-    area.memory = Some(memory);
-    area.memory_start = source.offset;
+    area.memory = Some(Registered { memory, offset: 0 });
     Ok(())
 }
 
@@ -386,7 +392,7 @@ impl Ioas {
                 return Err(Errno::INVAL);
             }
             next = next.wrapping_add(source.length);
-            planned.push((range, Area { source, permissions, memory: None, memory_start: 0 }));
+            planned.push((range, Area { source, permissions, memory: None }));
         }
 
         self.budget.take(planned.len())?;
@@ -520,8 +526,9 @@ impl Ioas {
                 let length = piece.range.length().ok_or(Errno::INVAL)?;
                 let offset = area.source.offset + piece.offset;
                 let source = Slice { pages: Arc::clone(&area.source.pages), offset, length };
-                let in_memory = offset.wrapping_sub(area.memory_start);
-                let registered = area.memory.as_ref().map(|memory| (Arc::clone(memory), in_memory));
+                let registered = area.memory.as_ref();
+                let registered =
+                    registered.map(|part| (Arc::clone(&part.memory), part.offset + piece.offset));
                 Ok(PieceToCopy { source, registered })
             })
             .collect()

@@ -51,10 +51,10 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
-    /// Whether the test-only command is there.
-    test_devices: bool,
     /// The address space that VFIO's commands mean.
     compat: Mutex<Option<CompatIoas>>,
+    /// Whether the test-only command is there.
+    test_devices: bool,
 }
 
 impl Context {

@@ -29,7 +29,7 @@ pub(crate) fn change_process(spaces: &[Arc<Ioas>], to: &Charge, to_unlimited: &C
     }
     let registered = |limited: bool| -> Vec<&Memory> {
         let areas = areas().filter(|area| area.source.pages.is_limited() == limited);
-        areas.filter_map(|area| area.memory.as_deref()).collect()
+        areas.filter_map(|area| Some(&*area.memory.as_ref()?.memory)).collect()
     };
     to.take_over(&registered(true))?;
     to_unlimited.take_over(&registered(false))?;

@@ -8,17 +8,20 @@ use ioasid::IovaRange;
 use rustix::io::Errno;
 
 use super::super::errno::unmap_errno;
-use super::{Area, Ioas, Slice, give_back};
+use super::{Area, Ioas, Registered, Slice, give_back};
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
 
 impl Area {
     /// The first `length` bytes, and the rest.
     fn divided(self, length: u64) -> (Self, Self) {
-        let Self { source: Slice { pages, offset, length: whole }, permissions, memory, memory_start } = self;
-        let slice = |offset, length| Slice { pages: pages.clone(), offset, length };
-        let area = |source| Self { source, permissions, memory: memory.clone(), memory_start };
-        (area(slice(offset, length)), area(slice(offset + length, whole - length)))
+        let Self { source: Slice { pages, offset, length: whole }, permissions, memory } = self;
+        let part = |from: u64, length| Self {
+            source: Slice { pages: pages.clone(), offset: offset + from, length },
+            permissions,
+            memory: memory.clone().map(|memory| Registered { offset: memory.offset + from, ..memory }),
+        };
+        (part(0, length), part(length, whole - length))
     }
 }
 
@@ -27,8 +30,8 @@ impl Ioas {
     /// that were. An area is cut between its pages, and not behind its first byte or in front of its last.
     ///
     /// # Errors
-    /// `EINVAL`: an area would be cut within a page. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an
-    /// end by all but one byte. `ENOMEM`: an area too many, or no memory for page tables. Nothing has changed.
+    /// `EINVAL`: an area would be cut within a page. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an end by all but one byte.
+    /// `ENOMEM`: an area too many, or no memory for page tables. Nothing has changed.
     pub(crate) fn unmap_cutting(&self, range: IovaRange) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
         let (before, behind) = (range.first().checked_sub(1), range.last().checked_add(1));

@@ -151,7 +151,7 @@ impl MockDevice {
             return Err(Errno::OPNOTSUPP);
         }
         let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
-        capabilities.set(HwCapabilities::DIRTY_TRACKING, !self.flags.contains(MockDeviceFlags::NO_DIRTY));
+        capabilities.set(HwCapabilities::DIRTY_TRACKING, self.records_writes());
         let has_pasids = self.flags.contains(MockDeviceFlags::PASID);
         Ok(HwInfo {
             // Flags, of which none is defined, and a register.
@@ -160,6 +160,11 @@ impl MockDevice {
             capabilities,
             max_pasid_log2: if has_pasids { MOCK_PASID_WIDTH as u8 } else { 0 },
         })
+    }
+
+    /// Whether its IOMMU can record what it writes.
+    pub(crate) fn records_writes(&self) -> bool {
+        !self.flags.contains(MockDeviceFlags::NO_DIRTY)
     }
 
     /// The device as the engine sees it, once for each kind of table.
@@ -250,7 +255,7 @@ impl Call<'_> {
     ) -> Result<MockTable, Errno> {
         let mut possible =
             HwptAllocFlags::NEST_PARENT | HwptAllocFlags::DIRTY_TRACKING | HwptAllocFlags::PASID;
-        possible.set(HwptAllocFlags::DIRTY_TRACKING, !mock.flags.contains(MockDeviceFlags::NO_DIRTY));
+        possible.set(HwptAllocFlags::DIRTY_TRACKING, mock.records_writes());
         if command.flags & !possible.bits() != 0 {
             return Err(Errno::OPNOTSUPP);
         }
