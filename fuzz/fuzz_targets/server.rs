@@ -59,6 +59,7 @@ enum Call {
     HwInfo { fd: Fd, device: Id, room: u16, address: Address },
     AddReserved { fd: Fd, ioas: Id, start: Address, length: Length },
     CheckRefs { fd: Fd, address: Address, pages: u8, refs: u8 },
+    Test { fd: Fd, op: u8, id: u8, payload: [Word; 6] },
     Bind { fd: Fd, iommu: Fd },
     Attach { fd: Fd, table: Id },
     Detach { fd: Fd },
@@ -68,6 +69,24 @@ enum Call {
     Dma { fd: Fd, iova: Address, length: u16, to_memory: bool, wait: bool },
     Truncate(u8),
     Status,
+}
+
+/// A word of what an operation of the test-only command reads in its own way: two small numbers, or one of the others.
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Word {
+    Pair(u8, u8),
+    Address(Address),
+    Length(Length),
+}
+
+impl Word {
+    fn get(self) -> u64 {
+        match self {
+            Word::Pair(low, high) => u64::from(low) | u64::from(high) << 32,
+            Word::Address(address) => address.get(),
+            Word::Length(length) => length.get(),
+        }
+    }
 }
 
 /// A descriptor: one of those that are likely open.
@@ -407,8 +426,17 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
             );
         }
         Call::Test { fd, op, id, payload } => {
-            let payload = payload.map(Number::get);
-            run(client, fd, iommufd_test::TestCommand { op: op.into(), id: id.get(), payload, ..Default::default() });
+            let payload = payload.map(Word::get);
+            run(
+                client,
+                fd,
+                iommufd_test::TestCommand {
+                    op: u32::from(op % 26),
+                    id: id.into(),
+                    payload,
+                    ..Default::default()
+                },
+            );
         }
         Call::Bind { fd, iommu } => {
             run(client, fd, vfio::DeviceBindIommufd { iommufd: iommu.get(), ..Default::default() });
@@ -438,7 +466,8 @@ fuzz_target!(|input: &[u8]| {
     let devices = [TableKind::Native, TableKind::VtdSecondStage]
         .map(|table| DeviceOptions { table, ..DeviceOptions::default() })
         .to_vec();
-    let server = Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
+    let server =
+        Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
     let first = InProcess::new(1000);
     first.map_memory(BUFFER, BUFFER_SIZE);
     first.map_memory(LARGE, LARGE_SIZE);

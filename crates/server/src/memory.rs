@@ -502,13 +502,13 @@ impl MemoryRegistry {
     /// `EFAULT`: the process has no such memory, or may not read it.
     pub(crate) fn identify(
         &self,
-        process: Arc<dyn Process>,
+        process: &Arc<dyn Process>,
         start: u64,
         length: u64,
     ) -> Result<Arc<Memory>, Errno> {
         process.check_access(start, length, false)?;
-        let private = self.private_backing(&process);
-        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let private = self.private_backing(process);
+        let (backing, start) = self.files.behind(&**process, &private, start, length)?;
         let nobody = Account::new("nobody", None);
         Memory::register(&backing, start, length, &nobody).map_err(|error| register_errno(&error))
     }
@@ -519,13 +519,13 @@ impl MemoryRegistry {
     /// As [`MemoryRegistry::identify`].
     pub(crate) fn holds(
         &self,
-        process: Arc<dyn Process>,
+        process: &Arc<dyn Process>,
         start: u64,
         length: u64,
     ) -> Result<RangeInclusive<u64>, Errno> {
         process.check_access(start, length, false)?;
-        let private = self.private_backing(&process);
-        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let private = self.private_backing(process);
+        let (backing, start) = self.files.behind(&**process, &private, start, length)?;
         Ok(backing.holds(start, length))
     }
 

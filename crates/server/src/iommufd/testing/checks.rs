@@ -37,7 +37,7 @@ impl Call<'_> {
         if check.length == 0 {
             return Ok(());
         }
-        let pages = self.context.memory.identify(self.client.process()?, check.uptr, check.length)?;
+        let pages = self.context.memory.identify(&self.client.process()?, check.uptr, check.length)?;
         for offset in (0..check.length).step_by(page_size as usize) {
             let found = {
                 let _section = epoch::dma();
@@ -97,7 +97,7 @@ impl Call<'_> {
         if check.length == 0 {
             return Ok(());
         }
-        let held = self.context.memory.holds(self.client.process()?, check.uptr, check.length)?;
+        let held = self.context.memory.holds(&self.client.process()?, check.uptr, check.length)?;
         let expected = u64::from(check.refs);
         if held == (expected..=expected) { Ok(()) } else { Err(Errno::IO) }
     }
