@@ -27,6 +27,7 @@ use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, Re
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::observer::MemoryOwner;
 use crate::poison::lock;
 use crate::{AccountStatus, Process};
 
@@ -88,6 +89,7 @@ impl ChargedAccount {
 /// A file with its backing: what the registry knows of it.
 #[derive(Debug)]
 struct FileBacking {
+    key: FileKey,
     file: Arc<MappedFile>,
     backing: Arc<Backing>,
 }
@@ -222,6 +224,15 @@ impl Pages {
         })
     }
 
+    /// What the bytes belong to.
+    pub(crate) fn owner(&self) -> MemoryOwner {
+        match &self.source {
+            Source::Process { process, .. } => MemoryOwner::Process(process.identity()),
+            Source::File(file) => MemoryOwner::File(file.key.0, file.key.1),
+            Source::NotMemory => MemoryOwner::Nothing,
+        }
+    }
+
     /// Where the bytes come from, for people.
     pub(crate) fn describe(&self) -> String {
         match &self.source {
@@ -324,12 +335,13 @@ impl MemoryRegistry {
             None => Source::NotMemory,
             Some(fd) => {
                 let status = rustix::fs::fstat(&fd)?;
+                let key = FileKey(status.st_dev, status.st_ino);
                 let make = || {
                     let file = Arc::new(MappedFile { fd: writable(fd) });
                     let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
-                    Arc::new(FileBacking { file, backing })
+                    Arc::new(FileBacking { key, file, backing })
                 };
-                Source::File(self.files.get_or_insert(FileKey(status.st_dev, status.st_ino), make))
+                Source::File(self.files.get_or_insert(key, make))
             }
         };
         Ok(Pages { source, start, writable: writable_by_device, charge })

@@ -33,8 +33,9 @@ use crate::argument;
 use crate::iommufd::Context;
 use crate::iommufd::errno::attach_errno;
 use crate::iommufd::hwpt::Hwpt;
-use crate::iommufd::ioas::TableUse;
+use crate::iommufd::ioas::{Ioas, TableUse};
 use crate::iommufd::objects::{Counted, Held, HeldObject, Object, Users};
+use crate::observer::Watched;
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
@@ -51,6 +52,7 @@ pub(crate) struct MachineDevice {
     port: Arc<Port>,
     iommu: Arc<dyn Iommu>,
     bound: AtomicBool,
+    watched: Option<Arc<Watched>>,
 }
 
 impl MachineDevice {
@@ -60,8 +62,9 @@ impl MachineDevice {
         model: Arc<dyn PciDevice>,
         port: Arc<Port>,
         iommu: Arc<dyn Iommu>,
+        watched: Option<Arc<Watched>>,
     ) -> Self {
-        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false) }
+        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false), watched }
     }
 }
 
@@ -101,6 +104,9 @@ impl BoundDevice {
     /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
     fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
         let mut attached = lock(&self.attached);
+        let watched = self.machine.watched.as_ref();
+        // Until the observer has heard of all that changes.
+        let _changing = watched.map(|watched| watched.changing());
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Device(_) => return Err(Errno::INVAL),
             HeldObject::Hwpt(hwpt) => {
@@ -132,7 +138,12 @@ impl BoundDevice {
             }
         };
         let number = hwpt.id();
-        if let Some(before) = attached.replace(hwpt) {
+        let ioas = hwpt.ioas();
+        let before = attached.replace(hwpt);
+        if let Some(watched) = watched {
+            tell_moved(watched, before.as_ref().and_then(|hwpt| hwpt.ioas()), ioas);
+        }
+        if let Some(before) = before {
             context.put_hwpt(before);
         }
         Ok(number)
@@ -142,9 +153,28 @@ impl BoundDevice {
     fn detach(&self, context: &Context) {
         let mut attached = lock(&self.attached);
         if let Some(hwpt) = attached.take() {
+            let watched = self.machine.watched.as_ref();
+            let _changing = watched.map(|watched| watched.changing());
             self.engine.detach();
+            if let Some(watched) = watched {
+                tell_moved(watched, hwpt.ioas(), None);
+            }
             context.put_hwpt(hwpt);
         }
+    }
+}
+
+/// Tells that a device has been moved from one address space to another, or has come or gone. Its DMA is kept away, so that it
+/// does not matter what else happens to the two meanwhile.
+fn tell_moved(watched: &Arc<Watched>, from: Option<Arc<Ioas>>, to: Option<Arc<Ioas>>) {
+    let stays = matches!((&from, &to), (Some(from), Some(to)) if Arc::ptr_eq(from, to));
+    if let Some(from) = from.filter(|_| !stays) {
+        from.forget_watched(watched);
+    }
+    let Some(to) = to else { return watched.detached() };
+    watched.attached();
+    if !stays {
+        to.add_watched(watched);
     }
 }
 
@@ -175,6 +205,7 @@ impl Drop for Binding {
     /// The last close: the device is quiet before its tables go and before anybody else can bind it.
     fn drop(&mut self) {
         let machine = &self.bound.machine;
+        self.context.tell_closing(Some(machine.number));
         machine.model.close();
         self.bound.detach(&self.context);
         self.bound.engine.detach();
@@ -186,6 +217,11 @@ impl Drop for Binding {
 impl DeviceFile {
     pub(crate) fn new(device: Arc<MachineDevice>) -> Self {
         Self { device, state: Mutex::new(State::Unbound) }
+    }
+
+    /// N of `vfioN`.
+    pub(crate) fn number(&self) -> usize {
+        self.device.number
     }
 
     fn binding(&self) -> Result<Arc<Binding>, Errno> {

@@ -33,6 +33,7 @@ use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
 use super::placement;
 use crate::memory::{PAGE_SIZE, Pages};
+use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
 
@@ -82,6 +83,8 @@ struct State {
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
     test_reservations: usize,
+    /// Devices that are attached, if somebody watches: every change to the areas is told.
+    watched: Vec<Arc<Watched>>,
 }
 
 /// What one area refers to.
@@ -98,6 +101,13 @@ pub(crate) struct Slice {
     pub(crate) pages: Arc<Pages>,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+}
+
+impl Area {
+    fn tell_mapped(&self, range: IovaRange, watched: &Watched) {
+        let memory = MemoryAt { owner: self.source.pages.owner(), offset: self.source.start() };
+        watched.mapped(range, memory, self.permissions);
+    }
 }
 
 impl Slice {
@@ -169,6 +179,7 @@ impl Ioas {
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: 0,
+                watched: Vec::new(),
             }),
         }
     }
@@ -218,6 +229,8 @@ impl Ioas {
         }
 
         self.budget.take(planned.len())?;
+        let watched = state.watched.clone();
+        let _changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
             if let Err(error) = self.populate(planned.iter_mut().map(|(range, area)| (*range, area))) {
                 self.budget.give_back(planned.len());
@@ -225,6 +238,7 @@ impl Ioas {
             }
         }
         for (range, area) in planned {
+            watched.iter().for_each(|watched| area.tell_mapped(range, watched));
             let inserted = state.areas.insert(range, area);
             debug_assert!(inserted.is_ok(), "the range was free when it was planned");
         }
@@ -294,17 +308,38 @@ impl Ioas {
         let (Some(first), Some(last)) = (found.first(), found.last()) else {
             return Ok(0);
         };
+        let watched = state.watched.clone();
+        let _changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
             let hull = IovaRange::new(first.first(), last.last()).ok_or(Errno::INVAL)?;
             self.space.unmap(hull).map_err(unmap_errno)?;
         }
         self.budget.give_back(found.len());
         let mut bytes = 0_u64;
+        let mut gone = Vec::new();
         for range in found {
             bytes = bytes.saturating_add(range.length().unwrap_or(u64::MAX));
-            state.areas.remove(range);
+            let area = state.areas.remove(range);
+            if !watched.is_empty() {
+                gone.extend(area.map(|area| (range, area.permissions)));
+            }
         }
+        watched.iter().for_each(|watched| watched.unmapped(gone.iter().copied()));
         Ok(bytes)
+    }
+
+    /// A watched device has been attached: what is mapped is told, and all changes from now on.
+    pub(crate) fn add_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.areas.iter().for_each(|(range, area)| area.tell_mapped(range, watched));
+        state.watched.push(Arc::clone(watched));
+    }
+
+    /// A watched device has left: for it, everything is unmapped.
+    pub(crate) fn forget_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.watched.retain(|other| !Arc::ptr_eq(other, watched));
+        watched.unmapped(state.areas.iter().map(|(range, area)| (range, area.permissions)));
     }
 
     /// The memory under `range`.

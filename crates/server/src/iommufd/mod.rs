@@ -32,6 +32,7 @@ use self::objects::{Held, Object, Objects};
 use crate::Client;
 use crate::argument;
 use crate::memory::MemoryRegistry;
+use crate::observer::{Event, Observer};
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
 /// One open of `/dev/iommu`.
@@ -43,17 +44,28 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl Context {
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>) -> Self {
+    pub(crate) fn new(
+        number: u64,
+        memory: Arc<MemoryRegistry>,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
         Self {
             number,
             memory,
             objects: Objects::default(),
             budget: Arc::new(AreaBudget::new()),
             charge_processes: AtomicBool::new(false),
+            observer,
         }
+    }
+
+    /// Which open it is, counted from 1.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -100,6 +112,14 @@ impl Context {
         .map(|()| 0)
     }
 
+    /// Tells the observer, if there is one, what is here before a file is closed.
+    pub(crate) fn tell_closing(&self, device: Option<usize>) {
+        if let Some(observer) = &self.observer {
+            let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
+            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+        }
+    }
+
     /// Ends one use of a page table; an automatic one goes with its last use.
     pub(crate) fn put_hwpt(&self, used: Held<Hwpt>) {
         let hwpt = Arc::clone(used.arc());
@@ -113,6 +133,7 @@ impl Context {
 impl Drop for Context {
     /// Nothing refers to the context any more: no file, no device, no call. What uses others goes first.
     fn drop(&mut self) {
+        self.tell_closing(None);
         let objects = self.objects.snapshot();
         for (_, object) in &objects {
             if let Object::Hwpt(hwpt) = object {
