@@ -230,8 +230,7 @@ impl Live {
             let Some(mapping) = mapping.filter(|mapping| mapping.pages.last() >= next) else {
                 return Meets::Nothing;
             };
-            allowed &= mapping.direction
-                != if write { Direction::ToDevice } else { Direction::FromDevice };
+            allowed &= mapping.direction != if write { Direction::ToDevice } else { Direction::FromDevice };
             let last = mapping.pages.last().min(range.last());
             pieces.push((mapping.memory + (next - mapping.pages.first()), last - next + 1));
             match last.checked_add(1).filter(|_| last < range.last()) {

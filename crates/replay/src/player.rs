@@ -10,7 +10,7 @@
 //! DMA through it and checks every byte, so that the mapping has stood while everything in between went on beside it; it unmaps,
 //! and looks whether the device is still let through.
 //!
-//! A device whose first line is an attach was recorded with its DMA (`ioasid record`): then that DMA is made, just so, and no other.
+//! A device whose first line is neither map nor unmap was recorded with its DMA (`ioasid record`): then that DMA is made, just so, and no other.
 //! It comes after every change of its device before it and before every change after it, so that what was let through is let through
 //! again, and what was refused is refused.
 //!
@@ -199,7 +199,7 @@ pub enum PlayError {
 struct Known {
     scene: Arc<Scene>,
     live: Live,
-    /// Its first line is an attach: its DMA was recorded.
+    /// Its first line is neither map nor unmap: its DMA was recorded.
     as_recorded: bool,
     /// Whether its DMA goes through its space.
     attached: bool,
@@ -335,7 +335,7 @@ impl<'a> Reader<'a> {
             let known = Known {
                 scene: Arc::new(scene),
                 live: Live::default(),
-                as_recorded: event.operation == Operation::Attach,
+                as_recorded: !matches!(event.operation, Operation::Map { .. } | Operation::Unmap),
                 attached: true,
                 changes: Latest::default(),
                 dma: Latest::default(),
@@ -392,7 +392,8 @@ impl<'a> Reader<'a> {
             }
             Operation::Read(outcome) | Operation::Write(outcome) => {
                 let write = matches!(event.operation, Operation::Write(_));
-                let meets = if known.attached { known.live.meets(event.range, write) } else { Meets::Nothing };
+                let meets =
+                    if known.attached { known.live.meets(event.range, write) } else { Meets::Nothing };
                 let ends = match (outcome, meets) {
                     (Outcome::Done | Outcome::Gone, Meets::Memory(pieces)) => Ends::Done(pieces),
                     (Outcome::Done | Outcome::Gone, _) => {

@@ -180,10 +180,7 @@ impl Server {
         Self::make(options, Some(observer))
     }
 
-    fn make(
-        options: ServerOptions,
-        observer: Option<Arc<dyn Observer>>,
-    ) -> Result<Arc<Self>, ServerError> {
+    fn make(options: ServerOptions, observer: Option<Arc<dyn Observer>>) -> Result<Arc<Self>, ServerError> {
         let devices = machine::devices(options.devices, observer.as_ref())?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), observer }))
@@ -218,7 +215,8 @@ impl Server {
     fn new_context(&self) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.observer.clone()));
+        let context =
+            Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.observer.clone()));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
@@ -248,12 +246,7 @@ impl File {
     }
 
     /// Performs one `ioctl` as [`File::ioctl`] does, and keeps what there is to say about it.
-    pub fn ioctl_captured(
-        &self,
-        client: &dyn Client,
-        command: u32,
-        argument: u64,
-    ) -> decode::CapturedCall {
+    pub fn ioctl_captured(&self, client: &dyn Client, command: u32, argument: u64) -> decode::CapturedCall {
         let capture = decode::Capture::new(client, argument);
         let result = self.ioctl(&capture, command, argument);
         capture.call(self.name(), command, result)

@@ -177,7 +177,8 @@ impl Watched {
             let joined = run.and_then(|(before, same)| {
                 let follows = before.last().checked_add(1) == Some(range.first()) && same == permissions;
                 // A range of all 2^64 bytes has no length, which a trace cannot say.
-                let both = IovaRange::new(before.first(), range.last()).filter(|both| both.length().is_some());
+                let both =
+                    IovaRange::new(before.first(), range.last()).filter(|both| both.length().is_some());
                 both.filter(|_| follows)
             });
             match joined {

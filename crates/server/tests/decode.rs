@@ -60,8 +60,18 @@ const NO_ENTRY: &str = "-> -1 ENOENT (No such file or directory)";
 fn what_maps_and_unmaps_say() {
     let m = machine();
     m.iommu(uapi::IoasAlloc::default(), "IOAS_ALLOC -> 0 ioas=1");
-    m.iommu(uapi::IoasAlloc { flags: 5, ..Default::default() }, "IOAS_ALLOC flags=0x5 -> -1 EOPNOTSUPP (Operation not supported)");
-    let map = uapi::IoasMap { flags: 7, ioas_id: 1, user_va: BUFFER, length: PAGE, iova: 0x10000, ..Default::default() };
+    m.iommu(
+        uapi::IoasAlloc { flags: 5, ..Default::default() },
+        "IOAS_ALLOC flags=0x5 -> -1 EOPNOTSUPP (Operation not supported)",
+    );
+    let map = uapi::IoasMap {
+        flags: 7,
+        ioas_id: 1,
+        user_va: BUFFER,
+        length: PAGE,
+        iova: 0x10000,
+        ..Default::default()
+    };
     m.iommu(map, "IOAS_MAP ioas=1 iova=0x10000 len=0x1000 rw va=0x7f1234600000 -> 0");
     m.iommu(map, "IOAS_MAP ioas=1 iova=0x10000 len=0x1000 rw va=0x7f1234600000 -> -1 EEXIST (File exists)");
     let anywhere = uapi::IoasMap { flags: 4, ..map };
@@ -71,12 +81,22 @@ fn what_maps_and_unmaps_say() {
         "IOAS_MAP_FILE ioas=1 iova=any len=0x1000 w fd=99 offset=0x2000 -> -1 EBADF (Bad file descriptor)",
     );
     m.iommu(
-        uapi::IoasCopy { flags: 4, dst_ioas_id: 1, src_ioas_id: 1, length: PAGE, src_iova: 0x10000, ..Default::default() },
+        uapi::IoasCopy {
+            flags: 4,
+            dst_ioas_id: 1,
+            src_ioas_id: 1,
+            length: PAGE,
+            src_iova: 0x10000,
+            ..Default::default()
+        },
         "IOAS_COPY from=ioas 1 iova=0x10000 len=0x1000 to=ioas 1 iova=any r -> 0 iova=0x2000",
     );
     let unmap = uapi::IoasUnmap { ioas_id: 1, iova: 0x10000, length: 0x800, ..Default::default() };
     m.iommu(unmap, &format!("IOAS_UNMAP ioas=1 iova=0x10000 len=0x800 {NO_ENTRY}"));
-    m.iommu(uapi::IoasUnmap { ioas_id: 1, length: u64::MAX, ..Default::default() }, "IOAS_UNMAP ioas=1 all -> 0 len=0x3000");
+    m.iommu(
+        uapi::IoasUnmap { ioas_id: 1, length: u64::MAX, ..Default::default() },
+        "IOAS_UNMAP ioas=1 all -> 0 len=0x3000",
+    );
     m.iommu(uapi::Destroy { id: 7, ..Default::default() }, &format!("DESTROY id=7 {NO_ENTRY}"));
     m.iommu(
         uapi::SetOption { option_id: 1, op: 1, object_id: 1, ..Default::default() },
@@ -147,12 +167,12 @@ fn what_was_not_read_is_not_shown() {
 }
 
 /// A client whose memory changes with every look at it.
-struct Fickle(InProcess, std::cell::Cell<u32>);
+struct Fickle(std::cell::Cell<u32>);
 
 impl ioasid_server::Client for Fickle {
     fn read(&self, _address: u64, buffer: &mut [u8]) -> Result<(), Errno> {
-        self.1.set(self.1.get() + 1);
-        let command = uapi::Destroy { size: 8, id: self.1.get() };
+        self.0.set(self.0.get() + 1);
+        let command = uapi::Destroy { size: 8, id: self.0.get() };
         buffer.copy_from_slice(&command.as_bytes()[..buffer.len()]);
         Ok(())
     }
@@ -175,9 +195,12 @@ fn what_is_shown_is_what_the_server_decided_on() {
     let m = machine();
     m.iommu(uapi::IoasAlloc::default(), "IOAS_ALLOC -> 0 ioas=1");
     m.iommu(uapi::IoasAlloc::default(), "IOAS_ALLOC -> 0 ioas=2");
-    let fickle = Fickle(InProcess::new(1), std::cell::Cell::new(0));
+    let fickle = Fickle(std::cell::Cell::new(0));
     // The size came with the first look, the rest with the second, and nobody looks a third time.
     let line = m.iommu.ioctl_captured(&fickle, uapi::Destroy::NUMBER, 0x1000).to_string();
-    assert_eq!((line.as_str(), fickle.1.get()), ("DESTROY id=2 -> 0", 2));
-    assert_eq!(m.line(&m.iommu, uapi::Destroy { id: 2, ..Default::default() }), format!("DESTROY id=2 {NO_ENTRY}"));
+    assert_eq!((line.as_str(), fickle.0.get()), ("DESTROY id=2 -> 0", 2));
+    assert_eq!(
+        m.line(&m.iommu, uapi::Destroy { id: 2, ..Default::default() }),
+        format!("DESTROY id=2 {NO_ENTRY}")
+    );
 }

@@ -24,7 +24,10 @@ impl Observer for Notes {
                 format!("{device} unmapped {:#x}+{:#x}", range.first(), range.length().unwrap())
             }
             Event::Dma { device, iova, length, write, result } => {
-                let (verb, end) = (if *write { "writes" } else { "reads" }, if result.is_ok() { "" } else { " and faults" });
+                let (verb, end) = (
+                    if *write { "writes" } else { "reads" },
+                    if result.is_ok() { "" } else { " and faults" },
+                );
                 format!("{device} {verb} {iova:#x}+{length:#x}{end}")
             }
             Event::Closing { device, context, .. } => {

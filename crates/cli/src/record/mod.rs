@@ -66,7 +66,9 @@ Exit status:
 pub(crate) fn record(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let path = arguments.output;
     if path.as_os_str() == "-" {
-        bail!("standard output is the program's own; for a pipe say `-o /dev/fd/3`, as in `ioasid record --help`");
+        bail!(
+            "standard output is the program's own; for a pipe say `-o /dev/fd/3`, as in `ioasid record --help`"
+        );
     }
     let server_options = arguments.machine.prepare();
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;

@@ -85,7 +85,11 @@ impl Recorder {
         Ok((Self { began: Instant::now(), inner }, Writing { thread, lines }))
     }
 
-    fn record(&self, device: Rid, make: impl FnOnce(&mut Inner) -> Option<(Operation, IovaRange, Direction)>) {
+    fn record(
+        &self,
+        device: Rid,
+        make: impl FnOnce(&mut Inner) -> Option<(Operation, IovaRange, Direction)>,
+    ) {
         let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(0);
         let device = DeviceAddress { segment: 0, requester: device.0 };
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

@@ -75,7 +75,8 @@ impl Program {
         client.map_memory(BUFFER, BUFFER_PAGES * PAGE);
         let mut program = Program { server, client, iommu: 0, spaces: Vec::new(), devices: Vec::new() };
         program.iommu = program.open("/dev/iommu");
-        program.spaces = (0..2).map(|_| program.call(program.iommu, 0x3b81, &[12, 0, 0]).unwrap()[2]).collect();
+        program.spaces =
+            (0..2).map(|_| program.call(program.iommu, 0x3b81, &[12, 0, 0]).unwrap()[2]).collect();
         program.devices = (0..2).map(|number| program.device(number)).collect();
         program
     }
@@ -152,7 +153,13 @@ fn replayed(steps: &[Step], compressed: bool, table: TableKind, threads: usize) 
     let bytes = file.0.lock().unwrap().clone();
     let options = Options { table, threads, strict_input: true, memory: 1 << 20, ..Options::default() };
     play(Trace::new(&bytes[..]).unwrap(), &options, &mut |_| ()).unwrap_or_else(|error| {
-        panic!("{error}\n{}", Trace::new(&bytes[..]).unwrap().map(|entry| format!("{}\n", entry.unwrap().1)).collect::<String>())
+        panic!(
+            "{error}\n{}",
+            Trace::new(&bytes[..])
+                .unwrap()
+                .map(|entry| format!("{}\n", entry.unwrap().1))
+                .collect::<String>()
+        )
     })
 }
 

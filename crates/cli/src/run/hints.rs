@@ -77,6 +77,10 @@ pub(super) struct Hint {
     pub(super) text: String,
 }
 
+fn calls(count: u64) -> String {
+    if count == 1 { "1 call".to_owned() } else { format!("{count} calls") }
+}
+
 impl Hints {
     /// Looks at a call of a process.
     pub(super) fn see(&mut self, process: Option<u32>, call: &CapturedCall) {
@@ -212,18 +216,18 @@ impl Hints {
         }
         if self.unaligned > 0 {
             let text = format!(
-                "{} maps of 2 MiB or more ({}) have IOVA and memory at different offsets in their 2 MiB, so that tables need \
+                "{} mapped 2 MiB or more ({} in all) with IOVA and memory at different offsets in their 2 MiB, so that tables need \
                  pages of 4 KiB; align both in the same way",
-                self.unaligned,
+                calls(self.unaligned),
                 Bytes(self.unaligned_bytes)
             );
             hints.push(Hint { kind: "no-large-pages", calls: self.unaligned, text });
         }
         if self.cutting > 0 {
             let text = format!(
-                "{} unmaps got ENOENT because they would have cut what one call had mapped; iommufd unmaps whole maps only, so map in \
+                "{} got ENOENT because an unmap would have cut what one call had mapped; iommufd unmaps whole maps only, so map in \
                  the pieces that you will unmap",
-                self.cutting
+                calls(self.cutting)
             );
             hints.push(Hint { kind: "cutting-unmaps", calls: self.cutting, text });
         }

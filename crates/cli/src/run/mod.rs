@@ -75,7 +75,9 @@ Exit status:
 /// Whether the command line is one of `run` or `record`, though it may be wrong.
 pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> bool {
     let mut words = command_line.into_iter().skip(1);
-    words.find(|word| !word.as_encoded_bytes().starts_with(b"-")).is_some_and(|word| word == "run" || word == "record")
+    words
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .is_some_and(|word| word == "run" || word == "record")
 }
 
 /// Runs it.

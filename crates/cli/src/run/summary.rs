@@ -150,7 +150,10 @@ mod tests {
             charged: vec![("user 0".to_owned(), 256)],
         });
         let text = text(&collected);
-        assert!(text.contains("vfio0: attached to page table 3; 1 MiB pinned and charged to user 0"), "{text}");
+        assert!(
+            text.contains("vfio0: attached to page table 3; 1 MiB pinned and charged to user 0"),
+            "{text}"
+        );
         let json: serde_json::Value = serde_json::from_str(&json(0, &collected)).unwrap();
         let p50 = json["calls"][0]["p50_nanoseconds"].as_u64().unwrap();
         let p99 = json["calls"][0]["p99_nanoseconds"].as_u64().unwrap();

@@ -239,7 +239,8 @@ impl Left {
             parts.push(format!("attached to page table {table}"));
         }
         for mapped in &self.mapped {
-            let areas = if mapped.areas == 1 { "1 area".to_owned() } else { format!("{} areas", mapped.areas) };
+            let areas =
+                if mapped.areas == 1 { "1 area".to_owned() } else { format!("{} areas", mapped.areas) };
             let sources = mapped.sources.join(", ");
             parts.push(format!("ioas {}: {areas}, {} of {sources}", mapped.ioas, Bytes(mapped.bytes)));
         }

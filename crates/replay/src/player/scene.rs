@@ -54,7 +54,10 @@ impl GuestMemory {
         };
         // In ascending order, so that nobody waits in a circle.
         let parts: BTreeSet<usize> = pieces.iter().flat_map(of_piece).collect();
-        parts.into_iter().map(|part| self.parts[part].lock().unwrap_or_else(PoisonError::into_inner)).collect()
+        parts
+            .into_iter()
+            .map(|part| self.parts[part].lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
     }
 
     /// Keeps others away from these bytes, at most a part's worth of them.

@@ -138,7 +138,9 @@ impl Buffers {
         };
         let time = began.elapsed();
         match (result, ends) {
-            (Ok(()), Ends::Fault) => return Err(format!("a DMA at {iova:#x} was refused, and is let through")),
+            (Ok(()), Ends::Fault) => {
+                return Err(format!("a DMA at {iova:#x} was refused, and is let through"));
+            }
             (Err(_), Ends::Fault | Ends::Either) => {
                 findings.faults_as_recorded += 1;
                 return Ok(());

@@ -34,13 +34,33 @@ pub(super) struct Task {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Map { scene: Arc<Scene>, mapping: Mapping },
+    Map {
+        scene: Arc<Scene>,
+        mapping: Mapping,
+    },
     /// With a DMA for each mapping before, or without.
-    Unmap { scene: Arc<Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping>, transfer: bool },
-    Transfer { scene: Arc<Scene>, mapping: Mapping },
-    Attach { scene: Arc<Scene>, line: u64 },
-    Detach { scene: Arc<Scene> },
-    Dma { scene: Arc<Scene>, dma: Dma },
+    Unmap {
+        scene: Arc<Scene>,
+        line: u64,
+        pages: IovaRange,
+        mappings: Vec<Mapping>,
+        transfer: bool,
+    },
+    Transfer {
+        scene: Arc<Scene>,
+        mapping: Mapping,
+    },
+    Attach {
+        scene: Arc<Scene>,
+        line: u64,
+    },
+    Detach {
+        scene: Arc<Scene>,
+    },
+    Dma {
+        scene: Arc<Scene>,
+        dma: Dma,
+    },
 }
 
 /// How far a worker has come, on a cache line of its own.

@@ -163,13 +163,19 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
         }
         uapi::ViommuAlloc::NUMBER => {
             let (input, output) = call.both::<uapi::ViommuAlloc>()?;
-            words.asked(format_args!("type={} dev={} hwpt={}", input.viommu_type, input.dev_id, input.hwpt_id));
+            words.asked(format_args!(
+                "type={} dev={} hwpt={}",
+                input.viommu_type, input.dev_id, input.hwpt_id
+            ));
             words.flags(input.flags, &[]);
             words.answered(format_args!("viommu={}", output.out_viommu_id));
         }
         uapi::VdeviceAlloc::NUMBER => {
             let (input, output) = call.both::<uapi::VdeviceAlloc>()?;
-            words.asked(format_args!("viommu={} dev={} virt={:#x}", input.viommu_id, input.dev_id, input.virt_id));
+            words.asked(format_args!(
+                "viommu={} dev={} virt={:#x}",
+                input.viommu_id, input.dev_id, input.virt_id
+            ));
             words.answered(format_args!("vdevice={}", output.out_vdevice_id));
         }
         uapi::IoasChangeProcess::NUMBER => drop(call.input::<uapi::IoasChangeProcess>()?),
@@ -203,7 +209,8 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
                 None => words.asked(format_args!("op={} id={}", input.op, input.id)),
             }
             let used = input.payload.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
-            let payload: Vec<String> = input.payload[..used].iter().map(|word| format!("{word:#x}")).collect();
+            let payload: Vec<String> =
+                input.payload[..used].iter().map(|word| format!("{word:#x}")).collect();
             words.asked(format_args!("[{}]", payload.join(" ")));
         }
         vfio::CHECK_EXTENSION | vfio::SET_IOMMU => {

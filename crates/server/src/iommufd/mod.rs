@@ -48,11 +48,7 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn new(
-        number: u64,
-        memory: Arc<MemoryRegistry>,
-        observer: Option<Arc<dyn Observer>>,
-    ) -> Self {
+    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, observer: Option<Arc<dyn Observer>>) -> Self {
         Self {
             number,
             memory,
