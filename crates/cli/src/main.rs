@@ -3,7 +3,7 @@
 //! One module per subcommand: [`run`] starts a program with the software devices, [`probe`] is an ordinary program that
 //! tries what such a machine offers, [`measure`] times a few of its calls, [`doctor`] says whether `run` can work here,
 //! [`record`] is `run` and writes down what the program has its devices reach, [`replay`] carries out such a trace, or what real
-//! drivers once asked of an IOMMU.
+//! drivers once asked of an IOMMU, [`pasid`] gives out PASIDs.
 //! `probe` and `measure` are clients like any other; they reach `/dev/iommu` through [`client`], which knows nothing of
 //! the rest of the project but the layouts of the interface.
 
@@ -13,6 +13,7 @@ mod client;
 mod doctor;
 mod logging;
 mod measure;
+mod pasid;
 mod probe;
 mod quantity;
 mod record;
@@ -42,6 +43,7 @@ Examples:
   ioasid record -o x.csv.zst -- ./my-vmm --vfio
                                  the same, and write down what it maps and what its devices do
   ioasid replay TRACE            carry out what real drivers asked of an IOMMU, and time it
+  ioasid pasid storm             many machines allocate and free PASIDs at once
 
 Environment:
   IOASID_LOG   what is logged to standard error, as in `info` or `ioasid_run=debug`; wins over -v
@@ -54,6 +56,7 @@ enum Command {
     Run(run::Arguments),
     Record(record::Arguments),
     Replay(replay::Arguments),
+    Pasid(pasid::Arguments),
     Probe(probe::Arguments),
     Measure(measure::Arguments),
     Doctor(doctor::Arguments),
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         (Ok(()), Command::Run(arguments)) => (run::run(arguments), run::OWN_FAILURE),
         (Ok(()), Command::Record(arguments)) => (record::record(arguments), run::OWN_FAILURE),
         (Ok(()), Command::Replay(arguments)) => (replay::replay(&arguments), FAILURE),
+        (Ok(()), Command::Pasid(arguments)) => (pasid::pasid(&arguments), FAILURE),
         (Ok(()), Command::Probe(arguments)) => (probe::probe(&arguments), FAILURE),
         (Ok(()), Command::Measure(arguments)) => (measure::measure(&arguments), FAILURE),
         (Ok(()), Command::Doctor(arguments)) => (doctor::doctor(&arguments), FAILURE),

@@ -113,7 +113,7 @@ pub enum MemoryOwner {
     Process(u64),
     /// A file, by device and inode number. (A file that has gone may leave its number to another.)
     File(u64, u64),
-    /// A file without pages, which no device reaches.
+    /// A file without pages, which no device reaches, or a buffer of the test-only command.
     Nothing,
 }
 

@@ -188,6 +188,10 @@ impl ioasid_server::Client for Fickle {
     fn process(&self) -> Result<std::sync::Arc<dyn ioasid_server::Process>, Errno> {
         Err(Errno::SRCH)
     }
+
+    fn give_descriptor(&self, _file: File, _close_on_exec: bool) -> Result<i32, Errno> {
+        Err(Errno::MFILE)
+    }
 }
 
 #[test]

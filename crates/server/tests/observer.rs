@@ -53,7 +53,11 @@ impl Machine {
     fn new() -> Machine {
         let notes = Arc::new(Notes::default());
         let devices = vec!["edu".parse().unwrap(), "edu:table=vtd".parse().unwrap()];
-        let server = Server::with_observer(ServerOptions { devices }, Arc::clone(&notes) as _).unwrap();
+        let server = Server::with_observer(
+            ServerOptions { devices, ..ServerOptions::default() },
+            Arc::clone(&notes) as _,
+        )
+        .unwrap();
         let program = Program::of(&server);
         let iommu = program.iommu();
         Machine { program, notes, iommu }

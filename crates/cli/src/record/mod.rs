@@ -70,7 +70,7 @@ pub(crate) fn record(arguments: Arguments) -> anyhow::Result<ExitCode> {
             "standard output is the program's own; for a pipe say `-o /dev/fd/3`, as in `ioasid record --help`"
         );
     }
-    let server_options = arguments.machine.prepare();
+    let server_options = arguments.machine.prepare(false);
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     let compressed = path.extension().is_some_and(|extension| extension == "zst");
     let (recorder, writing) = Recorder::start(file, compressed).context("cannot begin to record")?;

@@ -145,7 +145,9 @@ fn replayed(steps: &[Step], compressed: bool, table: TableKind, threads: usize) 
     let file = Shared::default();
     let (recorder, writing) = Recorder::start(file.clone(), compressed).unwrap();
     let devices: Vec<DeviceOptions> = vec!["edu".parse().unwrap(), "edu:table=vtd".parse().unwrap()];
-    let server = Server::with_observer(ServerOptions { devices }, Arc::new(recorder)).unwrap();
+    let server =
+        Server::with_observer(ServerOptions { devices, ..ServerOptions::default() }, Arc::new(recorder))
+            .unwrap();
     let mut program = Program::new(server);
     steps.iter().for_each(|step| program.step(step));
     drop(program);

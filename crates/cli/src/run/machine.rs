@@ -25,11 +25,15 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Sets the limits of this process and returns what the server needs to know.
-    pub(crate) fn prepare(self) -> ServerOptions {
+    pub(crate) fn prepare(self, test_devices: bool) -> ServerOptions {
         let table_memory = self.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
         ioasid::pagetable::HeapTables::set_limit(table_memory);
-        let devices = if self.devices.is_empty() { default_devices() } else { self.devices };
-        ServerOptions { devices }
+        let devices = match self.devices {
+            none if none.is_empty() && test_devices => ServerOptions::default().devices,
+            none if none.is_empty() => default_devices(),
+            devices => devices,
+        };
+        ServerOptions { devices, test_devices }
     }
 }
 

@@ -43,6 +43,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
     verbose: Option<PathBuf>,
 
+    /// Have the test-only command of kernels built for their own iommufd self-test, with mock devices
+    ///
+    /// Then devices can have no tables but native ones [default: edu alone].
+    #[arg(long)]
+    test_devices: bool,
+
     /// At the end, print to standard error the calls with their times, what was left mapped, and hints
     #[arg(long)]
     summary: bool,
@@ -85,7 +91,7 @@ pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> 
 /// # Errors
 /// This process could not do its part; the program may or may not have run.
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let machine = arguments.machine.prepare();
+    let machine = arguments.machine.prepare(arguments.test_devices);
     let collect = arguments.summary || arguments.json.is_some();
     let lines = arguments.verbose.as_deref().map(lines).transpose()?;
     let watched = lines.is_some() || collect;

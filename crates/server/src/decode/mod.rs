@@ -20,7 +20,7 @@ use ioasid_uapi::iommufd::command;
 use ioasid_uapi::vfio::{CONTAINER_COMMANDS, DEVICE_COMMANDS};
 use rustix::io::Errno;
 
-use crate::{Client, Descriptor, Process};
+use crate::{Client, Descriptor, File, Process};
 
 pub use errno::errno_name;
 
@@ -34,6 +34,8 @@ pub enum FileName {
     Iommufd(u64),
     /// An open `/dev/vfio/devices/vfioN`.
     Device(usize),
+    /// A file of the test-only command, which has no commands of its own.
+    Test,
 }
 
 impl fmt::Display for FileName {
@@ -41,6 +43,7 @@ impl fmt::Display for FileName {
         match self {
             Self::Iommufd(number) => write!(f, "iommu{number}"),
             Self::Device(number) => write!(f, "vfio{number}"),
+            Self::Test => f.write_str("test"),
         }
     }
 }
@@ -106,10 +109,11 @@ impl CapturedCall {
         let commands = match self.file {
             FileName::Iommufd(_) => CONTAINER_COMMANDS,
             FileName::Device(_) => DEVICE_COMMANDS,
+            FileName::Test => &[],
         };
         let of_iommufd = || match self.file {
             FileName::Iommufd(_) => command(self.command).map(|info| info.name),
-            FileName::Device(_) => None,
+            FileName::Device(_) | FileName::Test => None,
         };
         let known = commands.iter().find(|(number, _)| *number == self.command).map(|(_, name)| *name);
         match of_iommufd().or(known) {
@@ -124,6 +128,7 @@ impl CapturedCall {
         let decoded = match self.file {
             FileName::Iommufd(_) => iommufd::decode(self, &mut words),
             FileName::Device(_) => vfio::decode(self, &mut words),
+            FileName::Test => None,
         };
         if decoded.is_none() {
             words = Words::default();
@@ -271,5 +276,9 @@ impl Client for Capture<'_> {
 
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {
         self.client.process()
+    }
+
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno> {
+        self.client.give_descriptor(file, close_on_exec)
     }
 }
