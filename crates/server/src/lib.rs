@@ -67,10 +67,12 @@
 
 mod argument;
 mod client;
+pub mod decode;
 mod in_process;
 mod iommufd;
 mod machine;
 mod memory;
+mod observer;
 mod options;
 mod poison;
 mod status;
@@ -93,6 +95,7 @@ pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
+pub use observer::{Event, MemoryAt, MemoryOwner, Observer};
 pub use options::{DeviceOptions, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
@@ -113,6 +116,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    observer: Option<Arc<dyn Observer>>,
     test_devices: bool,
 }
 
@@ -183,10 +187,25 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        let devices = machine::devices(options.devices)?;
+        Self::make(options, None)
+    }
+
+    /// Makes a machine whose devices are watched.
+    ///
+    /// # Errors
+    /// See [`ServerError`].
+    pub fn with_observer(
+        options: ServerOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Arc<Self>, ServerError> {
+        Self::make(options, Some(observer))
+    }
+
+    fn make(options: ServerOptions, observer: Option<Arc<dyn Observer>>) -> Result<Arc<Self>, ServerError> {
+        let devices = machine::devices(options.devices, observer.as_ref())?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         let test_devices = options.test_devices;
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), test_devices }))
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), observer, test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -218,7 +237,9 @@ impl Server {
     fn new_context(&self) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.test_devices));
+        let memory = Arc::clone(&self.memory);
+        let context = Context::new(contexts.opened, memory, self.test_devices, self.observer.clone());
+        let context = Arc::new(context);
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
@@ -257,6 +278,22 @@ impl File {
             FileKind::Iommufd(context) => context.ioctl(client, command, argument),
             FileKind::Device(device) => device.ioctl(client, command, argument),
             FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::NOTTY),
+        }
+    }
+
+    /// Performs one `ioctl` as [`File::ioctl`] does, and keeps what there is to say about it.
+    pub fn ioctl_captured(&self, client: &dyn Client, command: u32, argument: u64) -> decode::CapturedCall {
+        let capture = decode::Capture::new(client, argument);
+        let result = self.ioctl(&capture, command, argument);
+        capture.call(self.name(), command, result)
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> decode::FileName {
+        match &self.kind {
+            FileKind::Iommufd(context) => decode::FileName::Iommufd(context.number()),
+            FileKind::Device(device) => decode::FileName::Device(device.number()),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => decode::FileName::Test,
         }
     }
 

@@ -29,6 +29,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::iommufd::testing::{DmaBuf, DmaBufs};
+use crate::observer::MemoryOwner;
 use crate::poison::lock;
 use crate::{AccountStatus, Process};
 
@@ -118,6 +119,7 @@ impl ChargedAccount {
 /// A file with its backing.
 #[derive(Debug)]
 struct FileBacking {
+    key: FileKey,
     file: Arc<MappedFile>,
     backing: Arc<Backing>,
 }
@@ -281,6 +283,15 @@ impl Pages {
         !matches!(self.source, Source::DmaBuf { .. })
     }
 
+    /// What the bytes belong to.
+    pub(crate) fn owner(&self) -> MemoryOwner {
+        match &self.source {
+            Source::Process { process, .. } => MemoryOwner::Process(process.identity()),
+            Source::File(file) => MemoryOwner::File(file.key.0, file.key.1),
+            Source::NotMemory | Source::DmaBuf { .. } => MemoryOwner::Nothing,
+        }
+    }
+
     /// Where the bytes come from, for people.
     pub(crate) fn describe(&self) -> String {
         match &self.source {
@@ -334,8 +345,9 @@ impl Files {
     /// The backing of a file, the one that exists or a new one.
     fn backing(&self, fd: OwnedFd) -> Result<FileBacking, Errno> {
         let status = rustix::fs::fstat(&fd)?;
+        let key = FileKey(status.st_dev, status.st_ino);
         let make = || Arc::new(MappedFile { fd: writable(fd), backing: Mutex::default() });
-        let file = self.by_key.get_or_insert(FileKey(status.st_dev, status.st_ino), make);
+        let file = self.by_key.get_or_insert(key, make);
         let backing = {
             let mut known = lock(&file.backing);
             known.upgrade().unwrap_or_else(|| {
@@ -344,7 +356,7 @@ impl Files {
                 backing
             })
         };
-        Ok(FileBacking { file, backing })
+        Ok(FileBacking { key, file, backing })
     }
 
     /// What the bytes at an address of a process are now: those of a file that others can map too, or the process's own.

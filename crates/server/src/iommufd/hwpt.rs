@@ -96,6 +96,11 @@ impl Hwpt {
         lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(body.ioas.arc(), ioas))
     }
 
+    /// The address space that it is a table of; `None` once the object has been destroyed.
+    pub(crate) fn ioas(&self) -> Option<Arc<Ioas>> {
+        lock(&self.body).as_ref().map(|body| Arc::clone(body.ioas.arc()))
+    }
+
     /// Ends the object: drops the table and the use of the address space.
     pub(crate) fn destroy(&self) {
         let body = lock(&self.body).take();

@@ -43,6 +43,7 @@ use super::placement;
 use super::testing::{self, Access};
 use crate::PinnedMemory;
 use crate::memory::{PAGE_SIZE, Pages};
+use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
 
@@ -142,6 +143,8 @@ struct State {
     large_pages: bool,
     /// What was reserved for tests.
     test_reservations: Vec<IovaRange>,
+    /// Devices that are attached, if somebody watches: every change to the areas is told.
+    watched: Vec<Arc<Watched>>,
     /// Users of the space beside devices.
     accesses: Vec<Arc<Access>>,
 }
@@ -169,6 +172,13 @@ pub(crate) struct Slice {
     pub(crate) pages: Arc<Pages>,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+}
+
+impl Area {
+    fn tell_mapped(&self, range: IovaRange, watched: &Watched) {
+        let memory = MemoryAt { owner: self.source.pages.owner(), offset: self.source.start() };
+        watched.mapped(range, memory, self.permissions);
+    }
 }
 
 impl Slice {
@@ -344,6 +354,7 @@ impl Ioas {
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: Vec::new(),
+                watched: Vec::new(),
                 accesses: Vec::new(),
             }),
             copies: RwLock::new(()),
@@ -396,6 +407,8 @@ impl Ioas {
         }
 
         self.budget.take(planned.len())?;
+        let watched = state.watched.clone();
+        let _changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
             if let Err(error) = populate(&state.space, planned.iter_mut().map(|(range, area)| (*range, area)))
             {
@@ -404,6 +417,7 @@ impl Ioas {
             }
         }
         for (range, area) in planned {
+            watched.iter().for_each(|watched| area.tell_mapped(range, watched));
             let inserted = state.areas.insert(range, area);
             debug_assert!(inserted.is_ok(), "the range was free when it was planned");
         }
@@ -436,6 +450,8 @@ impl Ioas {
             return Ok(0);
         };
         let hull = IovaRange::new(first.first(), last.last()).ok_or(Errno::INVAL)?;
+        let watched = state.watched.clone();
+        let changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
             state.space.unmap(hull).map_err(unmap_errno)?;
         }
@@ -444,12 +460,18 @@ impl Ioas {
         }
         self.budget.give_back(found.len());
         let mut bytes = 0_u64;
+        let mut gone = Vec::new();
         for range in found {
             bytes = bytes.saturating_add(range.length().unwrap_or(u64::MAX));
             if let Some(area) = state.areas.remove(range) {
+                if !watched.is_empty() {
+                    gone.push((range, area.permissions));
+                }
                 give_back(area);
             }
         }
+        watched.iter().for_each(|watched| watched.unmapped(gone.iter().copied()));
+        drop(changing);
         drop(state);
         self.wait_for_copies();
         Ok(bytes)
@@ -532,6 +554,20 @@ impl Ioas {
                 Ok(PieceToCopy { source, registered })
             })
             .collect()
+    }
+
+    /// A watched device has been attached: what is mapped is told, and all changes from now on.
+    pub(crate) fn add_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.areas.iter().for_each(|(range, area)| area.tell_mapped(range, watched));
+        state.watched.push(Arc::clone(watched));
+    }
+
+    /// A watched device has left: for it, everything is unmapped.
+    pub(crate) fn forget_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.watched.retain(|other| !Arc::ptr_eq(other, watched));
+        watched.unmapped(state.areas.iter().map(|(range, area)| (range, area.permissions)));
     }
 
     /// The memory under `range`.

@@ -40,6 +40,7 @@ use crate::Client;
 use crate::PinnedMemory;
 use crate::argument;
 use crate::memory::MemoryRegistry;
+use crate::observer::{Event, Observer};
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
 /// One open of `/dev/iommu`.
@@ -53,12 +54,18 @@ pub(crate) struct Context {
     charge_processes: AtomicBool,
     /// The address space that VFIO's commands mean.
     compat: Mutex<Option<CompatIoas>>,
+    observer: Option<Arc<dyn Observer>>,
     /// Whether the test-only command is there.
     test_devices: bool,
 }
 
 impl Context {
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, test_devices: bool) -> Self {
+    pub(crate) fn new(
+        number: u64,
+        memory: Arc<MemoryRegistry>,
+        test_devices: bool,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
         Self {
             number,
             memory,
@@ -67,7 +74,13 @@ impl Context {
             budget: Arc::new(AreaBudget::new()),
             charge_processes: AtomicBool::new(false),
             compat: Mutex::default(),
+            observer,
         }
+    }
+
+    /// Which open it is, counted from 1.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -127,6 +140,14 @@ impl Context {
         .map(|()| 0)
     }
 
+    /// Tells the observer, if there is one, what is here before a file is closed.
+    pub(crate) fn tell_closing(&self, device: Option<usize>) {
+        if let Some(observer) = &self.observer {
+            let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
+            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+        }
+    }
+
     /// Ends one use of a page table; an automatic one goes with its last use.
     pub(crate) fn put_hwpt(&self, used: Held<Hwpt>) {
         let hwpt = Arc::clone(used.arc());
@@ -140,6 +161,7 @@ impl Context {
 impl Drop for Context {
     /// Nothing refers to the context any more: no file, no device, no call. What uses others goes first.
     fn drop(&mut self) {
+        self.tell_closing(None);
         let objects = self.objects.snapshot();
         for (_, object) in &objects {
             if let Object::TestDevice(device) = object {

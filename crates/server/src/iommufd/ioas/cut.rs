@@ -50,6 +50,8 @@ impl Ioas {
         if divides_one {
             self.budget.take(1)?;
         }
+        let watched = state.watched.clone();
+        let changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
             if let Err(error) = state.space.unmap(hull) {
                 self.budget.give_back(usize::from(divides_one));
@@ -58,6 +60,19 @@ impl Ioas {
         }
         for access in &state.accesses {
             access.let_go(hull);
+        }
+        if !watched.is_empty() {
+            // Who watches knows of no cuts: whole areas go, and what is left of them comes anew.
+            let touched = |at: Option<u64>| at.and_then(|at| state.areas.at(at)).map(|(area, _)| area);
+            let inside = state.areas.iter().map(|(area, _)| area).filter(|area| range.covers(area));
+            let mut gone: Vec<IovaRange> = inside
+                .chain([touched(Some(range.first())), touched(Some(range.last()))].into_iter().flatten())
+                .collect();
+            gone.sort_unstable_by_key(IovaRange::first);
+            gone.dedup();
+            let with_permissions =
+                gone.iter().filter_map(|gone| Some((*gone, state.areas.at(gone.first())?.1.permissions)));
+            watched.iter().for_each(|watched| watched.unmapped(with_permissions.clone()));
         }
         let ends = [sticks_out_before.map(|_| range.first()), sticks_out_behind.and(behind)];
         for end in ends.into_iter().flatten() {
@@ -71,6 +86,14 @@ impl Ioas {
                 give_back(area);
             }
         }
+        for left in
+            [before.filter(|_| sticks_out_before.is_some()), behind.filter(|_| sticks_out_behind.is_some())]
+        {
+            if let Some((area, left)) = left.and_then(|at| state.areas.at(at)) {
+                watched.iter().for_each(|watched| left.tell_mapped(area, watched));
+            }
+        }
+        drop(changing);
         self.budget.give_back(counted + usize::from(divides_one) - state.areas.len());
         drop(state);
         self.wait_for_copies();
