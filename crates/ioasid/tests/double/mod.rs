@@ -9,8 +9,8 @@
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::{
-    AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize, RadixTable,
-    Requirements, Rid, Runs, Space, Table, TableClass, TableError,
+    AttachError, Attributes, Bus, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize,
+    RadixTable, Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
 use std::collections::HashMap;
@@ -607,7 +607,12 @@ impl Iommu for Double {
         self.devices.get(&device).cloned()
     }
 
-    fn new_table(&self, class: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(
+        &self,
+        class: TableClass,
+        _: PageSize,
+        _: &Arc<Bus>,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         if self.switches.fails(Call::NewTable) {
             return Err(TableError::OutOfTables.into());
         }
@@ -658,7 +663,7 @@ impl Iommu for Double {
 }
 
 /// A space whose leaves are no larger than 2^`log2` bytes.
-pub(crate) fn space_of_leaves(bus: &Arc<ioasid::Bus>, log2: u32) -> Arc<Space> {
+pub(crate) fn space_of_leaves(bus: &Arc<Bus>, log2: u32) -> Arc<Space> {
     let largest = ioasid::PageSize::from_log2(log2).unwrap();
     Space::with_format(bus, Native::new().with_largest_leaf(largest))
 }
