@@ -7,6 +7,7 @@
 use super::scene::Scene;
 use super::worker::Findings;
 use crate::live::Mapping;
+use crate::statistics::Call;
 use ioasid_soft::dma::DmaPort;
 use std::time::Instant;
 
@@ -77,14 +78,14 @@ impl Buffers {
         if write {
             let began = Instant::now();
             let written = scene.port.write(iova, &self.expected);
-            findings.dma.record(began.elapsed());
+            findings.record(Call::Dma, began.elapsed());
             written.map_err(|fault| fault.to_string())?;
             memory.backing.read(place, &mut self.found).map_err(gone)?;
         } else {
             memory.backing.write(place, &self.expected).map_err(gone)?;
             let began = Instant::now();
             let read = scene.port.read(iova, &mut self.found);
-            findings.dma.record(began.elapsed());
+            findings.record(Call::Dma, began.elapsed());
             read.map_err(|fault| fault.to_string())?;
         }
         findings.dma_bytes = findings.dma_bytes.saturating_add(length);

@@ -7,7 +7,7 @@ use super::scene::Scene;
 use super::transfer::Buffers;
 use super::{Mode, PlayError};
 use crate::live::{Mapping, Step};
-use crate::statistics::{Noted, Report, Times};
+use crate::statistics::{Call, LatencyCourse, Noted, Report, Times, histogram};
 use ioasid::IovaRange;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +26,8 @@ const BATCHES: usize = 16;
 pub(super) struct Task {
     /// Not before so much time has passed since the beginning.
     pub(super) due: Duration,
+    /// When it was recorded, in nanoseconds after the first event.
+    pub(super) recorded: u64,
     /// Steps of other workers.
     pub(super) after: Vec<Step>,
     pub(super) work: Work,
@@ -172,9 +174,12 @@ impl Drop for Workers<'_> {
 /// What a worker has seen.
 #[derive(Debug)]
 pub(super) struct Findings {
+    /// When the event that is being carried out was recorded.
+    recorded: u64,
+    course: LatencyCourse,
     map: Times,
     unmap: Times,
-    pub(super) dma: Times,
+    dma: Times,
     pub(super) dma_bytes: u64,
     refused: Noted,
     pub(super) wrong_dma: Noted,
@@ -184,6 +189,8 @@ pub(super) struct Findings {
 impl Findings {
     pub(super) fn new() -> Findings {
         Findings {
+            recorded: 0,
+            course: LatencyCourse::new(),
             map: Times::new(),
             unmap: Times::new(),
             dma: Times::new(),
@@ -194,7 +201,19 @@ impl Findings {
         }
     }
 
+    /// A call for the event that is being carried out took so long.
+    pub(super) fn record(&mut self, call: Call, time: Duration) {
+        let times = match call {
+            Call::Map => &mut self.map,
+            Call::Unmap => &mut self.unmap,
+            Call::Dma => &mut self.dma,
+        };
+        times.record(time);
+        self.course.record(call, self.recorded, time);
+    }
+
     pub(super) fn add(&mut self, other: Findings) {
+        self.course.add(other.course);
         self.map.add(&other.map);
         self.unmap.add(&other.unmap);
         self.dma.add(&other.dma);
@@ -209,6 +228,8 @@ impl Findings {
         report.unmap = self.unmap.summary();
         report.dma = self.dma.summary();
         report.dma_bytes = self.dma_bytes;
+        report.histogram = histogram(&self.map, &self.unmap, &self.dma);
+        self.course.report(&mut report.course);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
         let calls = (report.map.count + report.unmap.count) as f64;
         report.calls_per_second = if seconds > 0.0 { calls / seconds } else { 0.0 };
@@ -249,6 +270,7 @@ impl Working<'_> {
             if !early.is_zero() {
                 thread::sleep(early);
             }
+            findings.recorded = task.recorded;
             match task.work {
                 Work::Map { scene, mapping } => self.map(&scene, &mapping, &mut findings),
                 Work::Unmap { scene, line, pages, mappings } => {
@@ -271,7 +293,7 @@ impl Working<'_> {
         let mapped = scene.map(mapping);
         let time = began.elapsed();
         match mapped {
-            Ok(()) => findings.map.record(time),
+            Ok(()) => findings.record(Call::Map, time),
             Err(error) => {
                 self.own.refused().insert(mapping.line);
                 self.own.any_refused.store(true, Ordering::Relaxed);
@@ -304,7 +326,7 @@ impl Working<'_> {
         let time = began.elapsed();
         match unmapped {
             Ok(unmapped) => {
-                findings.unmap.record(time);
+                findings.record(Call::Unmap, time);
                 if unmapped.bytes() != expected {
                     let found = unmapped.bytes();
                     let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
