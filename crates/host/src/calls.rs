@@ -9,7 +9,7 @@ use ioasid_uapi::iommufd::{
     self, Destroy, IoasAlloc, IoasCopy, IoasIovaRanges, IoasMap, IoasMapFile, IoasMapFlags, IoasUnmap,
 };
 use ioasid_uapi::vfio::{DeviceAttachIommufdPt, DeviceBindIommufd, DeviceDetachIommufdPt, RegionInfo};
-use rustix::fd::{AsFd, AsRawFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
 use crate::kernel::{Kernel, KernelFile};
@@ -143,6 +143,12 @@ impl Iommufd {
     }
 }
 
+impl AsFd for Iommufd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// An open `/dev/vfio/devices/vfioN`.
 #[derive(Debug)]
 pub(crate) struct Cdev(pub(crate) Arc<dyn KernelFile>);
@@ -154,7 +160,7 @@ impl Cdev {
 
     /// Ties the device to an iommufd, until the file is closed.
     pub(crate) fn bind(&self, iommufd: &Iommufd) -> Result<(), CallError> {
-        let iommufd = iommufd.0.as_fd().as_raw_fd();
+        let iommufd = iommufd.as_fd().as_raw_fd();
         call(&*self.0, &mut DeviceBindIommufd { iommufd, ..DeviceBindIommufd::default() })
     }
 

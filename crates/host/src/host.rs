@@ -122,6 +122,13 @@ impl AsFd for DeviceFile {
     }
 }
 
+/// The open `/dev/iommu`, for calls that are not made here. Objects that others make in it are theirs to destroy.
+impl AsFd for Host {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.iommufd.as_fd()
+    }
+}
+
 impl Host {
     /// Opens `/dev/iommu`.
     ///

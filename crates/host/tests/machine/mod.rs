@@ -7,6 +7,7 @@
 #![allow(dead_code, reason = "every test program uses its own part of it")]
 #![allow(unsafe_code, reason = "a function that runs before main")]
 
+use std::ffi::c_void;
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 use std::process::exit;
@@ -14,14 +15,21 @@ use std::time::{Duration, Instant};
 
 use ioasid_host::DeviceFile;
 use ioasid_run::{Options, run};
-use ioasid_server::{DeviceOptions, Server, ServerOptions};
+use ioasid_server::{DeviceOptions, Server, ServerOptions, TableKind};
 use ioasid_soft::edu::spec::{self, DmaCommand};
-use ioasid_uapi::pci;
 use ioasid_uapi::vfio::{PCI_BAR0_REGION_INDEX, PCI_CONFIG_REGION_INDEX};
+use ioasid_uapi::{Command, pci};
+use rustix::fd::AsFd;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 use serde_json::Value;
 
-/// How many devices the machine has, all alike.
-pub(crate) const DEVICES: usize = 24;
+/// How many devices the machine has whose IOMMU walks our native format, and reserves the interrupt window.
+pub(crate) const NATIVE_DEVICES: usize = 4;
+/// How many come behind them whose IOMMU walks RISC-V's, and reserves nothing below 2^56.
+pub(crate) const RISC_V_DEVICES: usize = 24;
+
+/// Tests of this program that are not run.
+const SKIPPED: &[&str] = super::SKIPPED;
 
 /// Set for the program inside.
 const INSIDE: &str = "IOASID_HOST_TESTS";
@@ -40,11 +48,16 @@ extern "C" fn start_again_inside() {
 }
 
 fn supervise() -> i32 {
-    let device = DeviceOptions { dma_mask_bits: 64, ..DeviceOptions::default() };
-    let server = Server::new(ServerOptions { devices: vec![device; DEVICES] });
+    let devices = [(TableKind::Native, NATIVE_DEVICES), (TableKind::Sv57, RISC_V_DEVICES)];
+    let devices = devices
+        .into_iter()
+        .flat_map(|(table, count)| std::iter::repeat_n(DeviceOptions { table, dma_mask_bits: 64 }, count));
+    let server = Server::new(ServerOptions { devices: devices.collect(), ..ServerOptions::default() });
     let own = std::env::current_exe().map(PathBuf::into_os_string);
     let (Ok(server), Ok(own)) = (server, own) else { return 101 };
     let arguments = [format!("{INSIDE}=inside").into(), own].into_iter().chain(std::env::args_os().skip(1));
+    let skipped = SKIPPED.iter().flat_map(|name| ["--skip".into(), (*name).into()]);
+    let arguments = arguments.chain(skipped);
     match run("env", arguments, &Options::default(), server) {
         Ok(outcome) => outcome.status.code().unwrap_or(101),
         Err(error) => {
@@ -119,4 +132,35 @@ impl Edu {
     fn write(&self, register: u64, value: u64) {
         assert_eq!(self.file.write_at(self.bar + register, &value.to_le_bytes()), Ok(8));
     }
+}
+
+/// Performs an ioctl of VFIO, whose argument has no address in it.
+pub(crate) fn vfio<C: Command>(file: impl AsFd, command: &mut C) {
+    /// The call.
+    struct Call(u32, *mut c_void);
+
+    // SAFETY: number and argument are those of the call.
+    unsafe impl Ioctl for Call {
+        type Output = ();
+
+        const IS_MUTATING: bool = true;
+
+        fn opcode(&self) -> Opcode {
+            self.0 as Opcode
+        }
+
+        fn as_ptr(&mut self) -> *mut c_void {
+            self.1
+        }
+
+        unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let bytes = command.as_mut_bytes();
+    let size = bytes.len() as u32;
+    bytes[..4].copy_from_slice(&size.to_ne_bytes());
+    // SAFETY: the argument says its size, and no address.
+    unsafe { ioctl(file, Call(C::NUMBER, bytes.as_mut_ptr().cast())) }.unwrap();
 }

@@ -8,7 +8,7 @@ use crate::double::{Double, WIDE};
 use crate::plain::{Lead, Levels, PlainSpace, Registration, Registrations, numbers};
 use crate::steps::{
     ACCOUNTS, BEGINNINGS, COUNTED, DEVICES, END, GIANT, GIB, LATE, LOW, MEMORIES, MOST, Manner, OBJECT_PAGES,
-    PAGE, Pages, RIGID, SMALL_LEAVES, SPACES, Step, Trouble, WHOLE, What, permissions,
+    OF_THE_MACHINE, PAGE, Pages, RIGID, SMALL_LEAVES, SPACES, Step, Trouble, WHOLE, What, permissions,
 };
 use ioasid::pagetable::{HeapTables, Native};
 use ioasid::{
@@ -338,6 +338,24 @@ impl World {
         pages.end > 1 << 36 && self.is_attached(space, &[WIDE])
     }
 
+    /// Whether one of the tables cannot lead to the object.
+    fn is_out_of_reach(&self, space: usize, object: usize) -> bool {
+        self.objects[object].kind == LATE && self.is_attached(space, OF_THE_MACHINE)
+    }
+
+    /// Whether an error of this kind is what tables have to say of pages and an object that one of them cannot take.
+    fn is_too_much(&self, space: usize, pages: &Range<u64>, object: usize, kind: Option<Kind>) -> bool {
+        match (self.does_not_fit(space, pages), self.is_out_of_reach(space, object)) {
+            (false, false) => false,
+            (too_far, out_of_reach) => {
+                let told = (too_far && kind == Some(Kind::DoesNotFit))
+                    || (out_of_reach && kind == Some(Kind::Refused));
+                assert!(told, "{kind:?}, but a table cannot take pages {pages:?} of object {object}");
+                true
+            }
+        }
+    }
+
     // Memory.
 
     fn register(&mut self, slot: usize, kind: usize, pages: Pages, account: usize, populated: bool) {
@@ -627,8 +645,8 @@ impl World {
         } else {
             taken.map(|page| format!("AlreadyMapped {{ at: {} }}", page * PAGE))
         };
-        if refusal.is_none() && self.does_not_fit(space, &pages) {
-            return assert_eq!(kind, Some(Kind::DoesNotFit));
+        if refusal.is_none() && self.is_too_much(space, &pages, object, kind) {
+            return;
         }
         if let Some(there) = expect(result, refusal.as_deref()) {
             assert_eq!(there, place, "mapped at another place");
@@ -783,8 +801,10 @@ impl World {
         } else {
             taken.map(|page| format!("Target(AlreadyMapped {{ at: {} }}", page * PAGE))
         };
-        if refusal.is_none() && runs.iter().any(|run| self.does_not_fit(target, run)) {
-            assert_eq!(result.as_ref().err().and_then(Kind::of_alias), Some(Kind::DoesNotFit));
+        let kind = result.as_ref().err().and_then(Kind::of_alias);
+        let too_much =
+            |(piece, lead): &(Range<u64>, Lead)| self.is_too_much(target, piece, lead.object, kind);
+        if refusal.is_none() && copies.iter().any(too_much) {
             return;
         }
         if let Some(mapped) = expect(result, refusal.as_deref()) {
@@ -851,6 +871,11 @@ impl World {
             let mapped = self.plain[space].runs(0..END);
             if DEVICES[device] == WIDE && mapped.iter().any(|run| run.end > 1 << 36) {
                 return Some("Table(DoesNotFit");
+            }
+            let leads = self.plain[space].pieces(0..END);
+            let late = leads.iter().any(|(_, lead)| self.objects[lead.object].kind == LATE);
+            if late && OF_THE_MACHINE.contains(&DEVICES[device]) {
+                return Some("Table(Refused");
             }
         }
         if self.attached[device].is_some_and(|attached| attached.space == space) {
