@@ -63,6 +63,8 @@ mod kernel;
 mod registered;
 mod sys;
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::PathBuf;

@@ -71,3 +71,13 @@ unsafe impl Ioctl for Call {
         Ok(())
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    /// Writes to an address in an argument, as the kernel would.
+    pub(crate) fn put(address: u64, bytes: &[u8]) {
+        let pointer = std::ptr::with_exposed_provenance_mut::<u8>(address as usize);
+        // SAFETY: the array that the argument of IOAS_IOVA_RANGES leads to, which is borrowed and has room.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer, bytes.len()) };
+    }
+}

@@ -646,6 +646,7 @@ impl World {
             taken.map(|page| format!("AlreadyMapped {{ at: {} }}", page * PAGE))
         };
         if refusal.is_none() && self.is_too_much(space, &pages, object, kind) {
+            self.refused = true;
             return;
         }
         if let Some(there) = expect(result, refusal.as_deref()) {
@@ -805,6 +806,7 @@ impl World {
         let too_much =
             |(piece, lead): &(Range<u64>, Lead)| self.is_too_much(target, piece, lead.object, kind);
         if refusal.is_none() && copies.iter().any(too_much) {
+            self.refused = true;
             return;
         }
         if let Some(mapped) = expect(result, refusal.as_deref()) {
