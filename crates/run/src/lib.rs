@@ -38,6 +38,7 @@ mod files;
 mod filter;
 mod launch;
 mod listener;
+mod locked_memory;
 mod maps;
 mod path;
 mod process;

@@ -18,6 +18,7 @@ use crate::call::{Call, Resolved};
 use crate::files::{self, Access, OpenFiles};
 use crate::filter::{Architecture, SystemCall};
 use crate::listener::{Answer, Listener, Notification};
+use crate::locked_memory;
 use crate::path;
 use crate::process::Processes;
 use crate::statistics::{CallKind, Statistics};
@@ -207,6 +208,9 @@ impl Service {
     fn find(&self, call: &Call<'_>, directory: i32, path: &Path) -> Option<(PathBuf, Result<Opened, Errno>)> {
         let base = if path.is_absolute() { PathBuf::from("/") } else { self.directory(call, directory)? };
         let mut path = path::normalize(&base, path)?;
+        if let Some(text) = locked_memory::status(&self.server, &self.processes, call, &path) {
+            return Some((path, Ok(Opened::Text(text))));
+        }
         for _ in 0..LINKS_MAX {
             if let Some(opened) = self.server.open(call, &path) {
                 return Some((path, opened));

@@ -52,8 +52,6 @@ pub(crate) struct Arguments {
     table_memory: Option<Bytes>,
 
     /// Have the test-only command of kernels built for their own iommufd self-test, with mock devices
-    ///
-    /// Then devices can have no tables but native ones [default: edu alone].
     #[arg(long)]
     test_devices: bool,
 
@@ -95,11 +93,7 @@ pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> 
 /// This process could not do its part; the program may or may not have run.
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let test_devices = arguments.test_devices;
-    let devices = match arguments.devices {
-        none if none.is_empty() && test_devices => ServerOptions::default().devices,
-        none if none.is_empty() => default_devices(),
-        devices => devices,
-    };
+    let devices = if arguments.devices.is_empty() { default_devices() } else { arguments.devices };
     let table_memory = arguments.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
     ioasid::pagetable::HeapTables::set_limit(table_memory);
     let server = Server::new(ServerOptions { devices, test_devices })

@@ -209,6 +209,11 @@ fn refused() -> TableError {
     TableError::Refused(Box::new(Wanted))
 }
 
+/// Whether a table has refused because the test wanted it, and not for reasons of its own.
+pub(crate) fn is_wanted(error: &TableError) -> bool {
+    matches!(error, TableError::Refused(source) if source.is::<Wanted>())
+}
+
 /// A derived table under observation.
 #[derive(Debug)]
 pub(crate) struct DoubleTable {

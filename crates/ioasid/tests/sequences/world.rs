@@ -4,7 +4,7 @@
 //! know (a call of an IOMMU that fails, no memory for tables), an error of the right kind is the one thing expected, and that
 //! nothing has changed; and so where a table cannot do everything while devices use it.
 
-use crate::double::{Double, WIDE};
+use crate::double::{Double, WIDE, is_wanted};
 use crate::plain::{Lead, Levels, PlainSpace, Registration, Registrations, numbers};
 use crate::steps::{
     ACCOUNTS, BEGINNINGS, COUNTED, DEVICES, END, GIANT, GIB, LATE, LOW, MEMORIES, MOST, Manner, OBJECT_PAGES,
@@ -103,13 +103,16 @@ enum Kind {
     /// The format cannot do it while devices use the table.
     Rigid,
     DoesNotFit,
+    /// The table cannot lead to the memory.
+    OutOfReach,
 }
 
 impl Kind {
     fn of(error: &TableError) -> Kind {
         match error {
             TableError::OutOfTables => Kind::OutOfTables,
-            TableError::Refused(_) => Kind::Refused,
+            TableError::Refused(_) if is_wanted(error) => Kind::Refused,
+            TableError::Refused(_) => Kind::OutOfReach,
             TableError::NeedsBreak { .. } | TableError::CannotCut { .. } => Kind::Rigid,
             TableError::DoesNotFit { .. } => Kind::DoesNotFit,
         }
@@ -311,7 +314,10 @@ impl World {
         let hit = match self.trouble {
             Trouble::Call { .. } if self.failed => {
                 // Late is after the table itself had its say.
-                let told = matches!(kind, Some(Kind::Refused | Kind::OutOfTables | Kind::DoesNotFit));
+                let told = match kind {
+                    Some(Kind::Refused | Kind::OutOfTables | Kind::DoesNotFit | Kind::OutOfReach) => true,
+                    Some(Kind::Rigid) | None => false,
+                };
                 assert!(told, "a call of an IOMMU has failed, and what came of it is {kind:?}");
                 true
             }
@@ -349,7 +355,7 @@ impl World {
             (false, false) => false,
             (too_far, out_of_reach) => {
                 let told = (too_far && kind == Some(Kind::DoesNotFit))
-                    || (out_of_reach && kind == Some(Kind::Refused));
+                    || (out_of_reach && kind == Some(Kind::OutOfReach));
                 assert!(told, "{kind:?}, but a table cannot take pages {pages:?} of object {object}");
                 true
             }

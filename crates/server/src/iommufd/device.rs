@@ -12,9 +12,10 @@ use rustix::io::Errno;
 use super::Context;
 use super::errno::attach_errno;
 use super::hwpt::Hwpt;
-use super::ioas::{Ioas, TableUse};
+use super::ioas::TableUse;
 use super::objects::{Counted, Held, HeldObject, Object, Users};
 use super::testing::MockDevice;
+use super::testing::mock::MockTable;
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::vfio::MachineDevice;
@@ -63,12 +64,17 @@ impl BoundDevice {
         }
     }
 
-    /// The engine's view of the device, for tables of the kind that it has by default over `ioas`.
-    pub(crate) fn engine_for(&self, ioas: &Ioas) -> &Device {
+    /// The engine's view of the device, for tables of the kind that it has by default.
+    pub(crate) fn engine(&self) -> &Device {
         match &self.behind {
             Behind::Machine { engine, .. } => engine,
-            Behind::Mock(mock) => mock.default_engine(ioas.large_pages()),
+            Behind::Mock(mock) => mock.engine(MockTable::Default),
         }
+    }
+
+    /// Whether tables for the device can record what it writes.
+    pub(crate) fn records_writes(&self) -> bool {
+        self.engines().iter().any(Device::records_writes)
     }
 
     fn engines(&self) -> &[Device] {
@@ -105,18 +111,21 @@ impl BoundDevice {
     ///
     /// # Errors
     /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use. Those
-    /// of [`Ioas::with_table`].
+    /// of [`Ioas::with_table`](super::ioas::Ioas::with_table).
     pub(crate) fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
         let mut attached = lock(&self.attached);
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
+                if hwpt.tracks_writes() && self.mock().is_some_and(|mock| !mock.records_writes()) {
+                    return Err(Errno::INVAL);
+                }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
                 self.attach_engine(&table)?;
                 hwpt
             }
             HeldObject::Ioas(ioas) => {
                 let mut used = None;
-                ioas.with_table(self.engine_for(&ioas), TableUse::Shared, |table, existing| {
+                ioas.with_table(self.engine(), TableUse::Shared, |table, existing| {
                     let (hwpt, new) = match existing {
                         Some(hwpt) => (hwpt, None),
                         None => {
