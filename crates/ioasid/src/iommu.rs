@@ -6,6 +6,7 @@
 //! double, and the kernel's, whose calls sleep, whose tables cannot be cut, and which finds out late that it is out
 //! of memory.
 
+use crate::bus::Bus;
 use crate::table::Table;
 use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
 use std::any::Any;
@@ -232,10 +233,14 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     ///
     /// That is the space's *cut granule*: if the table cannot cut leaves while devices use it, it shall have no larger
     /// ones either, so that wherever the space can be unmapped the table can too. A table that can need not care.
+    ///
+    /// Output addresses are those of `bus`, which a table needs that has to find the memory behind them
+    /// ([`Bus::locate`]); the others need not care.
     fn new_table(
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        bus: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError>;
 
     /// Sends the device's DMA through `table`, in one step: there is no moment at which it goes nowhere or through

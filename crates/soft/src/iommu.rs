@@ -12,7 +12,7 @@
 
 use ioasid::epoch::Protected;
 use ioasid::{
-    AttachError, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
+    AttachError, Bus, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -147,6 +147,7 @@ impl Iommu for SoftIommu {
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         let kind = TableKind::ALL.into_iter().find(|kind| kind.class(self.id) == class);
         kind.and_then(|kind| kind.new_table(largest_leaf)).ok_or(AttachError::Incompatible)
