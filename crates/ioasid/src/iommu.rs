@@ -6,6 +6,7 @@
 //! double, and the kernel's, whose calls sleep, whose tables cannot be cut, and which finds out late that it is out
 //! of memory.
 
+use crate::bus::Bus;
 use crate::pasid::{Pasid, Spid};
 use crate::table::Table;
 use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
@@ -212,6 +213,19 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Returns when no translation of these ranges is cached anywhere any more that the table does not hold now.
     fn invalidate(&self, runs: &Runs);
 
+    /// Whether it can say which leaves were written through.
+    fn records_writes(&self) -> bool {
+        false
+    }
+
+    /// Reports what was written through leaves in the range since their marks were last cleared, in ascending order, and
+    /// with `clear` clears them; a leaf that reaches over an end keeps its mark. When marks are cleared nothing else
+    /// changes the range meanwhile, but devices use it.
+    fn written(&self, _range: IovaRange, _clear: bool, _report: &mut dyn FnMut(IovaRange)) {}
+
+    /// Marks the leaves in the range as written through. May run beside anything else.
+    fn mark_written(&self, _range: IovaRange) {}
+
     /// How many bytes of table pages it has, if anybody knows.
     fn table_bytes(&self) -> Option<u64> {
         None
@@ -231,15 +245,24 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// What the device asks for; `None` if there is no such device.
     fn requirements(&self, device: Rid) -> Option<Requirements>;
 
+    /// Whether the tables of the device can [record writes](DerivedTable::records_writes). No, unless this is implemented.
+    fn records_writes(&self, _device: Rid) -> bool {
+        false
+    }
+
     /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named, other than the native
     /// one, for a space whose own leaves are no larger than `largest_leaf`.
     ///
     /// That is the space's *cut granule*: if the table cannot cut leaves while devices use it, it shall have no larger
     /// ones either, so that wherever the space can be unmapped the table can too. A table that can need not care.
+    ///
+    /// Output addresses are those of `bus`, which a table needs that has to find the memory behind them
+    /// ([`Bus::locate`]); the others need not care.
     fn new_table(
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        bus: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError>;
 
     /// Sends the device's DMA through `table`, in one step: there is no moment at which it goes nowhere or through

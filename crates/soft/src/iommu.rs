@@ -13,7 +13,7 @@
 use ioasid::epoch::{self, Protected};
 use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
+    AttachError, Bus, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -200,10 +200,15 @@ impl Iommu for SoftIommu {
         })
     }
 
+    fn records_writes(&self, device: Rid) -> bool {
+        self.device(device).is_some_and(|attachment| attachment.kind.records_writes())
+    }
+
     fn new_table(
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         let kind = TableKind::ALL.into_iter().find(|kind| kind.class(self.id) == class);
         kind.and_then(|kind| kind.new_table(largest_leaf)).ok_or(AttachError::Incompatible)

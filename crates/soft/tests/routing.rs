@@ -7,8 +7,8 @@ use ioasid::{
 };
 use ioasid_soft::dma::{DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 const AT: u64 = 0x1000_0000;
 const PAGE: u64 = 4096;
@@ -19,6 +19,8 @@ struct Machine {
     bus: Arc<Bus>,
     iommu: Arc<SoftIommu>,
     guest: PasidSet,
+    /// What is mapped is so as long as it is registered.
+    memories: Mutex<Vec<Arc<Memory>>>,
 }
 
 impl Machine {
@@ -26,7 +28,7 @@ impl Machine {
         let system = PasidSystem::new(1 << 20).unwrap();
         let limit = Limit::new(&system, "guests", None);
         let guest = system.create_set(Owner::Machine(1), 1000, &limit).unwrap();
-        Machine { bus: Bus::new(), iommu: SoftIommu::new(), guest }
+        Machine { bus: Bus::new(), iommu: SoftIommu::new(), guest, memories: Mutex::default() }
     }
 
     fn device(&self, rid: u16, kind: TableKind) -> (Device, Arc<Port>) {
@@ -44,6 +46,7 @@ impl Machine {
         let writer = Device::new(self.iommu.clone(), port.rid()).unwrap();
         writer.attach(&Table::for_device(&space, &writer).unwrap()).unwrap();
         port.write(AT, &[number]).unwrap();
+        self.memories.lock().unwrap().push(memory);
         space
     }
 
@@ -222,7 +225,7 @@ fn pasids_are_not_given_out_anew_while_a_device_has_them() {
     let machine = Machine::new();
     let (device, _) = machine.device(8, TableKind::Native);
     let space = machine.space(1);
-    let Machine { iommu, guest, .. } = machine;
+    let Machine { iommu, guest, memories: _memories, .. } = machine;
     let pasids: Vec<Pasid> = (0..100).map(|_| guest.allocate(1..=u32::MAX, 0).unwrap()).collect();
     for (call, pasid) in (0..).zip(&pasids) {
         let binding = guest.bind(*pasid).unwrap();
