@@ -635,7 +635,10 @@ impl World {
             return;
         }
         let Some(place) = place else {
-            expect(result, Some("NoHole"));
+            // A place that is not known to be taken is tried, and then the memory is looked at first.
+            let tried =
+                late.filter(|gone| result.as_ref().is_err_and(|error| format!("{error:?}") == **gone));
+            expect(result, tried.or(Some("NoHole")));
             return;
         };
         let plain = &self.plain[space];
