@@ -277,8 +277,8 @@ impl MemoryRegistry {
 
     /// Who pays for what `process` maps.
     pub(crate) fn charge(&self, process: &dyn Process, per_process: bool) -> Charge {
-        let limit_pages = process.memory_lock_limit().map(|bytes| bytes / PAGE_SIZE);
-        let user = process.user();
+        let (user, limit) = process.user_and_memory_lock_limit();
+        let limit_pages = limit.map(|bytes| bytes / PAGE_SIZE);
         let open = |name| {
             Arc::new(ChargedAccount { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
         };
