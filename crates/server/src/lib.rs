@@ -21,20 +21,18 @@
 //! # Example
 //!
 //! ```
-//! use ioasid_server::{InProcess, Opened, Server, ServerOptions};
-//! use std::path::Path;
+//! use ioasid_server::{InProcess, Server, ServerOptions};
+//! use ioasid_uapi::iommufd::IoasAlloc;
 //!
 //! let server = Server::new(ServerOptions::default())?;
 //! let client = InProcess::new(1000);
-//! let Some(Ok(Opened::File(iommu))) = server.open(&client, Path::new("/dev/iommu")) else { panic!() };
-//! let iommu = client.insert(iommu);
-//!
-//! // IOMMU_IOAS_ALLOC: size, flags, and out comes the number of an address space.
-//! let mut command = [12_u32, 0, 0].map(u32::to_ne_bytes).concat();
-//! client.call(iommu, 0x3b81, &mut command)?;
-//! assert_eq!(command[8..], 1_u32.to_ne_bytes());
+//! let iommu = client.open(&server, "/dev/iommu")?;
+//! assert_eq!(client.run(iommu, IoasAlloc::default())?.out_ioas_id, 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! `examples/unit_test.rs` tests a VMM's own code against it: its `open`, `ioctl`, `pread` and `pwrite` go to an
+//! [`InProcess`] whose memory is the test's, devices do DMA, and calls are made to fail.
 //!
 //! # Where it differs from Linux
 //!
@@ -43,8 +41,9 @@
 //!   a file of hugetlbfs is a fault.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
-//! - A client cannot grow the server without bound: 4,096 objects and 2^20 areas for each open, 2^12 allowed ranges for
-//!   each address space, arguments of 64 KiB; beyond that, `ENOMEM` or `E2BIG`.
+//! - A client cannot grow the server without bound: files, objects and areas are limited for each client and for all
+//!   together ([`Limits`], which also says how much memory that is), and arguments to 64 KiB. Beyond that, `EMFILE`,
+//!   `ENFILE`, `ENOMEM` or `E2BIG`.
 //! - Absent so far: interrupts, mapping of device regions, groups and type 1 containers, nesting, PASIDs, fault queues
 //!   and dirty tracking. Their commands are known, and refused with the error of a kernel without the capability.
 //!
@@ -63,6 +62,7 @@ mod argument;
 mod client;
 mod in_process;
 mod iommufd;
+mod limits;
 mod machine;
 mod memory;
 mod options;
@@ -78,6 +78,7 @@ use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
+use crate::limits::{Allowance, Allowances, Taken};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
 use crate::vfio::{DeviceFile, MachineDevice};
@@ -86,7 +87,7 @@ pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
-pub use options::{DeviceOptions, OptionsError, ServerOptions};
+pub use options::{DeviceOptions, Limit, Limits, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
     AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, Status,
@@ -106,6 +107,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    allowances: Allowances,
 }
 
 #[derive(Debug, Default)]
@@ -148,6 +150,9 @@ pub enum Opened {
 #[derive(Debug)]
 pub struct File {
     kind: FileKind,
+    _counted: Taken,
+    /// Whose file it is; remembered as long as anything is his.
+    _allowance: Arc<Allowance>,
 }
 
 #[derive(Debug)]
@@ -164,18 +169,32 @@ impl Server {
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
         let devices = machine::devices(options.devices)?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
+        let allowances = Allowances::new(options.limits);
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), allowances }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
     ///
     /// Ours are `/dev/iommu`, `/dev/vfio/devices/vfioN`, and `/dev/ioasid`, a read-only text: [`Server::status`] as
     /// JSON. Everything else beneath `/dev/vfio` is answered with `ENOENT`.
-    pub fn open(self: &Arc<Self>, _client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
-        let file = |kind| Some(Ok(Opened::File(File { kind })));
+    ///
+    /// Too many open files are `EMFILE` or `ENFILE`, see [`Limits`].
+    pub fn open(self: &Arc<Self>, client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
+        let file = |make: &dyn Fn(&Arc<Allowance>) -> FileKind| {
+            let allowance = match client.process() {
+                Ok(process) => self.allowances.of(process.identity()),
+                Err(errno) => return Some(Err(errno)),
+            };
+            let counted = match Taken::one(&allowance.files) {
+                Ok(counted) => counted,
+                Err(errno) => return Some(Err(errno)),
+            };
+            let kind = make(&allowance);
+            Some(Ok(Opened::File(File { kind, _counted: counted, _allowance: allowance })))
+        };
         let path = path.to_str()?;
         if path == "/dev/iommu" {
-            return file(FileKind::Iommufd(self.new_context()));
+            return file(&|allowance| FileKind::Iommufd(self.new_context(allowance)));
         }
         if path == "/dev/ioasid" {
             return Some(Ok(Opened::Text(self.status().to_json())));
@@ -188,15 +207,16 @@ impl Server {
             .filter(|number| !number.starts_with(['+', '0']) || *number == "0");
         let device = number.and_then(|number| self.devices.get(number.parse::<usize>().ok()?));
         match device {
-            Some(device) => file(FileKind::Device(DeviceFile::new(Arc::clone(device)))),
+            Some(device) => file(&|_| FileKind::Device(DeviceFile::new(Arc::clone(device)))),
             None => Some(Err(Errno::NOENT)),
         }
     }
 
-    fn new_context(&self) -> Arc<Context> {
+    fn new_context(&self, allowance: &Arc<Allowance>) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory)));
+        let context =
+            Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), Arc::clone(allowance)));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context

@@ -13,7 +13,7 @@ use std::process::{ExitCode, ExitStatus};
 use anyhow::Context;
 use clap::Args;
 use ioasid_run::{Options, RunError};
-use ioasid_server::{DeviceOptions, Server, ServerOptions, TableKind};
+use ioasid_server::{DeviceOptions, Limits, OptionsError, Server, ServerOptions, TableKind};
 
 use crate::probe;
 use crate::quantity::Bytes;
@@ -50,6 +50,14 @@ pub(crate) struct Arguments {
     /// A map or attach that would need more gets ENOMEM. A mapping takes a 512th of its size where no large page fits.
     #[arg(long, value_name = "BYTES")]
     table_memory: Option<Bytes>,
+
+    /// How much the programs may make the server hold: NAME=PER_CLIENT or NAME=PER_CLIENT:TOTAL, with commas between
+    ///
+    /// NAME is files (open files; beyond: EMFILE, ENFILE), objects (address spaces, page tables, devices; ENOMEM) or areas
+    /// (mappings; ENOMEM). A client is one process. Defaults: files=1024:8192,objects=16384:65536,areas=1048576:4194304. The server's
+    /// memory is at most 4 KiB for each file and object and 1 KiB for each area, and --table-memory.
+    #[arg(long = "limit", value_name = "LIMITS", default_value = "", hide_default_value = true, value_parser = limits)]
+    limits: Limits,
 
     /// At the end, print to standard error how often each call was made and how long it took
     #[arg(long)]
@@ -91,7 +99,7 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let devices = if arguments.devices.is_empty() { default_devices() } else { arguments.devices };
     let table_memory = arguments.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
     ioasid::pagetable::HeapTables::set_limit(table_memory);
-    let server = Server::new(ServerOptions { devices })
+    let server = Server::new(ServerOptions { devices, limits: arguments.limits })
         .context("the machine cannot be made; ask for other devices (--device)")?;
     let (program, program_arguments) = match arguments.program.split_first() {
         Some((program, rest)) => (program.clone(), rest.to_vec()),
@@ -113,6 +121,11 @@ pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(ExitCode::from(status))
+}
+
+/// The limits that a text asks for; none asks for the defaults.
+fn limits(text: &str) -> Result<Limits, OptionsError> {
+    if text.is_empty() { Ok(Limits::default()) } else { text.parse() }
 }
 
 /// A quarter of the machine's memory, in bytes.

@@ -72,7 +72,7 @@ impl Call<'_> {
         }
         let reservation = self.context.objects.reserve()?;
         let space = Space::new(self.context.memory.bus());
-        let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
+        let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.allowance.areas)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
         reservation.install(Object::Ioas(ioas));

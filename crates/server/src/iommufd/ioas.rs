@@ -19,7 +19,6 @@
 //! maps, so that an area is mapped in all tables or in none; it is never held while a call reads or writes its client's
 //! memory.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use ioasid::{
@@ -32,12 +31,10 @@ use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
 use super::placement;
+use crate::limits::Budget;
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
-
-/// How many areas all address spaces of one context may have together. A client that wants more gets `ENOMEM`.
-pub(crate) const AREAS_PER_CONTEXT: usize = 1 << 20;
 
 /// How many ranges a client may allow, and how many it may reserve for tests, in one address space.
 pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
@@ -45,31 +42,12 @@ pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
 /// Who reserved the ranges that the self-test's command adds.
 const SELFTEST_OWNER: ReservationOwner = ReservationOwner::User(0);
 
-/// How many more areas a context may have.
-#[derive(Debug)]
-pub(crate) struct AreaBudget(AtomicUsize);
-
-impl AreaBudget {
-    pub(crate) fn new() -> Self {
-        Self(AtomicUsize::new(AREAS_PER_CONTEXT))
-    }
-
-    fn take(&self, count: usize) -> Result<(), Errno> {
-        let less = |left: usize| left.checked_sub(count);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).map(drop).map_err(|_| Errno::NOMEM)
-    }
-
-    fn give_back(&self, count: usize) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-}
-
 /// An I/O address space.
 #[derive(Debug)]
 pub(crate) struct Ioas {
     users: Users,
     space: Arc<Space>,
-    budget: Arc<AreaBudget>,
+    budget: Arc<Budget>,
     state: Mutex<State>,
 }
 
@@ -82,6 +60,8 @@ struct State {
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
     test_reservations: usize,
+    /// How many ranges are allowed, of the budget for areas.
+    allowed: usize,
 }
 
 /// What one area refers to.
@@ -158,7 +138,7 @@ fn is_page_aligned(range: IovaRange, source: &Slice) -> bool {
 }
 
 impl Ioas {
-    pub(crate) fn new(space: Arc<Space>, budget: Arc<AreaBudget>) -> Self {
+    pub(crate) fn new(space: Arc<Space>, budget: Arc<Budget>) -> Self {
         Self {
             users: Users::default(),
             space,
@@ -169,6 +149,7 @@ impl Ioas {
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: 0,
+                allowed: 0,
             }),
         }
     }
@@ -333,10 +314,17 @@ impl Ioas {
     /// Replaces where automatic placement is allowed.
     ///
     /// # Errors
-    /// `EADDRINUSE` if a range is reserved.
+    /// `EADDRINUSE` if a range is reserved; `ENOMEM` beyond the limit.
     pub(crate) fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Errno> {
-        let _state = lock(&self.state);
-        self.space.set_allowed(ranges).map_err(reserve_errno)
+        let mut state = lock(&self.state);
+        self.budget.take(ranges.len())?;
+        if let Err(error) = self.space.set_allowed(ranges) {
+            self.budget.give_back(ranges.len());
+            return Err(reserve_errno(error));
+        }
+        let before = std::mem::replace(&mut state.allowed, ranges.len());
+        self.budget.give_back(before);
+        Ok(())
     }
 
     /// Reserves a range, as a device would, until the space goes.
@@ -466,7 +454,7 @@ impl Ioas {
     pub(crate) fn clear(&self) {
         let mut state = lock(&self.state);
         self.depopulate(&mut state);
-        self.budget.give_back(state.areas.len());
+        self.budget.give_back(state.areas.len() + std::mem::take(&mut state.allowed));
         state.areas = Areas::new();
         self.space.unreserve(SELFTEST_OWNER);
     }

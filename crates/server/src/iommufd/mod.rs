@@ -27,10 +27,10 @@ use ioasid_uapi::{Command, IOCTL_TYPE};
 use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
-use self::ioas::AreaBudget;
 use self::objects::{Held, Object, Objects};
 use crate::Client;
 use crate::argument;
+use crate::limits::Allowance;
 use crate::memory::MemoryRegistry;
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
@@ -40,18 +40,19 @@ pub(crate) struct Context {
     number: u64,
     memory: Arc<MemoryRegistry>,
     objects: Objects,
-    budget: Arc<AreaBudget>,
+    allowance: Arc<Allowance>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
 }
 
 impl Context {
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>) -> Self {
+    /// What is made in it is taken from `allowance`.
+    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, allowance: Arc<Allowance>) -> Self {
         Self {
             number,
             memory,
-            objects: Objects::default(),
-            budget: Arc::new(AreaBudget::new()),
+            objects: Objects::new(Arc::clone(&allowance.objects)),
+            allowance,
             charge_processes: AtomicBool::new(false),
         }
     }

@@ -18,11 +18,9 @@ use rustix::io::Errno;
 
 use super::hwpt::Hwpt;
 use super::ioas::Ioas;
+use crate::limits::Budget;
 use crate::poison::lock;
 use crate::vfio::BoundDevice;
-
-/// How many objects one context may have. A client that wants more gets `ENOMEM`.
-pub(crate) const OBJECTS_PER_CONTEXT: usize = 4096;
 
 /// How many times an object is in use, or that it has been destroyed.
 #[derive(Debug, Default)]
@@ -120,9 +118,16 @@ pub(crate) enum HeldObject {
 }
 
 /// The table of objects. Its lock is taken for a look-up only and is innermost among the server's.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Objects {
     inner: Mutex<Inner>,
+    budget: Arc<Budget>,
+}
+
+impl Drop for Objects {
+    fn drop(&mut self) {
+        self.budget.give_back(lock(&self.inner).by_id.len());
+    }
 }
 
 #[derive(Debug, Default)]
@@ -144,15 +149,18 @@ pub(crate) struct Reservation<'a> {
 }
 
 impl Objects {
+    /// No objects yet; each one is taken from `budget`.
+    pub(crate) fn new(budget: Arc<Budget>) -> Self {
+        Self { inner: Mutex::default(), budget }
+    }
+
     /// Reserves the lowest free number.
     ///
     /// # Errors
     /// `ENOMEM` at the limit.
     pub(crate) fn reserve(&self) -> Result<Reservation<'_>, Errno> {
+        self.budget.take(1)?;
         let mut inner = lock(&self.inner);
-        if inner.by_id.len() >= OBJECTS_PER_CONTEXT {
-            return Err(Errno::NOMEM);
-        }
         let id = match inner.free.pop_first() {
             Some(id) => id,
             None => {
@@ -214,7 +222,7 @@ impl Objects {
             return Err(Errno::BUSY);
         }
         let object = object.clone();
-        inner.forget(id);
+        self.forget(&mut inner, id);
         Ok(object)
     }
 
@@ -225,7 +233,7 @@ impl Objects {
         let same = matches!(inner.by_id.get(&id), Some(Some(found)) if found.is(object));
         let retired = same && object.users().retire();
         if retired {
-            inner.forget(id);
+            self.forget(&mut inner, id);
         }
         retired
     }
@@ -234,7 +242,7 @@ impl Objects {
     pub(crate) fn remove(&self, id: u32, object: &Object) {
         let mut inner = lock(&self.inner);
         if matches!(inner.by_id.get(&id), Some(Some(found)) if found.is(object)) {
-            inner.forget(id);
+            self.forget(&mut inner, id);
         }
     }
 
@@ -248,18 +256,17 @@ impl Objects {
         matches!(lock(&self.inner).by_id.get(&id), Some(Some(_)))
     }
 
+    fn forget(&self, inner: &mut Inner, id: u32) {
+        if inner.by_id.remove(&id).is_some() {
+            inner.free.insert(id);
+            self.budget.give_back(1);
+        }
+    }
+
     /// All objects by number.
     pub(crate) fn snapshot(&self) -> Vec<(u32, Object)> {
         let inner = lock(&self.inner);
         inner.by_id.iter().filter_map(|(&id, object)| Some((id, object.clone()?))).collect()
-    }
-}
-
-impl Inner {
-    fn forget(&mut self, id: u32) {
-        if self.by_id.remove(&id).is_some() {
-            self.free.insert(id);
-        }
     }
 }
 
@@ -279,7 +286,7 @@ impl Reservation<'_> {
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         if !self.installed {
-            lock(&self.objects.inner).forget(self.id);
+            self.objects.forget(&mut lock(&self.objects.inner), self.id);
         }
     }
 }

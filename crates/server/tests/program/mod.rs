@@ -43,7 +43,7 @@ pub(crate) fn server() -> Arc<Server> {
 
 /// A machine with one device that these options describe.
 pub(crate) fn server_with(device: &str) -> Arc<Server> {
-    Server::new(ServerOptions { devices: vec![device.parse().unwrap()] }).unwrap()
+    Server::new(ServerOptions { devices: vec![device.parse().unwrap()], ..Default::default() }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {
@@ -94,12 +94,6 @@ impl Program {
 
     pub(crate) fn iommu(&self) -> i32 {
         self.open("/dev/iommu")
-    }
-
-    /// Performs a command; the size word is filled in.
-    pub(crate) fn run<T: Command>(&self, fd: i32, command: T) -> Result<T, Errno> {
-        let mut command = command.sized();
-        self.client.call(fd, T::NUMBER, command.as_mut_bytes()).map(|_| command)
     }
 
     pub(crate) fn ioas(&self, fd: i32) -> u32 {
