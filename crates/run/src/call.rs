@@ -256,7 +256,13 @@ impl Client for Call<'_> {
             Ok(_) => return Err(Errno::FAULT),
             Err(errno) => return Err(self.unreachable("memory", errno)),
         }
-        if self.listener.is_valid(self.notification.id) { Ok(()) } else { Err(Errno::FAULT) }
+        if self.listener.is_valid(self.notification.id) {
+            return Ok(());
+        }
+        // It may be a stranger's.
+        self.ahead.borrow_mut().length = 0;
+        self.random.set(None);
+        Err(Errno::FAULT)
     }
 
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
