@@ -10,11 +10,15 @@
 //! DMA through it and checks every byte, so that the mapping has stood while everything in between went on beside it; it unmaps,
 //! and looks whether the device is still let through.
 //!
+//! A device whose first line is neither map nor unmap was recorded with its DMA (`ioasid record`): then that DMA is made, just so, and no other.
+//! It comes after every change of its device before it and before every change after it, so that what was let through is let through
+//! again, and what was refused is refused.
+//!
 //! Nothing grows with the length of the trace: queues are bounded, and so are [mappings](MOST_LIVE) and [devices](MOST_DEVICES).
 
-use crate::live::{Live, Mapping, Misfit, Step};
-use crate::statistics::{LeafCount, Report};
-use crate::trace::{DeviceAddress, Event, Malformed, Operation, Trace, TraceError};
+use crate::live::{Latest, Live, Mapping, Meets, Misfit, Step};
+use crate::statistics::{LeafCount, LiveCourse, Report};
+use crate::trace::{DeviceAddress, Event, Malformed, Operation, Outcome, Trace, TraceError};
 use ioasid::{Account, AttachError, RegisterError, Rid};
 use ioasid_soft::iommu::TableKind;
 use scene::{GuestMemory, Scene};
@@ -25,6 +29,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
+use transfer::{Dma, Ends};
 use worker::{Findings, Task, Work, Worker, Workers};
 
 mod scene;
@@ -194,6 +199,14 @@ pub enum PlayError {
 struct Known {
     scene: Arc<Scene>,
     live: Live,
+    /// Its first line is neither map nor unmap: its DMA was recorded.
+    as_recorded: bool,
+    /// Whether its DMA goes through its space.
+    attached: bool,
+    /// The latest maps, unmaps, attaches and detaches.
+    changes: Latest,
+    /// The latest DMA that was recorded.
+    dma: Latest,
 }
 
 /// What the reading thread knows.
@@ -209,6 +222,10 @@ struct Reader<'a> {
     /// The time of the event before, and when that is due.
     time: u64,
     due: Duration,
+    /// The time of the first event, and how much later the latest was recorded.
+    first: Option<u64>,
+    recorded: u64,
+    course: LiveCourse,
 }
 
 /// Replays a trace. The observer is told now and then how many events have been read.
@@ -242,10 +259,14 @@ pub fn play<R: Read>(
             report: Report::new(options.table, options.mode.name(), options.threads),
             time: 0,
             due: Duration::ZERO,
+            first: None,
+            recorded: 0,
+            course: LiveCourse::new(),
         };
         let began = Instant::now();
         let ended = reader.read(trace, observe).and_then(|()| reader.finish(began));
-        let Reader { report, workers, .. } = reader;
+        let Reader { mut report, workers, course, .. } = reader;
+        course.report(&mut report.course);
         drop(workers);
         let mut findings = Findings::new();
         for thread in threads {
@@ -308,6 +329,13 @@ impl<'a> Reader<'a> {
         self.due
     }
 
+    /// How much later than the first event one of this time was recorded. What is out of order is with the latest before it.
+    fn recorded(&mut self, time: u64) -> u64 {
+        let first = *self.first.get_or_insert(time);
+        self.recorded = self.recorded.max(time.saturating_sub(first));
+        self.recorded
+    }
+
     fn event(&mut self, line: u64, event: &Event) -> Result<(), PlayError> {
         let pages = event.pages();
         let worker = event.cpu as usize % self.options.threads;
@@ -319,12 +347,20 @@ impl<'a> Reader<'a> {
             let rid = Rid(self.devices.len() as u16 + 1);
             let scene = Scene::new(&self.memory, rid, self.options.table)
                 .map_err(|error| PlayError::Attach { device: event.device, error })?;
-            self.devices.insert(event.device, Known { scene: Arc::new(scene), live: Live::default() });
+            let known = Known {
+                scene: Arc::new(scene),
+                live: Live::default(),
+                as_recorded: !matches!(event.operation, Operation::Map { .. } | Operation::Unmap),
+                attached: true,
+                changes: Latest::default(),
+                dma: Latest::default(),
+            };
+            self.devices.insert(event.device, known);
             self.report.devices = self.devices.len();
         }
         let Some(known) = self.devices.get_mut(&event.device) else { return Ok(()) };
-        let scene = known.scene.clone();
-        let (after, work) = match event.operation {
+        let (scene, transfer) = (known.scene.clone(), !known.as_recorded);
+        let (mut after, work) = match event.operation {
             Operation::Map { physical } => {
                 let Some(memory) = self.memory.place(physical, &pages) else {
                     return self.misfit(line, Misfit::LongerThanMemory { bytes: event.bytes });
@@ -359,12 +395,50 @@ impl<'a> Reader<'a> {
                     self.misfit(line, Misfit::Hole { pages })?;
                 }
                 self.report.unmaps += 1;
-                (removed.after, Work::Unmap { scene, line, pages, mappings: removed.mappings })
+                let mappings = removed.mappings;
+                (removed.after, Work::Unmap { scene, line, pages, mappings, transfer })
+            }
+            Operation::Attach | Operation::Detach => {
+                known.attached = event.operation == Operation::Attach;
+                self.report.attaches += 1;
+                let mut after = Vec::new();
+                known.changes.add_to(&mut after, worker);
+                (after, if known.attached { Work::Attach { scene, line } } else { Work::Detach { scene } })
+            }
+            Operation::Read(outcome) | Operation::Write(outcome) => {
+                let write = matches!(event.operation, Operation::Write(_));
+                let meets =
+                    if known.attached { known.live.meets(event.range, write) } else { Meets::Nothing };
+                let ends = match (outcome, meets) {
+                    (Outcome::Done | Outcome::Gone, Meets::Memory(pieces)) => Ends::Done(pieces),
+                    (Outcome::Done | Outcome::Gone, _) => {
+                        return self.misfit(line, Misfit::DmaNotMapped { range: event.range });
+                    }
+                    (Outcome::Fault, Meets::Memory(_)) => {
+                        return self.misfit(line, Misfit::DmaMapped { range: event.range });
+                    }
+                    (Outcome::Fault, Meets::OtherDirection) if !write => Ends::Either,
+                    (Outcome::Fault, _) => Ends::Fault,
+                };
+                self.report.recorded_dma += 1;
+                let mut after = Vec::new();
+                known.changes.add_to(&mut after, worker);
+                let (iova, bytes) = (event.range.first(), event.bytes);
+                (after, Work::Dma { scene, dma: Dma { line, iova, bytes, write, ends } })
             }
         };
+        if let Some(known) = self.devices.get_mut(&event.device) {
+            if matches!(work, Work::Dma { .. }) {
+                known.dma.note(step);
+            } else {
+                known.dma.add_to(&mut after, worker);
+                known.changes.note(step);
+            }
+        }
         self.report.events += 1;
-        let due = self.due(event.time);
-        self.workers.hand_out(worker, Task { due, after, work });
+        let (due, recorded) = (self.due(event.time), self.recorded(event.time));
+        self.workers.hand_out(worker, Task { due, recorded, after, work });
+        self.course.record(recorded, self.live);
         self.note_peak();
         Ok(())
     }
@@ -403,13 +477,14 @@ impl<'a> Reader<'a> {
     /// Has what is live used once more, stops the clock, and then unmaps everything.
     fn finish(&mut self, began: Instant) -> Result<(), PlayError> {
         self.report.live_at_end = self.live;
-        for known in self.devices.values() {
+        for known in self.devices.values().filter(|known| !known.as_recorded) {
             for mapping in known.live.mappings() {
                 // By the worker that made it, after it did.
                 let (scene, mapping) = (known.scene.clone(), *mapping);
                 let Step { worker, .. } = mapping.step;
                 let work = Work::Transfer { scene, mapping };
-                self.workers.hand_out(worker, Task { due: self.due, after: Vec::new(), work });
+                let (due, recorded) = (self.due, self.recorded);
+                self.workers.hand_out(worker, Task { due, recorded, after: Vec::new(), work });
             }
         }
         self.workers.wait_for_all();

@@ -6,6 +6,12 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use course::{BriefLatency, Course, HistogramBin, LatencyStep, LiveStep};
+pub(crate) use course::{Call, LatencyCourse, LiveCourse, histogram};
+
+mod course;
+mod timeline;
+
 /// How many of each kind of finding are written down; the others are counted.
 const NOTES: usize = 10;
 /// Longer than any call should take; what takes longer is counted as this.
@@ -46,6 +52,11 @@ impl Times {
 
     pub(crate) fn add(&mut self, other: &Times) {
         self.0.add(&other.0).expect("all have the same bounds");
+    }
+
+    /// The times, to three digits, each with how many calls took it.
+    pub(crate) fn counts(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.0.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value()))
     }
 
     pub(crate) fn summary(&self) -> Latency {
@@ -135,6 +146,10 @@ pub struct Report {
     pub maps: u64,
     /// Unmaps among them; each may have removed several mappings.
     pub unmaps: u64,
+    /// Attaches and detaches among them.
+    pub attaches: u64,
+    /// DMA that was recorded, among them.
+    pub recorded_dma: u64,
     /// From the first event to the last, with reading, DMA and checking.
     pub elapsed_seconds: f64,
     /// Events in each of these seconds.
@@ -146,7 +161,7 @@ pub struct Report {
     pub map: Latency,
     /// How long unmaps took.
     pub unmap: Latency,
-    /// How long DMA took: one transfer for each mapping and direction.
+    /// How long DMA took: one transfer for each mapping and direction, or what was recorded.
     pub dma: Latency,
     /// Bytes that DMA moved, all of them checked.
     pub dma_bytes: u64,
@@ -160,6 +175,11 @@ pub struct Report {
     /// The bytes of all page tables at the same moment, of the native ones and those derived from them.
     pub table_bytes: u64,
 
+    /// What was live and how long calls took, over the time of the recording.
+    pub course: Course,
+    /// How many calls took how long, from the shortest to the longest.
+    pub histogram: Vec<HistogramBin>,
+
     /// Lines that are no events.
     pub malformed: Noted,
     /// Events that do not fit those before them.
@@ -172,7 +192,9 @@ pub struct Report {
     pub wrong_dma: Noted,
     /// Unmaps after which the device still reached the memory, or that removed something else than was mapped.
     pub wrong_unmaps: Noted,
-    /// Faults that the IOMMU wrote down.
+    /// DMA that was refused as it had been when it was recorded.
+    pub faults_as_recorded: u64,
+    /// Faults that the IOMMU wrote down, other than these.
     pub faults: u64,
     /// Pages still charged after everything was unmapped and released.
     pub left_charged_pages: u64,

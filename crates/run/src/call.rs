@@ -11,19 +11,20 @@
 //! in, the bytes that tell are read in the same step.
 
 use std::cell::{Cell, RefCell, RefMut};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ioasid_server::{Client, Descriptor, Process};
+use ioasid_server::{Client, Descriptor, File, Process};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
-use crate::files::{Inode, OpenFile, OpenFiles};
+use crate::files::{Access, Inode, OpenFile, OpenFiles};
 use crate::listener::{Listener, Notification};
 use crate::process::{Processes, Thread};
 use crate::sys::memory;
+use crate::watcher::What;
 
 /// A request and what is needed to look into its client.
 #[derive(Debug)]
@@ -39,6 +40,8 @@ pub(crate) struct Call<'a> {
     ahead: RefCell<ReadAhead>,
     /// What the thread has at [`Thread::random_address`].
     random: Cell<Option<[u8; 16]>>,
+    /// What there is to say about the call, if somebody looks on.
+    pub(crate) what: RefCell<Option<What>>,
 }
 
 /// The pages of clients are not smaller.
@@ -88,6 +91,7 @@ impl<'a> Call<'a> {
             confirmed: Cell::new(false),
             ahead: RefCell::new(ReadAhead::NOTHING),
             random: Cell::new(None),
+            what: RefCell::new(None),
         }
     }
 
@@ -285,6 +289,12 @@ impl Client for Call<'_> {
             Resolved::Ours(open_file) => Ok(Descriptor::Ours(Arc::clone(&open_file.file))),
             Resolved::Foreign(status) => self.duplicate(fd, &status).map(Descriptor::Foreign),
         }
+    }
+
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno> {
+        let file = self.files.insert(file, "ioasid", Access::ReadWrite, OFlags::empty())?;
+        // Ours is closed when this returns, so that the client's close can be the last one.
+        self.listener.add_descriptor(self.notification.id, file.as_fd(), close_on_exec)
     }
 
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {

@@ -36,35 +36,43 @@
 //!
 //! # Where it differs from Linux
 //!
-//! - Private memory of a client is reached through its process, not pinned: when the process ends or unmaps it, the
-//!   device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
+//! - Private memory of a client is reached through its process, not pinned (shared memory is its file's, if that can be
+//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
 //!   a file of hugetlbfs is a fault.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
+//! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
+//!   and pages of a power of two; holes in the range are passed over. See docs/conformance.md.
+//! - VFIO's MAP_DMA with neither READ nor WRITE is `EINVAL`, as in VFIO's own container.
 //! - A client cannot grow the server without bound: files, objects and areas are limited for each client and for all
 //!   together ([`Limits`], which also says how much memory that is), and arguments to 64 KiB. Beyond that, `EMFILE`,
 //!   `ENFILE`, `ENOMEM` or `E2BIG`.
-//! - Absent so far: interrupts, mapping of device regions, groups and type 1 containers, nesting, PASIDs, fault queues
-//!   and dirty tracking. Their commands are known, and refused with the error of a kernel without the capability.
+//! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting, PASIDs and fault queues.
+//!   Their commands are known, and refused with the error of a kernel without the capability. Dirty tracking has the
+//!   precision of leaves, and is absent from the native kind of table.
 //!
 //! # Threads and locks
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
-//! is read or written for a call: a device file's state and attachment, an address space's areas, a page table
-//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost.
+//! is read or written for a call: a device file's state and attachment, the space of an access, an address space's areas,
+//! what an access has pinned, a page table object, a context's table of objects, the registry of memory, an account.
+//! The engine's own locks are innermost. Of several address spaces, which only IOAS_CHANGE_PROCESS locks together, the
+//! lower number comes first.
 //!
-//! Unmapping and detaching wait until the device's running copies have ended, as they must; a client whose memory
+//! Unmapping and detaching wait until the running copies of devices and accesses have ended, as they must; a client whose memory
 //! answers slowly thereby delays those who share an address space or a device with it, and nobody else.
 
 #![forbid(unsafe_code)]
 
 mod argument;
 mod client;
+pub mod decode;
 mod in_process;
 mod iommufd;
 mod limits;
 mod machine;
 mod memory;
+mod observer;
 mod options;
 mod poison;
 mod status;
@@ -78,6 +86,7 @@ use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
+use crate::iommufd::testing::{AccessFile, DmaBuf};
 use crate::limits::{Allowance, Allowances, Taken};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
@@ -87,6 +96,7 @@ pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
+pub use observer::{Event, MemoryAt, MemoryOwner, Observer};
 pub use options::{DeviceOptions, Limit, Limits, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
@@ -108,6 +118,8 @@ pub struct Server {
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
     allowances: Allowances,
+    observer: Option<Arc<dyn Observer>>,
+    test_devices: bool,
 }
 
 #[derive(Debug, Default)]
@@ -136,6 +148,15 @@ pub enum ServerError {
     Place(#[from] RidTaken),
 }
 
+/// How much memory a process has pinned by mapping it, in pages of 4 KiB. Every map call counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PinnedMemory {
+    /// All of it: `VmPin`.
+    pub pages: u64,
+    /// What it pays for itself, not its user: part of `VmLck`.
+    pub locked_pages: u64,
+}
+
 /// The result of a successful open.
 #[derive(Debug)]
 pub enum Opened {
@@ -156,9 +177,13 @@ pub struct File {
 }
 
 #[derive(Debug)]
-enum FileKind {
+pub(crate) enum FileKind {
     Iommufd(Arc<Context>),
     Device(DeviceFile),
+    /// A user of pages that the test-only command made.
+    Access(AccessFile),
+    /// Memory of an imagined driver, likewise.
+    DmaBuf(Arc<DmaBuf>),
 }
 
 impl Server {
@@ -167,10 +192,26 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        let devices = machine::devices(options.devices)?;
+        Self::make(options, None)
+    }
+
+    /// Makes a machine whose devices are watched.
+    ///
+    /// # Errors
+    /// See [`ServerError`].
+    pub fn with_observer(
+        options: ServerOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Arc<Self>, ServerError> {
+        Self::make(options, Some(observer))
+    }
+
+    fn make(options: ServerOptions, observer: Option<Arc<dyn Observer>>) -> Result<Arc<Self>, ServerError> {
+        let devices = machine::devices(options.devices, observer.as_ref())?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         let allowances = Allowances::new(options.limits);
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), allowances }))
+        let test_devices = options.test_devices;
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), allowances, observer, test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -181,16 +222,11 @@ impl Server {
     /// Too many open files are `EMFILE` or `ENFILE`, see [`Limits`].
     pub fn open(self: &Arc<Self>, client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
         let file = |make: &dyn Fn(&Arc<Allowance>) -> FileKind| {
-            let allowance = match client.process() {
-                Ok(process) => self.allowances.of(process.identity()),
-                Err(errno) => return Some(Err(errno)),
-            };
-            let counted = match Taken::one(&allowance.files) {
-                Ok(counted) => counted,
-                Err(errno) => return Some(Err(errno)),
-            };
-            let kind = make(&allowance);
-            Some(Ok(Opened::File(File { kind, _counted: counted, _allowance: allowance })))
+            let file = client.process().and_then(|process| {
+                let allowance = self.allowances.of(process.identity());
+                File::new(&allowance, || make(&allowance))
+            });
+            Some(file.map(Opened::File))
         };
         let path = path.to_str()?;
         if path == "/dev/iommu" {
@@ -215,11 +251,25 @@ impl Server {
     fn new_context(&self, allowance: &Arc<Allowance>) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context =
-            Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), Arc::clone(allowance)));
+        let memory = Arc::clone(&self.memory);
+        let allowance = Arc::clone(allowance);
+        let observer = self.observer.clone();
+        let context = Arc::new(Context::new(contexts.opened, memory, allowance, self.test_devices, observer));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
+    }
+
+    /// What the process of this [identity](Process::identity) has pinned, if a transport shall tell the process so in its
+    /// `/proc/PID/status`, as a kernel would: on a server with [test devices](ServerOptions::test_devices), since only tests
+    /// look.
+    pub fn pinned_memory(&self, process: u64) -> Option<PinnedMemory> {
+        let mut pinned = self.test_devices.then(PinnedMemory::default)?;
+        let contexts: Vec<_> = lock(&self.contexts).living.iter().filter_map(Weak::upgrade).collect();
+        for context in contexts {
+            context.add_pinned(process, &mut pinned);
+        }
+        Some(pinned)
     }
 
     /// A snapshot of what is mapped, attached and charged.
@@ -233,6 +283,15 @@ impl Server {
 }
 
 impl File {
+    /// A file that is counted for whose `allowance` it is.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENFILE`: too many.
+    pub(crate) fn new(allowance: &Arc<Allowance>, kind: impl FnOnce() -> FileKind) -> Result<Self, Errno> {
+        let counted = Taken::some(&allowance.files, 1)?;
+        Ok(Self { kind: kind(), _counted: counted, _allowance: Arc::clone(allowance) })
+    }
+
     /// Performs one `ioctl`. `command` is the system call's second argument, of which only the low 32 bits exist, and
     /// `argument` its third.
     ///
@@ -242,6 +301,23 @@ impl File {
         match &self.kind {
             FileKind::Iommufd(context) => context.ioctl(client, command, argument),
             FileKind::Device(device) => device.ioctl(client, command, argument),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::NOTTY),
+        }
+    }
+
+    /// Performs one `ioctl` as [`File::ioctl`] does, and keeps what there is to say about it.
+    pub fn ioctl_captured(&self, client: &dyn Client, command: u32, argument: u64) -> decode::CapturedCall {
+        let capture = decode::Capture::new(client, argument);
+        let result = self.ioctl(&capture, command, argument);
+        capture.call(self.name(), command, result)
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> decode::FileName {
+        match &self.kind {
+            FileKind::Iommufd(context) => decode::FileName::Iommufd(context.number()),
+            FileKind::Device(device) => decode::FileName::Device(device.number()),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => decode::FileName::Test,
         }
     }
 
@@ -251,7 +327,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.read_at(offset, buffer),
         }
     }
@@ -262,7 +338,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.write_at(offset, bytes),
         }
     }
@@ -271,7 +347,23 @@ impl File {
     pub(crate) fn context(&self) -> Option<Arc<Context>> {
         match &self.kind {
             FileKind::Iommufd(context) => Some(Arc::clone(context)),
-            FileKind::Device(_) => None,
+            FileKind::Device(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => None,
+        }
+    }
+
+    /// The access, if this is one's file.
+    pub(crate) fn access(&self) -> Option<&AccessFile> {
+        match &self.kind {
+            FileKind::Access(access) => Some(access),
+            _ => None,
+        }
+    }
+
+    /// The dma-buf, if this is one.
+    pub(crate) fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        match &self.kind {
+            FileKind::DmaBuf(buffer) => Some(buffer),
+            _ => None,
         }
     }
 }

@@ -56,24 +56,27 @@ impl Budget {
     }
 }
 
-/// One thing that was taken from a budget; dropped, it is given back.
+/// What was taken from a budget; dropped, it is given back.
 #[derive(Debug)]
-pub(crate) struct Taken(Arc<Budget>);
+pub(crate) struct Taken {
+    budget: Arc<Budget>,
+    count: usize,
+}
 
 impl Taken {
-    /// Takes one.
+    /// Takes `count`, or nothing.
     ///
     /// # Errors
     /// As [`Budget::take`].
-    pub(crate) fn one(budget: &Arc<Budget>) -> Result<Self, Errno> {
-        budget.take(1)?;
-        Ok(Self(Arc::clone(budget)))
+    pub(crate) fn some(budget: &Arc<Budget>, count: usize) -> Result<Self, Errno> {
+        budget.take(count)?;
+        Ok(Self { budget: Arc::clone(budget), count })
     }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        self.0.give_back(1);
+        self.budget.give_back(self.count);
     }
 }
 

@@ -11,6 +11,9 @@ pub struct ServerOptions {
     pub devices: Vec<DeviceOptions>,
     /// How much clients may make the server hold.
     pub limits: Limits,
+    /// Whether `/dev/iommu` has the test-only command of kernels that are built for their own self-test, by which a
+    /// program makes mock devices and more.
+    pub test_devices: bool,
 }
 
 /// How much clients may make the server hold, each and together. Beyond, they get an errno, and other clients go on.
@@ -106,7 +109,7 @@ impl FromStr for Limits {
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { devices: vec![DeviceOptions::default()], limits: Limits::default() }
+        Self { devices: vec![DeviceOptions::default()], limits: Limits::default(), test_devices: false }
     }
 }
 

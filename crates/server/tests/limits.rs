@@ -14,7 +14,7 @@ use program::{BUFFER, FIXED, PAGE, Program, READ, WRITE, open};
 
 fn server_with(limits: Limits) -> Arc<Server> {
     let devices = vec![DeviceOptions::default()];
-    Server::new(ServerOptions { devices, limits }).unwrap()
+    Server::new(ServerOptions { devices, limits, test_devices: true }).unwrap()
 }
 
 fn small() -> Limits {

@@ -11,13 +11,7 @@ use crate::terminal::{Palette, Tone};
 /// A table of what came of it, and what was not as it should be.
 pub(super) fn describe(trace: &str, report: &Report, palette: Palette) -> String {
     let mut text = String::new();
-    let Report { table, mode, threads, devices, .. } = report;
-    let heading = format!(
-        "{trace}: {table} table, {mode}, {}, {}",
-        counted(*threads as u64, "thread"),
-        counted(*devices as u64, "device")
-    );
-    line(&mut text, &heading);
+    line(&mut text, &format!("{trace}: {}", setting(report)));
     line(
         &mut text,
         &format!(
@@ -55,6 +49,13 @@ pub(super) fn describe(trace: &str, report: &Report, palette: Palette) -> String
     row(&mut text, "tables", &about(report.table_bytes));
     findings(&mut text, report, palette);
     text
+}
+
+/// What it was replayed on, and how.
+pub(super) fn setting(report: &Report) -> String {
+    let Report { table, mode, threads, devices, .. } = report;
+    let (threads, devices) = (counted(*threads as u64, "thread"), counted(*devices as u64, "device"));
+    format!("{table} table, {mode}, {threads}, {devices}")
 }
 
 /// What the lines were like, and what went wrong.
@@ -132,7 +133,8 @@ fn line(text: &mut String, line: &str) {
     let _ = writeln!(text, "{}", line.trim_end());
 }
 
-fn counted(count: u64, what: &str) -> String {
+/// `1 thread`, `2 threads`.
+pub(super) fn counted(count: u64, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
@@ -144,8 +146,7 @@ mod tests {
     fn described(lines: &str) -> String {
         let trace = format!("t_ns,cpu,dev,op,iova,phys,bytes,dir\n{lines}");
         let report = play(Trace::new(trace.as_bytes()).unwrap(), &Options::default(), &mut |_| ()).unwrap();
-        let colourless = Palette::of(&std::fs::File::open("/dev/null").unwrap());
-        describe("small.csv", &report, colourless)
+        describe("small.csv", &report, Palette::NONE)
     }
 
     #[test]

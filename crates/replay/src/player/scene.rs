@@ -8,6 +8,7 @@ use ioasid::{
     Rid, Space, Table, UnmapError, Unmapped, epoch,
 };
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Parts of the memory have a lock each, in turn.
@@ -45,6 +46,20 @@ impl GuestMemory {
         Some(first.min(latest))
     }
 
+    /// Keeps others away from all of these pieces of memory: offsets and lengths.
+    pub(super) fn lock_all(&self, pieces: &[(u64, u64)]) -> Vec<MutexGuard<'_, ()>> {
+        let of_piece = |&(offset, bytes): &(u64, u64)| {
+            let last = offset + bytes.saturating_sub(1);
+            (offset >> PART_BITS..=last >> PART_BITS).take(LOCKS).map(|part| part as usize % LOCKS)
+        };
+        // In ascending order, so that nobody waits in a circle.
+        let parts: BTreeSet<usize> = pieces.iter().flat_map(of_piece).collect();
+        parts
+            .into_iter()
+            .map(|part| self.parts[part].lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
+    }
+
     /// Keeps others away from these bytes, at most a part's worth of them.
     pub(super) fn lock(&self, offset: u64, bytes: u64) -> (MutexGuard<'_, ()>, Option<MutexGuard<'_, ()>>) {
         let part = |offset: u64| (offset >> PART_BITS) as usize % LOCKS;
@@ -79,6 +94,16 @@ impl Scene {
         let table = Table::for_device(&space, &device)?;
         device.attach(&table)?;
         Ok(Scene { device, table, space, port, memory: memory.clone() })
+    }
+
+    /// Lets the device's DMA go through the space. It does so from the start.
+    pub(super) fn attach(&self) -> Result<(), AttachError> {
+        self.device.attach(&self.table)
+    }
+
+    /// Blocks the device's DMA.
+    pub(super) fn detach(&self) {
+        self.device.detach();
     }
 
     pub(super) fn map(&self, mapping: &Mapping) -> Result<(), MapError> {

@@ -4,10 +4,10 @@
 //! workers: a task that comes after a step of another worker waits until that worker has done so many.
 
 use super::scene::Scene;
-use super::transfer::Buffers;
+use super::transfer::{Buffers, Dma};
 use super::{Mode, PlayError};
 use crate::live::{Mapping, Step};
-use crate::statistics::{Noted, Report, Times};
+use crate::statistics::{Call, LatencyCourse, Noted, Report, Times, histogram};
 use ioasid::IovaRange;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +26,8 @@ const BATCHES: usize = 16;
 pub(super) struct Task {
     /// Not before so much time has passed since the beginning.
     pub(super) due: Duration,
+    /// When it was recorded, in nanoseconds after the first event.
+    pub(super) recorded: u64,
     /// Steps of other workers.
     pub(super) after: Vec<Step>,
     pub(super) work: Work,
@@ -34,9 +36,33 @@ pub(super) struct Task {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Map { scene: Arc<Scene>, mapping: Mapping },
-    Unmap { scene: Arc<Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping> },
-    Transfer { scene: Arc<Scene>, mapping: Mapping },
+    Map {
+        scene: Arc<Scene>,
+        mapping: Mapping,
+    },
+    /// With a DMA for each mapping before, or without.
+    Unmap {
+        scene: Arc<Scene>,
+        line: u64,
+        pages: IovaRange,
+        mappings: Vec<Mapping>,
+        transfer: bool,
+    },
+    Transfer {
+        scene: Arc<Scene>,
+        mapping: Mapping,
+    },
+    Attach {
+        scene: Arc<Scene>,
+        line: u64,
+    },
+    Detach {
+        scene: Arc<Scene>,
+    },
+    Dma {
+        scene: Arc<Scene>,
+        dma: Dma,
+    },
 }
 
 /// How far a worker has come, on a cache line of its own.
@@ -172,10 +198,14 @@ impl Drop for Workers<'_> {
 /// What a worker has seen.
 #[derive(Debug)]
 pub(super) struct Findings {
+    /// When the event that is being carried out was recorded.
+    recorded: u64,
+    course: LatencyCourse,
     map: Times,
     unmap: Times,
-    pub(super) dma: Times,
+    dma: Times,
     pub(super) dma_bytes: u64,
+    pub(super) faults_as_recorded: u64,
     refused: Noted,
     pub(super) wrong_dma: Noted,
     wrong_unmaps: Noted,
@@ -184,21 +214,37 @@ pub(super) struct Findings {
 impl Findings {
     pub(super) fn new() -> Findings {
         Findings {
+            recorded: 0,
+            course: LatencyCourse::new(),
             map: Times::new(),
             unmap: Times::new(),
             dma: Times::new(),
             dma_bytes: 0,
+            faults_as_recorded: 0,
             refused: Noted::default(),
             wrong_dma: Noted::default(),
             wrong_unmaps: Noted::default(),
         }
     }
 
+    /// A call for the event that is being carried out took so long.
+    pub(super) fn record(&mut self, call: Call, time: Duration) {
+        let times = match call {
+            Call::Map => &mut self.map,
+            Call::Unmap => &mut self.unmap,
+            Call::Dma => &mut self.dma,
+        };
+        times.record(time);
+        self.course.record(call, self.recorded, time);
+    }
+
     pub(super) fn add(&mut self, other: Findings) {
+        self.course.add(other.course);
         self.map.add(&other.map);
         self.unmap.add(&other.unmap);
         self.dma.add(&other.dma);
         self.dma_bytes = self.dma_bytes.saturating_add(other.dma_bytes);
+        self.faults_as_recorded = self.faults_as_recorded.saturating_add(other.faults_as_recorded);
         self.refused.add(other.refused);
         self.wrong_dma.add(other.wrong_dma);
         self.wrong_unmaps.add(other.wrong_unmaps);
@@ -209,6 +255,10 @@ impl Findings {
         report.unmap = self.unmap.summary();
         report.dma = self.dma.summary();
         report.dma_bytes = self.dma_bytes;
+        report.faults_as_recorded = self.faults_as_recorded;
+        report.faults = report.faults.saturating_sub(self.faults_as_recorded);
+        report.histogram = histogram(&self.map, &self.unmap, &self.dma);
+        self.course.report(&mut report.course);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
         let calls = (report.map.count + report.unmap.count) as f64;
         report.calls_per_second = if seconds > 0.0 { calls / seconds } else { 0.0 };
@@ -249,11 +299,20 @@ impl Working<'_> {
             if !early.is_zero() {
                 thread::sleep(early);
             }
+            findings.recorded = task.recorded;
             match task.work {
                 Work::Map { scene, mapping } => self.map(&scene, &mapping, &mut findings),
-                Work::Unmap { scene, line, pages, mappings } => {
-                    self.unmap(&scene, line, pages, &mappings, &mut buffers, &mut findings);
+                Work::Unmap { scene, line, pages, mappings, transfer } => {
+                    let buffers = transfer.then_some(&mut buffers);
+                    self.unmap(&scene, line, pages, &mappings, buffers, &mut findings);
                 }
+                Work::Attach { scene, line } => {
+                    if let Err(error) = scene.attach() {
+                        findings.refused.note(line, || format!("attach: {error}"));
+                    }
+                }
+                Work::Detach { scene } => scene.detach(),
+                Work::Dma { scene, dma } => buffers.dma(&scene, &dma, &mut findings),
                 Work::Transfer { scene, mapping } => {
                     if !self.own.refused().contains(&mapping.line) {
                         buffers.transfer(&scene, &mapping, &mut findings);
@@ -271,7 +330,7 @@ impl Working<'_> {
         let mapped = scene.map(mapping);
         let time = began.elapsed();
         match mapped {
-            Ok(()) => findings.map.record(time),
+            Ok(()) => findings.record(Call::Map, time),
             Err(error) => {
                 self.own.refused().insert(mapping.line);
                 self.own.any_refused.store(true, Ordering::Relaxed);
@@ -286,13 +345,15 @@ impl Working<'_> {
         line: u64,
         pages: IovaRange,
         mappings: &[Mapping],
-        buffers: &mut Buffers,
+        mut buffers: Option<&mut Buffers>,
         findings: &mut Findings,
     ) {
         let mut expected = 0u64;
         for mapping in mappings {
             if !self.workers[mapping.step.worker].take_refused(mapping) {
-                buffers.transfer(scene, mapping, findings);
+                if let Some(buffers) = &mut buffers {
+                    buffers.transfer(scene, mapping, findings);
+                }
                 expected = expected.saturating_add(mapping.page_bytes());
             }
         }
@@ -304,7 +365,7 @@ impl Working<'_> {
         let time = began.elapsed();
         match unmapped {
             Ok(unmapped) => {
-                findings.unmap.record(time);
+                findings.record(Call::Unmap, time);
                 if unmapped.bytes() != expected {
                     let found = unmapped.bytes();
                     let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
@@ -368,9 +429,9 @@ mod tests {
         let findings = with_worker(|worker, scene, findings| {
             worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
             let known = mapping(2, 7, 16, both);
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::default()), findings);
             assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
-            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::default(), findings);
+            worker.unmap(scene, 4, known.pages, &[known], Some(&mut Buffers::default()), findings);
             assert_eq!(scene.faults(), 2);
         });
         assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
@@ -383,7 +444,7 @@ mod tests {
             let known = mapping(2, 7, 16, Direction::FromDevice);
             worker.map(scene, &known, findings);
             assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::default()), findings);
             assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
         });
         assert_eq!(findings.wrong_unmaps.count, 0);

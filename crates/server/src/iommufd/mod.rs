@@ -4,22 +4,28 @@
 //! - [`areas`], [`ioas`], `placement`: address spaces;
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
+//! - [`device`]: the devices that are bound;
 //! - `commands`: what each command does, one function each;
-//! - `selftest`: the test-only command of the kernel's self-test.
+//! - `dirty`: what devices have written;
+//! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
+//! - [`testing`]: the test-only command of the kernel's self-test.
 //!
 //! A context lives as long as its file is open or a device is bound to it, whichever is longer.
 
 pub(crate) mod areas;
 mod commands;
+pub(crate) mod device;
+mod dirty;
 pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
 mod placement;
-mod selftest;
+pub(crate) mod testing;
+mod vfio_compat;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
 use ioasid_uapi::iommufd_test::TestCommand;
@@ -28,10 +34,13 @@ use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
 use self::objects::{Held, Object, Objects};
+use self::vfio_compat::CompatIoas;
 use crate::Client;
+use crate::PinnedMemory;
 use crate::argument;
 use crate::limits::Allowance;
 use crate::memory::MemoryRegistry;
+use crate::observer::{Event, Observer};
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
 /// One open of `/dev/iommu`.
@@ -43,18 +52,42 @@ pub(crate) struct Context {
     allowance: Arc<Allowance>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
+    /// The address space that VFIO's commands mean.
+    compat: Mutex<Option<CompatIoas>>,
+    observer: Option<Arc<dyn Observer>>,
+    /// Whether the test-only command is there.
+    test_devices: bool,
 }
 
 impl Context {
     /// What is made in it is taken from `allowance`.
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, allowance: Arc<Allowance>) -> Self {
+    pub(crate) fn new(
+        number: u64,
+        memory: Arc<MemoryRegistry>,
+        allowance: Arc<Allowance>,
+        test_devices: bool,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
         Self {
             number,
             memory,
+            test_devices,
             objects: Objects::new(Arc::clone(&allowance.objects)),
             allowance,
             charge_processes: AtomicBool::new(false),
+            compat: Mutex::default(),
+            observer,
         }
+    }
+
+    /// Which open it is, counted from 1.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// What is made in it is taken from this.
+    pub(crate) fn allowance(&self) -> &Arc<Allowance> {
+        &self.allowance
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -64,14 +97,23 @@ impl Context {
     /// Performs one ioctl.
     ///
     /// # Errors
-    /// - `ENOTTY`: no such command. VFIO's container commands, which Linux answers here too, are not served.
+    /// - `ENOTTY`: no such command.
     /// - `EFAULT`: the argument cannot be read. `EINVAL`: it is too short. `E2BIG`: it has more than is known.
     /// - `EOPNOTSUPP`: a known command that is not served. Those of the command.
-    pub(crate) fn ioctl(&self, client: &dyn Client, number: u32, argument: u64) -> Result<u32, Errno> {
+    pub(crate) fn ioctl(
+        self: &Arc<Self>,
+        client: &dyn Client,
+        number: u32,
+        argument: u64,
+    ) -> Result<u32, Errno> {
         // The kernel finds its table's row by the low byte, then reads the size, then compares the whole number.
         let numbers =
             COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
         if !numbers.contains(&(IOCTL_TYPE | (number & 0xff))) {
+            return self.vfio_ioctl(client, number, argument);
+        }
+        // A kernel that is not built for the self-test has no row for its command.
+        if number & 0xff == TestCommand::NUMBER & 0xff && !self.test_devices {
             return Err(Errno::NOTTY);
         }
         let user_size = argument::read_u32(client, argument)?;
@@ -90,15 +132,27 @@ impl Context {
             uapi::IoasCopy::NUMBER => call.ioas_copy(),
             uapi::IoasUnmap::NUMBER => call.ioas_unmap(),
             uapi::SetOption::NUMBER => call.option(),
+            uapi::IoasChangeProcess::NUMBER => call.ioas_change_process(),
+            uapi::VfioIoas::NUMBER => call.vfio_ioas(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
+            uapi::HwptSetDirtyTracking::NUMBER => call.hwpt_set_dirty_tracking(),
+            uapi::HwptGetDirtyBitmap::NUMBER => call.hwpt_get_dirty_bitmap(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
-            TestCommand::NUMBER => call.selftest(),
+            TestCommand::NUMBER => return call.test(),
             _ => {
                 argument::check_sized(client, argument, user_size, info.size)?;
                 Err(Errno::OPNOTSUPP)
             }
         }
         .map(|()| 0)
+    }
+
+    /// Tells the observer, if there is one, what is here before a file is closed.
+    pub(crate) fn tell_closing(&self, device: Option<usize>) {
+        if let Some(observer) = &self.observer {
+            let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
+            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+        }
     }
 
     /// Ends one use of a page table; an automatic one goes with its last use.
@@ -114,6 +168,13 @@ impl Context {
 impl Drop for Context {
     /// Nothing refers to the context any more: no file, no device, no call. What uses others goes first.
     fn drop(&mut self) {
+        self.tell_closing(None);
+        let objects = self.objects.snapshot();
+        for (_, object) in &objects {
+            if let Object::TestDevice(device) = object {
+                device.end(self);
+            }
+        }
         let objects = self.objects.snapshot();
         for (_, object) in &objects {
             if let Object::Hwpt(hwpt) = object {
@@ -130,7 +191,7 @@ impl Drop for Context {
 
 /// One call of a command, with its argument still at the client.
 struct Call<'a> {
-    context: &'a Context,
+    context: &'a Arc<Context>,
     client: &'a dyn Client,
     argument: u64,
     user_size: u32,
@@ -164,9 +225,18 @@ impl Context {
                     status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
                 }
                 Object::Device(device) => status.devices.push(device.status(*id)),
-                Object::Hwpt(_) => {}
+                Object::Hwpt(_) | Object::TestDevice(_) | Object::Access(_) => {}
             }
         }
         status
+    }
+
+    /// Adds what the process of this identity has pinned here.
+    pub(crate) fn add_pinned(&self, process: u64, pinned: &mut PinnedMemory) {
+        for (_, object) in self.objects.snapshot() {
+            if let Object::Ioas(ioas) = object {
+                ioas.add_pinned(process, pinned);
+            }
+        }
     }
 }

@@ -41,9 +41,10 @@ pub(crate) fn server() -> Arc<Server> {
     server_with("edu")
 }
 
-/// A machine with one device that these options describe.
+/// A machine with one device that these options describe, and test devices.
 pub(crate) fn server_with(device: &str) -> Arc<Server> {
-    Server::new(ServerOptions { devices: vec![device.parse().unwrap()], ..Default::default() }).unwrap()
+    let devices = vec![device.parse().unwrap()];
+    Server::new(ServerOptions { devices, test_devices: true, ..Default::default() }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {
