@@ -179,14 +179,17 @@ mod tests {
         let mut model: Vec<(u64, Mapping)> = Vec::new();
         for (number, &(first, length, map, read, write)) in events.iter().enumerate() {
             let (iova, last) = (base + first, base + first + length - 1);
-            let within = |(other, mapping): &(u64, Mapping)| *other >= iova && other + mapping.length - 1 <= last;
-            let beside = |(other, mapping): &(u64, Mapping)| *other > last || other + mapping.length - 1 < iova;
+            let within =
+                |(other, mapping): &(u64, Mapping)| *other >= iova && other + mapping.length - 1 <= last;
+            let beside =
+                |(other, mapping): &(u64, Mapping)| *other > last || other + mapping.length - 1 < iova;
             if map && model.iter().all(beside) {
                 let mapping = Mapping { length, output: number as u64 * 1000, read, write };
                 books.map(iova, mapping).unwrap();
                 model.push((iova, mapping));
             } else if !map && model.iter().all(|known| within(known) || beside(known)) {
-                let bytes: u64 = model.iter().filter(|known| within(known)).map(|(_, known)| known.length).sum();
+                let bytes: u64 =
+                    model.iter().filter(|known| within(known)).map(|(_, known)| known.length).sum();
                 let found = books.unmap(iova, last);
                 assert!(found.is_none_or(|found| found == bytes));
                 model.retain(|known| !within(known));
@@ -194,11 +197,15 @@ mod tests {
             for at in base..base + 72 {
                 let known = model.iter().find(|(first, mapping)| at >= *first && at - first < mapping.length);
                 for write in [false, true] {
-                    let expected = known.filter(|(_, mapping)| if write { mapping.write } else { mapping.read });
+                    let expected =
+                        known.filter(|(_, mapping)| if write { mapping.write } else { mapping.read });
                     let found = books.translate(at, 1, write);
                     assert_eq!(
                         found,
-                        expected.map(|(first, mapping)| Piece { output: mapping.output + (at - first), length: 1 })
+                        expected.map(|(first, mapping)| Piece {
+                            output: mapping.output + (at - first),
+                            length: 1
+                        })
                     );
                 }
             }
@@ -231,6 +238,9 @@ mod tests {
         assert_eq!(vm_memory.translate(u64::MAX, 1, true), None);
         assert_eq!(vm_memory.unmap(0, u64::MAX), None);
         assert_eq!(vm_memory.translate(u64::MAX - 9, 1, true), None);
-        assert_eq!((btree.map(0, mapping(0)), vm_memory.map(0, mapping(0))), (Err(OutOfRange), Err(OutOfRange)));
+        assert_eq!(
+            (btree.map(0, mapping(0)), vm_memory.map(0, mapping(0))),
+            (Err(OutOfRange), Err(OutOfRange))
+        );
     }
 }

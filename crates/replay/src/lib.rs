@@ -32,5 +32,5 @@ mod statistics;
 pub mod trace;
 
 pub use live::Misfit;
-pub use player::{LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, PlayError, Speed, play};
+pub use player::{LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, Peer, PlayError, Speed, play};
 pub use statistics::{Latency, LeafCount, Live, Note, Noted, Report};

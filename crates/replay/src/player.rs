@@ -17,7 +17,9 @@ use crate::statistics::{LeafCount, Report};
 use crate::trace::{DeviceAddress, Event, Malformed, Operation, Trace, TraceError};
 use ioasid::{Account, AttachError, RegisterError, Rid};
 use ioasid_soft::iommu::TableKind;
-use scene::{GuestMemory, Scene};
+pub use peer::Peer;
+use scene::{Counts, GuestMemory, Scene, Tables};
+use space::SpaceScene;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read};
@@ -27,7 +29,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 use worker::{Findings, Task, Work, Worker, Workers};
 
+mod peer;
 mod scene;
+mod space;
 mod transfer;
 mod worker;
 
@@ -114,6 +118,8 @@ impl fmt::Display for Mode {
 pub struct Options {
     /// What the devices walk.
     pub table: TableKind,
+    /// What the trace is carried out by in place of our spaces. No peer has tables to choose from, and none defers its unmaps.
+    pub peer: Option<Peer>,
     /// How unmaps are made.
     pub mode: Mode,
     /// How many threads do the work, 1 to 256. One more reads.
@@ -132,6 +138,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             table: TableKind::default(),
+            peer: None,
             mode: Mode::default(),
             threads: 1,
             speed: Speed::default(),
@@ -192,7 +199,7 @@ pub enum PlayError {
 
 /// A device as the reader knows it.
 struct Known {
-    scene: Arc<Scene>,
+    scene: Arc<dyn Scene>,
     live: Live,
 }
 
@@ -227,11 +234,14 @@ pub fn play<R: Read>(
     if options.memory < 1 << 20 || options.memory % crate::trace::PAGE != 0 {
         return Err(PlayError::Options("the guest's memory must be a MiB at least, and a multiple of 4 KiB"));
     }
+    if options.peer.is_some() && options.mode != Mode::Strict {
+        return Err(PlayError::Options("the peers unmap strictly and in no other way"));
+    }
     let account = Account::new("replay", None);
     let memory = Arc::new(GuestMemory::new(options.memory, &account)?);
     let workers: Vec<Worker> = (0..options.threads).map(|_| Worker::default()).collect();
     let (mut report, findings) = thread::scope(|scope| {
-        let (queues, threads) = Workers::start(scope, &workers, options.mode)?;
+        let (queues, threads) = Workers::start(scope, &workers, &memory, options.mode)?;
         let mut reader = Reader {
             options,
             workers: queues,
@@ -239,7 +249,7 @@ pub fn play<R: Read>(
             devices: BTreeMap::new(),
             live: Default::default(),
             described: 0,
-            report: Report::new(options.table, options.mode.name(), options.threads),
+            report: Report::new(options),
             time: 0,
             due: Duration::ZERO,
         };
@@ -308,6 +318,18 @@ impl<'a> Reader<'a> {
         self.due
     }
 
+    /// What a new device is replayed on.
+    fn scene(&self, device: DeviceAddress) -> Result<Arc<dyn Scene>, PlayError> {
+        if let Some(peer) = self.options.peer {
+            return Ok(peer.scene(&self.memory));
+        }
+        // There are at most 1024.
+        let rid = Rid(self.devices.len() as u16 + 1);
+        let scene = SpaceScene::new(&self.memory, rid, self.options.table)
+            .map_err(|error| PlayError::Attach { device, error })?;
+        Ok(Arc::new(scene))
+    }
+
     fn event(&mut self, line: u64, event: &Event) -> Result<(), PlayError> {
         let pages = event.pages();
         let worker = event.cpu as usize % self.options.threads;
@@ -316,10 +338,8 @@ impl<'a> Reader<'a> {
             if self.devices.len() >= MOST_DEVICES {
                 return self.misfit(line, Misfit::TooManyDevices { most: MOST_DEVICES });
             }
-            let rid = Rid(self.devices.len() as u16 + 1);
-            let scene = Scene::new(&self.memory, rid, self.options.table)
-                .map_err(|error| PlayError::Attach { device: event.device, error })?;
-            self.devices.insert(event.device, Known { scene: Arc::new(scene), live: Live::default() });
+            let scene = self.scene(event.device)?;
+            self.devices.insert(event.device, Known { scene, live: Live::default() });
             self.report.devices = self.devices.len();
         }
         let Some(known) = self.devices.get_mut(&event.device) else { return Ok(()) };
@@ -387,17 +407,17 @@ impl<'a> Reader<'a> {
     fn describe(&mut self) {
         self.workers.wait_for_all();
         self.described = self.live.mappings;
+        let tables: Option<Vec<Tables>> = self.devices.values().map(|known| known.scene.tables()).collect();
+        let Some(tables) = tables else { return };
         let mut leaves = BTreeMap::<u64, u64>::new();
-        self.report.table_bytes = 0;
-        for known in self.devices.values() {
-            for (size, count) in known.scene.leaves_by_size() {
-                *leaves.entry(size.bytes()).or_default() += count;
-            }
-            let bytes = known.scene.table_bytes();
-            self.report.table_bytes = self.report.table_bytes.saturating_add(bytes);
+        for LeafCount { leaf_bytes, count } in tables.iter().flat_map(|tables| &tables.leaves) {
+            *leaves.entry(*leaf_bytes).or_default() += count;
         }
         let counts = leaves.into_iter().filter(|(_, count)| *count > 0);
-        self.report.leaves = counts.map(|(leaf_bytes, count)| LeafCount { leaf_bytes, count }).collect();
+        self.report.leaves =
+            Some(counts.map(|(leaf_bytes, count)| LeafCount { leaf_bytes, count }).collect());
+        let bytes = tables.iter().map(|tables| tables.bytes).fold(0, u64::saturating_add);
+        self.report.table_bytes = Some(bytes);
     }
 
     /// Has what is live used once more, stops the clock, and then unmaps everything.
@@ -416,22 +436,23 @@ impl<'a> Reader<'a> {
         let elapsed = began.elapsed().as_secs_f64();
         self.report.elapsed_seconds = elapsed;
         self.report.events_per_second = if elapsed > 0.0 { self.report.events as f64 / elapsed } else { 0.0 };
-        for known in self.devices.values() {
-            self.report.faults = self.report.faults.saturating_add(known.scene.faults());
-        }
+        let counts: Option<Vec<Counts>> = self.devices.values().map(|known| known.scene.counts()).collect();
+        let counts = counts.filter(|_| self.options.peer.is_none());
+        let sum = |which: fn(&Counts) -> u64| {
+            counts.as_ref().map(|counts| counts.iter().map(which).fold(0, u64::saturating_add))
+        };
+        self.report.faults = sum(|counts| counts.faults);
+        self.report.iotlb_walks = sum(|counts| counts.walks);
         let refused = self.workers.refused();
         for (device, known) in std::mem::take(&mut self.devices) {
             let expected = known.live.mappings().filter(|mapping| !refused.contains(&mapping.line));
             let expected = expected.map(Mapping::page_bytes).fold(0, u64::saturating_add);
-            let found = known.scene.unmap_all();
-            if found != Ok(expected) {
-                let what = match found {
-                    Ok(bytes) => format!("{bytes} bytes mapped"),
-                    Err(error) => error,
-                };
-                let wrong = &mut self.report.wrong_unmaps;
-                wrong.note(0, || format!("at the end, device {device}: {what}, not {expected}"));
-            }
+            let what = match known.scene.clear() {
+                Ok(found) if found.is_none_or(|found| found == expected) => continue,
+                Ok(found) => format!("{} bytes mapped, not {expected}", found.unwrap_or_default()),
+                Err(error) => error,
+            };
+            self.report.wrong_unmaps.note(0, || format!("at the end, device {device}: {what}"));
         }
         Ok(())
     }

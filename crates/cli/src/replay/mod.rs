@@ -11,7 +11,7 @@ use anyhow::Context;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ioasid_replay::trace::Trace;
-use ioasid_replay::{Mode, Options, Report, Speed, play};
+use ioasid_replay::{Mode, Options, Peer, Report, Speed, play};
 use ioasid_soft::iommu::TableKind;
 use serde::Serialize;
 
@@ -36,6 +36,10 @@ pub(crate) struct Arguments {
     #[arg(long = "table", value_name = "KIND", default_value = "native")]
     tables: Vec<TableKind>,
 
+    /// The same once more with what programs use in place of a space: btree, vm-memory; repeatable. Always strict
+    #[arg(long, value_name = "PEER")]
+    against: Vec<Peer>,
+
     /// strict: an unmap returns when no device uses the memory any more; deferred: a flush waits for many
     #[arg(long, value_name = "MODE", default_value = "strict")]
     mode: Mode,
@@ -56,7 +60,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     strict_input: bool,
 
-    /// Print JSON: a list with an object for each trace and table
+    /// Print JSON: a list with an object for each trace and each table or peer
     #[arg(long)]
     json: bool,
 }
@@ -67,12 +71,18 @@ What is printed:
   p50, p99, p99.9 of each map, unmap and DMA, with two readings of the clock (some 50 ns)
   live mappings   the most there were at any time, the most bytes, and what was left at the end of the trace
   leaves, tables  what the devices' page tables look like when the most is mapped
+  IOTLB           how much of the DMA found its way remembered, and did not begin at the root of the table
+
+With --against, a peer keeps the mappings in place of our spaces: a BTreeMap behind a readers-writer lock, or the IOTLB of rust-vmm's
+vm-memory behind one. It maps, unmaps and moves the same, on as many threads, with the same bytes checked. A peer has no tables, and
+does not defer its unmaps.
 
 Lines that are no events, unmaps of what is not mapped and maps of what is: these are named, counted and left out.
 
 Examples:
   ioasid replay traces/boot-ext4-lazy.csv.zst
   ioasid replay --table native --table vtd --table amdv1 --mode deferred --threads 2 traces/*.zst
+  ioasid replay --against btree --against vm-memory --threads 2 traces/nvme-rand4k-strict.csv.zst
   zstdcat my-vmm.csv.zst | ioasid replay --strict-input -
   ioasid replay --json traces/*.zst | jq -r '.[] | [.trace, .map.p99_nanoseconds] | @tsv'
 
@@ -80,6 +90,37 @@ Exit status:
   0  everything that the traces ask for was done, and every byte was right
   1  something was wrong, as it says: with a DMA, a map or unmap, or a file; with --strict-input, with a line
   2  bad usage";
+
+/// What carries a trace out.
+#[derive(Debug, Clone, Copy)]
+enum Carrier {
+    Table(TableKind),
+    Peer(Peer),
+}
+
+impl Arguments {
+    /// Everything that each trace is replayed on.
+    fn carriers(&self) -> Vec<Carrier> {
+        let tables = self.tables.iter().copied().map(Carrier::Table);
+        tables.chain(self.against.iter().copied().map(Carrier::Peer)).collect()
+    }
+
+    fn options(&self, carrier: Carrier) -> Options {
+        let (table, peer, mode) = match carrier {
+            Carrier::Table(table) => (table, None, self.mode),
+            Carrier::Peer(peer) => (TableKind::default(), Some(peer), Mode::Strict),
+        };
+        Options {
+            table,
+            peer,
+            mode,
+            threads: self.threads,
+            speed: self.speed,
+            strict_input: self.strict_input,
+            memory: self.memory.0,
+        }
+    }
+}
 
 /// What one replay gave.
 #[derive(Debug, Serialize)]
@@ -95,15 +136,17 @@ struct Replayed {
 /// A file cannot be opened or is no trace, or standard output cannot be written.
 pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let from_input = arguments.traces.iter().filter(|trace| is_standard_input(trace)).count();
-    if from_input > 1 || from_input == 1 && arguments.tables.len() > 1 {
-        eprintln!("ioasid: standard input can be read once; name a file, or one table");
+    let carriers = arguments.carriers();
+    if from_input > 1 || from_input == 1 && carriers.len() > 1 {
+        eprintln!("ioasid: standard input can be read once; name a file, or one table and no peer");
         return Ok(ExitCode::from(crate::USAGE));
     }
     let mut output = io::stdout();
     let mut all = Vec::new();
     for trace in &arguments.traces {
-        for table in &arguments.tables {
-            let report = replay_one(trace, *table, arguments).with_context(|| trace.display().to_string())?;
+        for carrier in &carriers {
+            let report =
+                replay_one(trace, *carrier, arguments).with_context(|| trace.display().to_string())?;
             let replayed = Replayed { trace: trace.display().to_string(), report };
             if !arguments.json {
                 let separator = if all.is_empty() { "" } else { "\n" };
@@ -126,15 +169,8 @@ fn is_standard_input(trace: &Path) -> bool {
     trace.as_os_str() == "-"
 }
 
-fn replay_one(trace: &Path, table: TableKind, arguments: &Arguments) -> anyhow::Result<Report> {
-    let options = Options {
-        table,
-        mode: arguments.mode,
-        threads: arguments.threads,
-        speed: arguments.speed,
-        strict_input: arguments.strict_input,
-        memory: arguments.memory.0,
-    };
+fn replay_one(trace: &Path, carrier: Carrier, arguments: &Arguments) -> anyhow::Result<Report> {
+    let options = arguments.options(carrier);
     let (source, length): (Box<dyn Read>, Option<u64>) = if is_standard_input(trace) {
         (Box::new(io::stdin().lock()), None)
     } else {
@@ -142,7 +178,7 @@ fn replay_one(trace: &Path, table: TableKind, arguments: &Arguments) -> anyhow::
         let length = file.metadata().ok().filter(|metadata| metadata.is_file()).map(|file| file.len());
         (Box::new(file), length)
     };
-    let bar = progress(length)?.with_message(table.name());
+    let bar = progress(length)?.with_message(options.peer.map_or(options.table.name(), Peer::name));
     let trace = Trace::new(bar.wrap_read(source))?;
     let report = play(trace, &options, &mut |events| bar.set_prefix(events.to_string()));
     bar.finish_and_clear();

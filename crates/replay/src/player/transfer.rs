@@ -4,18 +4,19 @@
 //! wrong translation, or what it writes to a wrong place, is therefore noticed wherever the place is. The processor's side
 //! goes past all tables, directly to the memory.
 
-use super::scene::Scene;
+use super::scene::{GuestMemory, Scene};
 use super::worker::Findings;
 use crate::live::Mapping;
-use ioasid_soft::dma::DmaPort;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// So many bytes at most are moved in one piece. A mapping of more than two of these is used at both ends.
 const PIECE: u64 = 128 << 10;
 
-/// Two buffers of a worker: what should be there, and what is.
-#[derive(Debug, Default)]
+/// The memory, and two buffers of a worker: what should be there, and what is.
+#[derive(Debug)]
 pub(super) struct Buffers {
+    memory: Arc<GuestMemory>,
     expected: Vec<u8>,
     found: Vec<u8>,
 }
@@ -31,8 +32,12 @@ fn fill(bytes: &mut [u8], line: u64, first: u64, write: bool) {
 }
 
 impl Buffers {
+    pub(super) fn new(memory: &Arc<GuestMemory>) -> Buffers {
+        Buffers { memory: memory.clone(), expected: Vec::new(), found: Vec::new() }
+    }
+
     /// Has the device use the mapping, in each direction that it may, and writes down how long that took and what was wrong.
-    pub(super) fn transfer(&mut self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+    pub(super) fn transfer(&mut self, scene: &dyn Scene, mapping: &Mapping, findings: &mut Findings) {
         let bytes = mapping.bytes;
         let first = bytes.min(PIECE);
         // Up to two pieces that together are everything, or the two ends.
@@ -57,7 +62,7 @@ impl Buffers {
     /// Moves one piece: `write` means to memory.
     fn piece(
         &mut self,
-        scene: &Scene,
+        scene: &dyn Scene,
         mapping: &Mapping,
         offset: u64,
         length: u64,
@@ -71,21 +76,21 @@ impl Buffers {
         fill(&mut self.expected, mapping.line, offset, write);
         let iova = mapping.iova + offset;
         let place = mapping.memory + (iova - mapping.pages.first());
-        let memory = &scene.memory;
+        let memory = &self.memory;
         let _nobody_else = memory.lock(place, length);
         let gone = |error: ioasid::MemoryGone| error.to_string();
         if write {
             let began = Instant::now();
-            let written = scene.port.write(iova, &self.expected);
+            let written = scene.write(iova, &self.expected);
             findings.dma.record(began.elapsed());
-            written.map_err(|fault| fault.to_string())?;
+            written?;
             memory.backing.read(place, &mut self.found).map_err(gone)?;
         } else {
             memory.backing.write(place, &self.expected).map_err(gone)?;
             let began = Instant::now();
-            let read = scene.port.read(iova, &mut self.found);
+            let read = scene.read(iova, &mut self.found);
             findings.dma.record(began.elapsed());
-            read.map_err(|fault| fault.to_string())?;
+            read?;
         }
         findings.dma_bytes = findings.dma_bytes.saturating_add(length);
         if self.found == self.expected {

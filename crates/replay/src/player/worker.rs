@@ -3,7 +3,7 @@
 //! A worker takes tasks from a bounded queue and counts, for all to see, how many it has done. That count is all there is between
 //! workers: a task that comes after a step of another worker waits until that worker has done so many.
 
-use super::scene::Scene;
+use super::scene::{GuestMemory, Scene};
 use super::transfer::Buffers;
 use super::{Mode, PlayError};
 use crate::live::{Mapping, Step};
@@ -34,9 +34,9 @@ pub(super) struct Task {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Map { scene: Arc<Scene>, mapping: Mapping },
-    Unmap { scene: Arc<Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping> },
-    Transfer { scene: Arc<Scene>, mapping: Mapping },
+    Map { scene: Arc<dyn Scene>, mapping: Mapping },
+    Unmap { scene: Arc<dyn Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping> },
+    Transfer { scene: Arc<dyn Scene>, mapping: Mapping },
 }
 
 /// How far a worker has come, on a cache line of its own.
@@ -97,6 +97,7 @@ impl<'a> Workers<'a> {
     pub(super) fn start<'scope>(
         scope: &'scope Scope<'scope, '_>,
         workers: &'a [Worker],
+        memory: &'scope Arc<GuestMemory>,
         mode: Mode,
     ) -> Result<(Workers<'a>, Vec<ScopedJoinHandle<'scope, Findings>>), PlayError>
     where
@@ -109,7 +110,7 @@ impl<'a> Workers<'a> {
             let builder = thread::Builder::new().name(format!("replay {number}"));
             let thread = builder
                 .spawn_scoped(scope, move || {
-                    let worker = Working { workers, own: &workers[number], mode, began };
+                    let worker = Working { workers, own: &workers[number], memory, mode, began };
                     worker.work(&receiver)
                 })
                 .map_err(PlayError::NoThread)?;
@@ -209,6 +210,8 @@ impl Findings {
         report.unmap = self.unmap.summary();
         report.dma = self.dma.summary();
         report.dma_bytes = self.dma_bytes;
+        let rate = |walks: u64| 1.0 - walks.min(report.dma.count) as f64 / report.dma.count as f64;
+        report.iotlb_hit_rate = report.iotlb_walks.filter(|_| report.dma.count > 0).map(rate);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
         let calls = (report.map.count + report.unmap.count) as f64;
         report.calls_per_second = if seconds > 0.0 { calls / seconds } else { 0.0 };
@@ -222,6 +225,7 @@ impl Findings {
 struct Working<'a> {
     workers: &'a [Worker],
     own: &'a Worker,
+    memory: &'a Arc<GuestMemory>,
     mode: Mode,
     began: Instant,
 }
@@ -239,7 +243,7 @@ impl Working<'_> {
     fn work(&self, tasks: &Receiver<Vec<Task>>) -> Findings {
         let _ending = Ending(self.own);
         let mut findings = Findings::new();
-        let mut buffers = Buffers::default();
+        let mut buffers = Buffers::new(self.memory);
         let mut done = 0;
         for task in tasks.iter().flatten() {
             for step in &task.after {
@@ -250,13 +254,13 @@ impl Working<'_> {
                 thread::sleep(early);
             }
             match task.work {
-                Work::Map { scene, mapping } => self.map(&scene, &mapping, &mut findings),
+                Work::Map { scene, mapping } => self.map(&*scene, &mapping, &mut findings),
                 Work::Unmap { scene, line, pages, mappings } => {
-                    self.unmap(&scene, line, pages, &mappings, &mut buffers, &mut findings);
+                    self.unmap(&*scene, line, pages, &mappings, &mut buffers, &mut findings);
                 }
                 Work::Transfer { scene, mapping } => {
                     if !self.own.refused().contains(&mapping.line) {
-                        buffers.transfer(&scene, &mapping, &mut findings);
+                        buffers.transfer(&*scene, &mapping, &mut findings);
                     }
                 }
             }
@@ -266,7 +270,7 @@ impl Working<'_> {
         findings
     }
 
-    fn map(&self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+    fn map(&self, scene: &dyn Scene, mapping: &Mapping, findings: &mut Findings) {
         let began = Instant::now();
         let mapped = scene.map(mapping);
         let time = began.elapsed();
@@ -282,7 +286,7 @@ impl Working<'_> {
 
     fn unmap(
         &self,
-        scene: &Scene,
+        scene: &dyn Scene,
         line: u64,
         pages: IovaRange,
         mappings: &[Mapping],
@@ -297,16 +301,12 @@ impl Working<'_> {
             }
         }
         let began = Instant::now();
-        let unmapped = match self.mode {
-            Mode::Strict => scene.unmap(pages),
-            Mode::Deferred => scene.unmap_deferred(pages),
-        };
+        let unmapped = scene.unmap(pages, self.mode);
         let time = began.elapsed();
         match unmapped {
             Ok(unmapped) => {
                 findings.unmap.record(time);
-                if unmapped.bytes() != expected {
-                    let found = unmapped.bytes();
+                if let Some(found) = unmapped.filter(|found| *found != expected) {
                     let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
                     findings.wrong_unmaps.note(line, what);
                 }
@@ -324,7 +324,7 @@ impl Working<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::player::scene::GuestMemory;
+    use crate::player::space::SpaceScene;
     use crate::trace::Direction;
     use ioasid::{Account, Rid};
     use ioasid_soft::iommu::TableKind;
@@ -335,12 +335,13 @@ mod tests {
         Mapping { line, pages, memory: memory * 4096, iova: pages.first() + 5, bytes: 8000, direction, step }
     }
 
-    fn with_worker(work: impl FnOnce(&Working<'_>, &Scene, &mut Findings)) -> Findings {
+    fn with_worker(work: impl FnOnce(&Working<'_>, &dyn Scene, &mut Findings)) -> Findings {
         let memory = Arc::new(GuestMemory::new(1 << 20, &Account::new("test", None)).unwrap());
-        let scene = Scene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
+        let scene = SpaceScene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
         let worker = Worker::default();
         let workers = std::slice::from_ref(&worker);
-        let working = Working { workers, own: &worker, mode: Mode::Strict, began: Instant::now() };
+        let working =
+            Working { workers, own: &worker, memory: &memory, mode: Mode::Strict, began: Instant::now() };
         let mut findings = Findings::new();
         work(&working, &scene, &mut findings);
         findings
@@ -353,9 +354,9 @@ mod tests {
             let findings = with_worker(|worker, scene, findings| {
                 worker.map(scene, &mapping(2, 7, 16, direction), findings);
                 // Other bytes, which are there when the wrong place is looked for.
-                Buffers::default().transfer(scene, &mapping(1, 7, 16, direction), findings);
+                Buffers::new(worker.memory).transfer(scene, &mapping(1, 7, 16, direction), findings);
                 assert_eq!(findings.wrong_dma.count, 0);
-                Buffers::default().transfer(scene, &mapping(2, 7, 17, direction), findings);
+                Buffers::new(worker.memory).transfer(scene, &mapping(2, 7, 17, direction), findings);
             });
             assert_eq!(findings.wrong_dma.count, 1);
             assert!(findings.wrong_dma.first[0].what.contains("at 0x700"), "{:?}", findings.wrong_dma);
@@ -368,10 +369,10 @@ mod tests {
         let findings = with_worker(|worker, scene, findings| {
             worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
             let known = mapping(2, 7, 16, both);
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
             assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
-            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::default(), findings);
-            assert_eq!(scene.faults(), 2);
+            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
+            assert_eq!(scene.counts().map(|counts| counts.faults), Some(2));
         });
         assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
         assert!(findings.wrong_unmaps.first[0].what.contains("0 bytes went, not 8192"));
@@ -383,7 +384,7 @@ mod tests {
             let known = mapping(2, 7, 16, Direction::FromDevice);
             worker.map(scene, &known, findings);
             assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::default(), findings);
+            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
             assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
         });
         assert_eq!(findings.wrong_unmaps.count, 0);
