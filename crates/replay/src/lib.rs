@@ -28,9 +28,13 @@
 
 mod live;
 mod player;
+mod random;
 mod statistics;
 pub mod trace;
 
 pub use live::Misfit;
-pub use player::{LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, Peer, PlayError, Speed, play};
+pub use player::{
+    Disturbance, Disturbed, LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, Peer, PlayError, Speed,
+    play,
+};
 pub use statistics::{Latency, LeafCount, Live, Note, Noted, Report};

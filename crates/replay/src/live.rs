@@ -81,6 +81,12 @@ pub enum Misfit {
         /// Its length.
         bytes: u64,
     },
+    /// Addresses that not every kind of table has, in a replay that is [disturbed](crate::Disturbance). The event is left out.
+    #[error("{pages}, which is not for a trace that is disturbed: left out")]
+    NotForAll {
+        /// The pages of the event.
+        pages: IovaRange,
+    },
     /// More mappings at the same time than a replay has room for. The map is left out.
     #[error("more than {most} mappings at the same time: left out")]
     TooManyMappings {
@@ -104,6 +110,7 @@ impl Misfit {
             Misfit::Hole { .. } => "unmap over a hole",
             Misfit::Part { .. } => "unmap of a part",
             Misfit::LongerThanMemory { .. } => "longer than memory",
+            Misfit::NotForAll { .. } => "not for all tables",
             Misfit::TooManyMappings { .. } => "too many mappings",
             Misfit::TooManyDevices { .. } => "too many devices",
         }

@@ -15,6 +15,8 @@
 use crate::live::{Live, Mapping, Misfit, Step};
 use crate::statistics::{LeafCount, Report};
 use crate::trace::{DeviceAddress, Event, Malformed, Operation, Trace, TraceError};
+pub use disturbance::{Disturbance, Disturbed};
+use disturbance::{Disturbers, Scenery};
 use ioasid::{Account, AttachError, RegisterError, Rid};
 use ioasid_soft::iommu::TableKind;
 pub use peer::Peer;
@@ -29,6 +31,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use worker::{Findings, Task, Work, Worker, Workers};
 
+mod disturbance;
 mod peer;
 mod scene;
 mod space;
@@ -128,6 +131,8 @@ pub struct Options {
     pub speed: Speed,
     /// Stop at the first malformed line or misfit.
     pub strict_input: bool,
+    /// What is thrown in meanwhile, at our spaces alone.
+    pub disturbance: Option<Disturbance>,
     /// How many bytes of memory stand for the guest's: whole pages. Physical addresses beyond begin again at its start; only what
     /// DMA touches takes memory of the machine.
     pub memory: u64,
@@ -143,6 +148,7 @@ impl Default for Options {
             threads: 1,
             speed: Speed::default(),
             strict_input: false,
+            disturbance: None,
             memory: 8 << 30,
         }
     }
@@ -207,6 +213,8 @@ struct Known {
 struct Reader<'a> {
     options: &'a Options,
     workers: Workers<'a>,
+    scenery: &'a Scenery,
+    disturbers: Disturbers<'a>,
     memory: Arc<GuestMemory>,
     devices: BTreeMap<DeviceAddress, Known>,
     live: crate::statistics::Live,
@@ -237,14 +245,27 @@ pub fn play<R: Read>(
     if options.peer.is_some() && options.mode != Mode::Strict {
         return Err(PlayError::Options("the peers unmap strictly and in no other way"));
     }
+    if let Some(disturbance) = options.disturbance {
+        if options.peer.is_some() {
+            return Err(PlayError::Options("only our own spaces can be disturbed"));
+        }
+        if !(1..=Disturbance::MOST_THREADS).contains(&disturbance.threads) {
+            return Err(PlayError::Options("there must be 1 to 16 threads that disturb"));
+        }
+    }
     let account = Account::new("replay", None);
+    let scenery = Scenery::default();
     let memory = Arc::new(GuestMemory::new(options.memory, &account)?);
     let workers: Vec<Worker> = (0..options.threads).map(|_| Worker::default()).collect();
     let (mut report, findings) = thread::scope(|scope| {
-        let (queues, threads) = Workers::start(scope, &workers, &memory, options.mode)?;
+        let (queues, threads) = Workers::start(scope, &workers, &memory, options)?;
+        let disturbers = Disturbers::start(scope, options.disturbance, &scenery, &account);
+        let disturbers = disturbers.map_err(PlayError::NoThread)?;
         let mut reader = Reader {
             options,
             workers: queues,
+            scenery: &scenery,
+            disturbers,
             memory: memory.clone(),
             devices: BTreeMap::new(),
             live: Default::default(),
@@ -267,6 +288,7 @@ pub fn play<R: Read>(
         ended.map(|()| (report, findings))
     })?;
     findings.report(&mut report);
+    drop(scenery);
     drop(memory);
     report.left_charged_pages = account.charged_pages();
     Ok(report)
@@ -327,11 +349,15 @@ impl<'a> Reader<'a> {
         let rid = Rid(self.devices.len() as u16 + 1);
         let scene = SpaceScene::new(&self.memory, rid, self.options.table)
             .map_err(|error| PlayError::Attach { device, error })?;
+        scene.space().into_iter().for_each(|space| self.scenery.add(space));
         Ok(Arc::new(scene))
     }
 
     fn event(&mut self, line: u64, event: &Event) -> Result<(), PlayError> {
         let pages = event.pages();
+        if self.options.disturbance.is_some() && !Disturbance::leaves(&pages) {
+            return self.misfit(line, Misfit::NotForAll { pages });
+        }
         let worker = event.cpu as usize % self.options.threads;
         let step = self.workers.next_step(worker);
         if !self.devices.contains_key(&event.device) {
@@ -443,6 +469,8 @@ impl<'a> Reader<'a> {
         };
         self.report.faults = sum(|counts| counts.faults);
         self.report.iotlb_walks = sum(|counts| counts.walks);
+        let disturbed = self.disturbers.end();
+        self.report.disturbed = self.options.disturbance.map(|_| disturbed);
         let refused = self.workers.refused();
         for (device, known) in std::mem::take(&mut self.devices) {
             let expected = known.live.mappings().filter(|mapping| !refused.contains(&mapping.line));

@@ -1,6 +1,6 @@
 //! What came of a replay.
 
-use crate::player::Options;
+use crate::player::{Disturbed, Options};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -183,6 +183,8 @@ pub struct Report {
     pub faults: Option<u64>,
     /// Pages still charged after everything was unmapped and released.
     pub left_charged_pages: u64,
+    /// What was thrown in, if [anything was to be](crate::Options::disturbance).
+    pub disturbed: Option<Disturbed>,
     /// Why the rest of the trace could not be read, if so.
     pub unreadable: Option<String>,
 }
@@ -209,6 +211,7 @@ impl Report {
             && self.faults.is_none_or(|faults| faults == 0)
             && self.left_charged_pages == 0
             && self.unreadable.is_none()
+            && self.disturbed.as_ref().is_none_or(|disturbed| disturbed.wrong.count == 0)
     }
 }
 

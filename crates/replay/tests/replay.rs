@@ -2,7 +2,7 @@
 //! counted, or stops the replay, as one likes.
 
 use ioasid_replay::trace::{HEADER, Trace};
-use ioasid_replay::{MOST_DEVICES, Mode, Options, Peer, PlayError, Report, Speed, play};
+use ioasid_replay::{Disturbance, MOST_DEVICES, Mode, Options, Peer, PlayError, Report, Speed, play};
 use ioasid_soft::iommu::TableKind;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -68,6 +68,48 @@ fn every_kind_of_table_serves() {
             right(&replay(&lines, &Options { table, mode, strict_input: true, ..Options::default() }));
         }
     }
+}
+
+/// Devices of other formats come and go, memory is cut, revoked and dropped beside the trace's, and parts of the trace's own are
+/// cut out and mapped back: nobody notices.
+#[test]
+fn a_replay_that_is_disturbed_is_right() {
+    for (seed, name, table, mode, threads) in [
+        (1, "boot-ext4-lazy", TableKind::Native, Mode::Deferred, 2),
+        (2, "boot-ext4-lazy", TableKind::AmdV1, Mode::Strict, 1),
+        (3, "nvme-rand4k-strict", TableKind::Sv39, Mode::Strict, 2),
+        (4, "nvme-seq-thp-lazy", TableKind::VtdSecondStage, Mode::Deferred, 2),
+    ] {
+        let disturbance = Some(Disturbance { seed, threads: 2 });
+        let options = Options { table, mode, threads, disturbance, strict_input: true, ..Options::default() };
+        let report = replay(&first_of(name, 2_000), &options);
+        right(&report);
+        let disturbed = report.disturbed.unwrap();
+        // Three episodes a thread at least; and an eighth of the trace's mappings.
+        assert!(
+            disturbed.episodes >= 6 && disturbed.cuts > 100 && disturbed.attachments > 0,
+            "{disturbed:?}"
+        );
+        assert!(disturbed.dma > 0 && disturbed.dma_refused > 0, "{disturbed:?}");
+    }
+}
+
+/// What cannot be disturbed, or is where the disturbances are.
+#[test]
+fn disturbances_need_room() {
+    let disturbance = Some(Disturbance { seed: 0, threads: 1 });
+    let options = Options { disturbance, ..Options::default() };
+    let lines = "\
+        0,0,00:03.0,map,fee00000,1000,4096,TO_DEVICE\n\
+        0,0,00:03.0,map,1ffffff000,1000,4096,TO_DEVICE\n\
+        0,0,00:03.0,map,2000000000,1000,4096,TO_DEVICE\n";
+    let report = replay(lines, &options);
+    right(&report);
+    assert_eq!((report.maps, &report.misfits_by_kind), (1, &BTreeMap::from([("not for all tables", 2)])));
+    let peer = Options { peer: Some(Peer::BTree), ..options.clone() };
+    assert!(matches!(try_replay(lines, &peer), Err(PlayError::Options(_))));
+    let none = Options { disturbance: Some(Disturbance { seed: 0, threads: 0 }), ..options };
+    assert!(matches!(try_replay(lines, &none), Err(PlayError::Options(_))));
 }
 
 /// The peers do the same work, are checked in the same way, and say of what they do not have that they do not have it.

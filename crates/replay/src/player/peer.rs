@@ -7,7 +7,7 @@
 use super::Mode;
 use super::scene::{Counts, GuestMemory, Scene, Tables};
 use crate::live::Mapping;
-use ioasid::{IovaRange, Permissions};
+use ioasid::{IovaRange, Permissions, Space};
 use ioasid_peers::{BTree, Books, VmMemory};
 use std::fmt;
 use std::str::FromStr;
@@ -112,6 +112,10 @@ impl<B: Books> PeerScene<B> {
 }
 
 impl<B: Books> Scene for PeerScene<B> {
+    fn space(&self) -> Option<&Arc<Space>> {
+        None
+    }
+
     fn map(&self, mapping: &Mapping) -> Result<(), String> {
         let permissions = mapping.direction.permissions();
         let entry = ioasid_peers::Mapping {

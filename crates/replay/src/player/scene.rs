@@ -9,7 +9,7 @@ use super::{Mode, PlayError};
 use crate::live::Mapping;
 use crate::statistics::LeafCount;
 use crate::trace::PAGE;
-use ioasid::{Account, Backing, Bus, IovaRange, Memory};
+use ioasid::{Account, Backing, Bus, IovaRange, Memory, Space};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -82,6 +82,9 @@ pub(super) struct Counts {
 /// Several threads use it at the same time; what they map and unmap does not overlap. Whatever is refused is said in words, for
 /// the report.
 pub(super) trait Scene: fmt::Debug + Send + Sync {
+    /// The space, if it is one of ours.
+    fn space(&self) -> Option<&Arc<Space>>;
+
     /// Makes a mapping.
     fn map(&self, mapping: &Mapping) -> Result<(), String>;
 

@@ -39,6 +39,10 @@ impl SpaceScene {
 }
 
 impl Scene for SpaceScene {
+    fn space(&self) -> Option<&Arc<Space>> {
+        Some(&self.space)
+    }
+
     fn map(&self, mapping: &Mapping) -> Result<(), String> {
         let (iova, bytes) = (Iova::new(mapping.pages.first()), mapping.page_bytes());
         let permissions = mapping.direction.permissions();
@@ -87,9 +91,12 @@ impl Scene for SpaceScene {
         let unmapped = self.space.unmap(IovaRange::ALL).map_err(|error| error.to_string())?;
         self.space.flush();
         let left = self.space.statistics();
-        if left.mapped_bytes != 0 || left.busy_bytes != 0 {
-            let (mapped, busy) = (left.mapped_bytes, left.busy_bytes);
-            return Err(format!("all was unmapped, and {mapped} bytes are mapped and {busy} busy"));
+        // The table that the trace's device had is held by this scene; others have gone with their devices.
+        if left.mapped_bytes != 0 || left.busy_bytes != 0 || left.tables > 1 {
+            let (mapped, busy, tables) = (left.mapped_bytes, left.busy_bytes, left.tables);
+            return Err(format!(
+                "all was unmapped, and there are {mapped} bytes mapped, {busy} busy, and {tables} tables"
+            ));
         }
         Ok(Some(unmapped.bytes()))
     }

@@ -3,9 +3,10 @@
 //! A worker takes tasks from a bounded queue and counts, for all to see, how many it has done. That count is all there is between
 //! workers: a task that comes after a step of another worker waits until that worker has done so many.
 
+use super::disturbance::cut_and_mend;
 use super::scene::{GuestMemory, Scene};
 use super::transfer::Buffers;
-use super::{Mode, PlayError};
+use super::{Disturbance, Disturbed, Mode, Options, PlayError};
 use crate::live::{Mapping, Step};
 use crate::statistics::{Noted, Report, Times};
 use ioasid::IovaRange;
@@ -98,19 +99,20 @@ impl<'a> Workers<'a> {
         scope: &'scope Scope<'scope, '_>,
         workers: &'a [Worker],
         memory: &'scope Arc<GuestMemory>,
-        mode: Mode,
+        options: &Options,
     ) -> Result<(Workers<'a>, Vec<ScopedJoinHandle<'scope, Findings>>), PlayError>
     where
         'a: 'scope,
     {
         let began = Instant::now();
+        let (mode, disturbance) = (options.mode, options.disturbance);
         let (mut queues, mut threads) = (Vec::new(), Vec::new());
         for number in 0..workers.len() {
             let (sender, receiver) = sync_channel(BATCHES);
             let builder = thread::Builder::new().name(format!("replay {number}"));
             let thread = builder
                 .spawn_scoped(scope, move || {
-                    let worker = Working { workers, own: &workers[number], memory, mode, began };
+                    let worker = Working { workers, own: &workers[number], memory, mode, disturbance, began };
                     worker.work(&receiver)
                 })
                 .map_err(PlayError::NoThread)?;
@@ -180,6 +182,7 @@ pub(super) struct Findings {
     refused: Noted,
     pub(super) wrong_dma: Noted,
     wrong_unmaps: Noted,
+    disturbed: Disturbed,
 }
 
 impl Findings {
@@ -192,6 +195,7 @@ impl Findings {
             refused: Noted::default(),
             wrong_dma: Noted::default(),
             wrong_unmaps: Noted::default(),
+            disturbed: Disturbed::default(),
         }
     }
 
@@ -203,6 +207,7 @@ impl Findings {
         self.refused.add(other.refused);
         self.wrong_dma.add(other.wrong_dma);
         self.wrong_unmaps.add(other.wrong_unmaps);
+        self.disturbed.add(other.disturbed);
     }
 
     pub(super) fn report(self, report: &mut Report) {
@@ -218,6 +223,9 @@ impl Findings {
         report.refused.add(self.refused);
         report.wrong_dma.add(self.wrong_dma);
         report.wrong_unmaps.add(self.wrong_unmaps);
+        if let Some(disturbed) = &mut report.disturbed {
+            disturbed.add(self.disturbed);
+        }
     }
 }
 
@@ -227,6 +235,7 @@ struct Working<'a> {
     own: &'a Worker,
     memory: &'a Arc<GuestMemory>,
     mode: Mode,
+    disturbance: Option<Disturbance>,
     began: Instant,
 }
 
@@ -296,6 +305,9 @@ impl Working<'_> {
         let mut expected = 0u64;
         for mapping in mappings {
             if !self.workers[mapping.step.worker].take_refused(mapping) {
+                if let Some(Disturbance { seed, .. }) = self.disturbance {
+                    cut_and_mend(scene, self.memory, mapping, seed, &mut findings.disturbed);
+                }
                 buffers.transfer(scene, mapping, findings);
                 expected = expected.saturating_add(mapping.page_bytes());
             }
@@ -340,8 +352,14 @@ mod tests {
         let scene = SpaceScene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
         let worker = Worker::default();
         let workers = std::slice::from_ref(&worker);
-        let working =
-            Working { workers, own: &worker, memory: &memory, mode: Mode::Strict, began: Instant::now() };
+        let working = Working {
+            workers,
+            own: &worker,
+            memory: &memory,
+            mode: Mode::Strict,
+            disturbance: None,
+            began: Instant::now(),
+        };
         let mut findings = Findings::new();
         work(&working, &scene, &mut findings);
         findings
