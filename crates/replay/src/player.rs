@@ -27,6 +27,7 @@ use std::fmt;
 use std::io::{self, Read};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 use worker::{Findings, Task, Work, Worker, Workers};
@@ -129,7 +130,7 @@ pub struct Options {
     pub threads: usize,
     /// When events are carried out.
     pub speed: Speed,
-    /// Stop at the first malformed line or misfit.
+    /// Stop at the first malformed line or misfit, at once: what was read before it and is not done yet is not done any more.
     pub strict_input: bool,
     /// What is thrown in meanwhile, at our spaces alone.
     pub disturbance: Option<Disturbance>,
@@ -255,10 +256,11 @@ pub fn play<R: Read>(
     }
     let account = Account::new("replay", None);
     let scenery = Scenery::default();
+    let abandoned = AtomicBool::new(false);
     let memory = Arc::new(GuestMemory::new(options.memory, &account)?);
     let workers: Vec<Worker> = (0..options.threads).map(|_| Worker::default()).collect();
     let (mut report, findings) = thread::scope(|scope| {
-        let (queues, threads) = Workers::start(scope, &workers, &memory, options)?;
+        let (queues, threads) = Workers::start(scope, &workers, &memory, &abandoned, options)?;
         let disturbers = Disturbers::start(scope, options.disturbance, &scenery, &account);
         let disturbers = disturbers.map_err(PlayError::NoThread)?;
         let mut reader = Reader {
@@ -277,6 +279,9 @@ pub fn play<R: Read>(
         let began = Instant::now();
         let ended = reader.read(trace, observe).and_then(|()| reader.finish(began));
         let Reader { report, workers, .. } = reader;
+        if ended.is_err() {
+            workers.abandon(&threads);
+        }
         drop(workers);
         let mut findings = Findings::new();
         for thread in threads {

@@ -305,6 +305,26 @@ fn the_recorded_time_is_kept() {
     assert!(began.elapsed() >= Duration::from_millis(80));
 }
 
+/// A quarter of an hour of what was recorded is not waited for when the line after it is wrong.
+#[test]
+fn a_wrong_line_is_named_before_the_time_of_those_before_it() {
+    for wrong in ["nonsense\n", "0,0,00:03.0,unmap,0,-,4096,TO_DEVICE\n"] {
+        let mut lines = String::new();
+        // Never more than one mapping: when there are more than ever before the tables are described, which is waited for.
+        for event in 0..50u64 {
+            let (cpu, second) = (event % 3, event * 10);
+            writeln!(lines, "{second}000000000,{cpu},00:03.0,map,{event:x}000,0,4096,TO_DEVICE").unwrap();
+            writeln!(lines, "{second}000000000,0,00:03.0,unmap,{event:x}000,-,4096,TO_DEVICE").unwrap();
+        }
+        lines += wrong;
+        let strict = Options { strict_input: true, speed: Speed::Recorded, threads: 3, ..Options::default() };
+        let began = Instant::now();
+        let error = try_replay(&lines, &strict).unwrap_err();
+        assert!(error.to_string().starts_with("line 102: "), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

@@ -82,6 +82,8 @@ impl Worker {
 pub(super) struct Workers<'a> {
     workers: &'a [Worker],
     queues: Vec<Queue>,
+    /// What was handed out is not to be done any more.
+    abandoned: &'a AtomicBool,
 }
 
 /// What one worker has been given.
@@ -99,6 +101,7 @@ impl<'a> Workers<'a> {
         scope: &'scope Scope<'scope, '_>,
         workers: &'a [Worker],
         memory: &'scope Arc<GuestMemory>,
+        abandoned: &'a AtomicBool,
         options: &Options,
     ) -> Result<(Workers<'a>, Vec<ScopedJoinHandle<'scope, Findings>>), PlayError>
     where
@@ -112,14 +115,22 @@ impl<'a> Workers<'a> {
             let builder = thread::Builder::new().name(format!("replay {number}"));
             let thread = builder
                 .spawn_scoped(scope, move || {
-                    let worker = Working { workers, own: &workers[number], memory, mode, disturbance, began };
+                    let worker = Working {
+                        workers,
+                        own: &workers[number],
+                        memory,
+                        abandoned,
+                        mode,
+                        disturbance,
+                        began,
+                    };
                     worker.work(&receiver)
                 })
                 .map_err(PlayError::NoThread)?;
             queues.push(Queue { sender, batch: Vec::with_capacity(BATCH), count: 0 });
             threads.push(thread);
         }
-        Ok((Workers { workers, queues }, threads))
+        Ok((Workers { workers, queues, abandoned }, threads))
     }
 
     /// The step that the next task of a worker will be.
@@ -150,6 +161,12 @@ impl<'a> Workers<'a> {
                 let _ = queue.sender.send(batch);
             }
         }
+    }
+
+    /// Has the workers end at once, whatever is still to be done and whenever that would be.
+    pub(super) fn abandon(&self, threads: &[ScopedJoinHandle<'_, Findings>]) {
+        self.abandoned.store(true, Ordering::Release);
+        threads.iter().for_each(|thread| thread.thread().unpark());
     }
 
     /// Returns when everything that was handed out is done.
@@ -234,6 +251,7 @@ struct Working<'a> {
     workers: &'a [Worker],
     own: &'a Worker,
     memory: &'a Arc<GuestMemory>,
+    abandoned: &'a AtomicBool,
     mode: Mode,
     disturbance: Option<Disturbance>,
     began: Instant,
@@ -258,9 +276,8 @@ impl Working<'_> {
             for step in &task.after {
                 self.workers[step.worker].wait_for(step.number);
             }
-            let early = task.due.saturating_sub(self.began.elapsed());
-            if !early.is_zero() {
-                thread::sleep(early);
+            if !self.wait_until(task.due) {
+                break;
             }
             match task.work {
                 Work::Map { scene, mapping } => self.map(&*scene, &mapping, &mut findings),
@@ -277,6 +294,19 @@ impl Working<'_> {
             self.own.done.store(done, Ordering::Release);
         }
         findings
+    }
+
+    /// Returns when it is time: false if there is nothing more to be done.
+    fn wait_until(&self, due: Duration) -> bool {
+        while !self.abandoned.load(Ordering::Acquire) {
+            let early = due.saturating_sub(self.began.elapsed());
+            if early.is_zero() {
+                return true;
+            }
+            // Whoever abandons it all wakes us.
+            thread::park_timeout(early);
+        }
+        false
     }
 
     fn map(&self, scene: &dyn Scene, mapping: &Mapping, findings: &mut Findings) {
@@ -352,10 +382,12 @@ mod tests {
         let scene = SpaceScene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
         let worker = Worker::default();
         let workers = std::slice::from_ref(&worker);
+        let abandoned = AtomicBool::new(false);
         let working = Working {
             workers,
             own: &worker,
             memory: &memory,
+            abandoned: &abandoned,
             mode: Mode::Strict,
             disturbance: None,
             began: Instant::now(),
