@@ -22,6 +22,10 @@ pub(crate) struct Palette {
 }
 
 impl Palette {
+    /// No colours.
+    #[cfg(test)]
+    pub(crate) const NONE: Palette = Palette { coloured: false };
+
     /// Colours if `output` is a terminal and nobody has asked for none (<https://no-color.org>).
     pub(crate) fn of(output: &impl IsTerminal) -> Self {
         let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());

@@ -8,7 +8,8 @@
 //!   line is said by its number and a reason, and reading goes on.
 //! - [`play`] makes a space for each device of the trace, with a software device on a table of the chosen kind, and does
 //!   what the trace says, on as many threads as wanted. Each mapping is used for one DMA, of which every byte is checked.
-//! - [`Report`] is what came of it: rates, latencies, mappings, leaves, tables, and everything that was not as it should be.
+//! - [`Report`] is what came of it: rates, latencies, mappings, leaves, tables, and everything that was not as it should be; and
+//!   its [`Course`], what was live and how long calls took over the time of the recording.
 //!
 //! ```
 //! use ioasid_replay::{Options, play, trace::Trace};
@@ -37,4 +38,6 @@ pub use player::{
     Disturbance, Disturbed, LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, Peer, PlayError, Speed,
     play,
 };
-pub use statistics::{Latency, LeafCount, Live, Note, Noted, Report};
+pub use statistics::{
+    BriefLatency, Course, HistogramBin, Latency, LatencyStep, LeafCount, Live, LiveStep, Note, Noted, Report,
+};

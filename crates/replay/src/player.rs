@@ -13,7 +13,7 @@
 //! Nothing grows with the length of the trace: queues are bounded, and so are [mappings](MOST_LIVE) and [devices](MOST_DEVICES).
 
 use crate::live::{Live, Mapping, Misfit, Step};
-use crate::statistics::{LeafCount, Report};
+use crate::statistics::{LeafCount, LiveCourse, Report};
 use crate::trace::{DeviceAddress, Event, Malformed, Operation, Trace, TraceError};
 pub use disturbance::{Disturbance, Disturbed};
 use disturbance::{Disturbers, Scenery};
@@ -225,6 +225,10 @@ struct Reader<'a> {
     /// The time of the event before, and when that is due.
     time: u64,
     due: Duration,
+    /// The time of the first event, and how much later the latest was recorded.
+    first: Option<u64>,
+    recorded: u64,
+    course: LiveCourse,
 }
 
 /// Replays a trace. The observer is told now and then how many events have been read.
@@ -275,10 +279,14 @@ pub fn play<R: Read>(
             report: Report::new(options),
             time: 0,
             due: Duration::ZERO,
+            first: None,
+            recorded: 0,
+            course: LiveCourse::new(),
         };
         let began = Instant::now();
         let ended = reader.read(trace, observe).and_then(|()| reader.finish(began));
-        let Reader { report, workers, .. } = reader;
+        let Reader { mut report, workers, course, .. } = reader;
+        course.report(&mut report.course);
         if ended.is_err() {
             workers.abandon(&threads);
         }
@@ -358,6 +366,13 @@ impl<'a> Reader<'a> {
         Ok(Arc::new(scene))
     }
 
+    /// How much later than the first event one of this time was recorded. What is out of order is with the latest before it.
+    fn recorded(&mut self, time: u64) -> u64 {
+        let first = *self.first.get_or_insert(time);
+        self.recorded = self.recorded.max(time.saturating_sub(first));
+        self.recorded
+    }
+
     fn event(&mut self, line: u64, event: &Event) -> Result<(), PlayError> {
         let pages = event.pages();
         if self.options.disturbance.is_some() && !Disturbance::leaves(&pages) {
@@ -414,8 +429,9 @@ impl<'a> Reader<'a> {
             }
         };
         self.report.events += 1;
-        let due = self.due(event.time);
-        self.workers.hand_out(worker, Task { due, after, work });
+        let (due, recorded) = (self.due(event.time), self.recorded(event.time));
+        self.workers.hand_out(worker, Task { due, recorded, after, work });
+        self.course.record(recorded, self.live);
         self.note_peak();
         Ok(())
     }
@@ -460,7 +476,8 @@ impl<'a> Reader<'a> {
                 let (scene, mapping) = (known.scene.clone(), *mapping);
                 let Step { worker, .. } = mapping.step;
                 let work = Work::Transfer { scene, mapping };
-                self.workers.hand_out(worker, Task { due: self.due, after: Vec::new(), work });
+                let (due, recorded) = (self.due, self.recorded);
+                self.workers.hand_out(worker, Task { due, recorded, after: Vec::new(), work });
             }
         }
         self.workers.wait_for_all();

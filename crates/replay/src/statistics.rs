@@ -6,6 +6,12 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use course::{BriefLatency, Course, HistogramBin, LatencyStep, LiveStep};
+pub(crate) use course::{Call, LatencyCourse, LiveCourse, histogram};
+
+mod course;
+mod timeline;
+
 /// How many of each kind of finding are written down; the others are counted.
 const NOTES: usize = 10;
 /// Longer than any call should take; what takes longer is counted as this.
@@ -46,6 +52,11 @@ impl Times {
 
     pub(crate) fn add(&mut self, other: &Times) {
         self.0.add(&other.0).expect("all have the same bounds");
+    }
+
+    /// The times, to three digits, each with how many calls took it.
+    pub(crate) fn counts(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.0.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value()))
     }
 
     pub(crate) fn summary(&self) -> Latency {
@@ -166,6 +177,11 @@ pub struct Report {
     /// What part of the DMA transfers found its way remembered, 0 to 1. A transfer may miss twice, where it goes over the border
     /// between two tables.
     pub iotlb_hit_rate: Option<f64>,
+
+    /// What was live and how long calls took, over the time of the recording.
+    pub course: Course,
+    /// How many calls took how long, from the shortest to the longest.
+    pub histogram: Vec<HistogramBin>,
 
     /// Lines that are no events.
     pub malformed: Noted,

@@ -1,6 +1,7 @@
 //! `ioasid replay`: what real drivers once asked of an IOMMU, asked of ours.
 //!
-//! The work is done by the library `ioasid-replay`. Here are the arguments, the files, the progress, and what is printed.
+//! The work is done by the library `ioasid-replay`. Here are the arguments, the files, the progress, what is printed, and what is
+//! drawn ([`plot`]).
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
@@ -18,6 +19,11 @@ use serde::Serialize;
 use crate::quantity::Bytes;
 use crate::terminal::Palette;
 
+use comparison::Row;
+use plot::{PlotFile, PlotPath};
+
+mod comparison;
+mod plot;
 mod text;
 
 /// Carry out a recorded trace of DMA maps and unmaps, check every byte, and say how long it took
@@ -32,17 +38,23 @@ pub(crate) struct Arguments {
     #[arg(required = true, value_name = "TRACE")]
     traces: Vec<PathBuf>,
 
-    /// What the devices walk: native, vtd, amdv1, x86-64, riscv and others; once for each table to be tried
-    #[arg(long = "table", value_name = "KIND", default_value = "native")]
+    /// What the devices walk: native, vtd, amdv1, x86-64, riscv and others; once for each table to be tried [default: native;
+    /// with --compare, these five]
+    #[arg(long = "table", value_name = "KIND")]
     tables: Vec<TableKind>,
 
     /// The same once more with what programs use in place of a space: btree, vm-memory; repeatable. Always strict
     #[arg(long, value_name = "PEER")]
     against: Vec<Peer>,
 
-    /// strict: an unmap returns when no device uses the memory any more; deferred: a flush waits for many
-    #[arg(long, value_name = "MODE", default_value = "strict")]
-    mode: Mode,
+    /// strict: an unmap returns when no device uses the memory any more; deferred: a flush waits for many; once for each mode to
+    /// be tried [default: strict; with --compare, both]
+    #[arg(long = "mode", value_name = "MODE")]
+    modes: Vec<Mode>,
+
+    /// Replay each trace with every table in every mode, and print a table with a row for each
+    #[arg(long)]
+    compare: bool,
 
     /// How many threads do it; the events of one processor stay on one thread
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=256))]
@@ -60,10 +72,61 @@ pub(crate) struct Arguments {
     #[arg(long)]
     strict_input: bool,
 
-    /// Print JSON: a list with an object for each trace and each table or peer
+    /// Print JSON: a list with an object for each trace, table and mode, and peer
     #[arg(long)]
     json: bool,
+
+    /// Draw it, as SVG for print: of one replay, what was live and how long calls took over the time of the recording, and a
+    /// histogram; with --compare, all replays side by side
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PlotPath>,
 }
+
+/// What carries a trace out.
+#[derive(Debug, Clone, Copy)]
+enum Choice {
+    Space(TableKind, Mode),
+    Peer(Peer),
+}
+
+impl Arguments {
+    /// Every table in every mode, and then the peers.
+    fn choices(&self) -> Vec<Choice> {
+        let or = |chosen: &[TableKind], others: &[TableKind]| {
+            if chosen.is_empty() { others.to_vec() } else { chosen.to_vec() }
+        };
+        let tables = or(&self.tables, if self.compare { &COMPARED } else { &COMPARED[..1] });
+        let modes = match (self.modes.as_slice(), self.compare) {
+            ([], true) => &[Mode::Strict, Mode::Deferred],
+            ([], false) => [Mode::Strict].as_slice(),
+            (modes, _) => modes,
+        };
+        let spaces =
+            tables.into_iter().flat_map(|table| modes.iter().map(move |mode| Choice::Space(table, *mode)));
+        spaces.chain(self.against.iter().copied().map(Choice::Peer)).collect()
+    }
+
+    fn options(&self, choice: Choice) -> Options {
+        let (table, peer, mode) = match choice {
+            Choice::Space(table, mode) => (table, None, mode),
+            Choice::Peer(peer) => (TableKind::default(), Some(peer), Mode::Strict),
+        };
+        Options {
+            table,
+            peer,
+            mode,
+            threads: self.threads,
+            speed: self.speed,
+            strict_input: self.strict_input,
+            disturbance: None,
+            memory: self.memory.0,
+        }
+    }
+}
+
+/// What is compared unless other tables are asked for: one of each kind, the default first.
+const COMPARED: [TableKind; 5] =
+    [TableKind::Native, TableKind::VtdSecondStage, TableKind::AmdV1, TableKind::X86_64, TableKind::Sv48];
 
 const AFTER_HELP: &str = "\
 What is printed:
@@ -79,10 +142,16 @@ does not defer its unmaps.
 
 Lines that are no events, unmaps of what is not mapped and maps of what is: these are named, counted and left out.
 
+What is drawn is as wide as the text of an A4 page and needs no colours. Times are those of the recording, which are the same in every
+replay; a point is a piece of it, 1/64 or less.
+
 Examples:
   ioasid replay traces/boot-ext4-lazy.csv.zst
+  ioasid replay --plot boot.svg traces/boot-ext4-lazy.csv.zst
+  ioasid replay --compare --plot tables.svg traces/*.zst
+  ioasid replay --compare --table native --table vtd --mode strict traces/nvme-rand4k-strict.csv.zst
   ioasid replay --table native --table vtd --table amdv1 --mode deferred --threads 2 traces/*.zst
-  ioasid replay --against btree --against vm-memory --threads 2 traces/nvme-rand4k-strict.csv.zst
+  ioasid replay --compare --table native --against btree --against vm-memory --threads 2 traces/*.zst
   zstdcat my-vmm.csv.zst | ioasid replay --strict-input -
   ioasid replay --json traces/*.zst | jq -r '.[] | [.trace, .map.p99_nanoseconds] | @tsv'
 
@@ -90,37 +159,6 @@ Exit status:
   0  everything that the traces ask for was done, and every byte was right
   1  something was wrong, as it says: with a DMA, a map or unmap, or a file; with --strict-input, with a line
   2  bad usage";
-
-/// What carries a trace out.
-#[derive(Debug, Clone, Copy)]
-enum Carrier {
-    Table(TableKind),
-    Peer(Peer),
-}
-
-impl Arguments {
-    /// Everything that each trace is replayed on.
-    fn carriers(&self) -> Vec<Carrier> {
-        let tables = self.tables.iter().copied().map(Carrier::Table);
-        tables.chain(self.against.iter().copied().map(Carrier::Peer)).collect()
-    }
-
-    fn options(&self, carrier: Carrier) -> Options {
-        let (table, peer, mode) = match carrier {
-            Carrier::Table(table) => (table, None, self.mode),
-            Carrier::Peer(peer) => (TableKind::default(), Some(peer), Mode::Strict),
-        };
-        Options {
-            table,
-            peer,
-            mode,
-            threads: self.threads,
-            speed: self.speed,
-            strict_input: self.strict_input,
-            memory: self.memory.0,
-        }
-    }
-}
 
 /// What one replay gave.
 #[derive(Debug, Serialize)]
@@ -130,37 +168,79 @@ struct Replayed {
     report: Report,
 }
 
-/// Replays and prints.
+impl Replayed {
+    fn row(&self) -> Row<'_> {
+        let label = format!("{} {}", self.report.table, self.report.mode);
+        Row { trace: &self.trace, label, report: &self.report }
+    }
+}
+
+/// Replays, prints and draws.
 ///
 /// # Errors
-/// A file cannot be opened or is no trace, or standard output cannot be written.
+/// A file cannot be opened or is no trace, standard output cannot be written, or the picture cannot.
 pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let choices = arguments.choices();
+    let misuse = |what: &str| {
+        eprintln!("ioasid: {what}");
+        Ok(ExitCode::from(crate::USAGE))
+    };
     let from_input = arguments.traces.iter().filter(|trace| is_standard_input(trace)).count();
-    let carriers = arguments.carriers();
-    if from_input > 1 || from_input == 1 && carriers.len() > 1 {
-        eprintln!("ioasid: standard input can be read once; name a file, or one table and no peer");
-        return Ok(ExitCode::from(crate::USAGE));
+    if from_input > 1 || from_input == 1 && choices.len() > 1 {
+        return misuse("standard input can be read once; name a file, or one table and mode and no peer");
     }
+    if arguments.plot.is_some() && !arguments.compare && choices.len() * arguments.traces.len() > 1 {
+        return misuse(
+            "--plot draws one replay: name one trace, table and mode and no peer, or add --compare",
+        );
+    }
+    let plot = arguments.plot.as_ref().map(PlotFile::open).transpose()?;
     let mut output = io::stdout();
-    let mut all = Vec::new();
+    let palette = Palette::of(&output);
+    let mut print = |text: &str| output.write_all(text.as_bytes()).context(CANNOT_PRINT);
+    let mut all: Vec<Replayed> = Vec::new();
     for trace in &arguments.traces {
-        for carrier in &carriers {
+        let first = all.len();
+        for choice in &choices {
             let report =
-                replay_one(trace, *carrier, arguments).with_context(|| trace.display().to_string())?;
+                replay_one(trace, *choice, arguments).with_context(|| trace.display().to_string())?;
+            let separator = if all.is_empty() { "" } else { "\n" };
             let replayed = Replayed { trace: trace.display().to_string(), report };
-            if !arguments.json {
-                let separator = if all.is_empty() { "" } else { "\n" };
-                let text = text::describe(&replayed.trace, &replayed.report, Palette::of(&output));
-                output.write_all(format!("{separator}{text}").as_bytes()).context(CANNOT_PRINT)?;
+            // Of what is compared, only what went wrong is told at length.
+            if !arguments.json && !(arguments.compare && replayed.report.is_right()) {
+                print(&format!("{separator}{}", text::describe(&replayed.trace, &replayed.report, palette)))?;
             }
             all.push(replayed);
         }
+        if arguments.compare && !arguments.json {
+            let rows: Vec<Row<'_>> = all[first..].iter().map(Replayed::row).collect();
+            let separator = if first == 0 { "" } else { "\n" };
+            print(&format!("{separator}{}", comparison::describe(&rows, palette)))?;
+        }
     }
     if arguments.json {
-        writeln!(output, "{}", serde_json::to_string_pretty(&all)?).context(CANNOT_PRINT)?;
+        print(&format!("{}\n", serde_json::to_string_pretty(&all)?))?;
+    }
+    if let Some(plot) = plot {
+        plot.write(&picture(&all, arguments.compare)?)?;
     }
     let right = all.iter().all(|replayed| replayed.report.is_right());
     Ok(if right { ExitCode::SUCCESS } else { ExitCode::from(crate::FAILURE) })
+}
+
+/// Draws what came of it.
+fn picture(all: &[Replayed], compare: bool) -> anyhow::Result<String> {
+    match all {
+        [replayed] if !compare => plot::draw_detail(&replayed.trace, &replayed.report),
+        _ => {
+            let rows: Vec<Row<'_>> = all.iter().map(Replayed::row).collect();
+            let threads = rows.first().map_or(0, |row| row.report.threads);
+            plot::draw_sides(
+                &format!("Replays side by side, {}", text::counted(threads as u64, "thread")),
+                &rows,
+            )
+        }
+    }
 }
 
 const CANNOT_PRINT: &str = "cannot write to standard output";
@@ -169,8 +249,8 @@ fn is_standard_input(trace: &Path) -> bool {
     trace.as_os_str() == "-"
 }
 
-fn replay_one(trace: &Path, carrier: Carrier, arguments: &Arguments) -> anyhow::Result<Report> {
-    let options = arguments.options(carrier);
+fn replay_one(trace: &Path, choice: Choice, arguments: &Arguments) -> anyhow::Result<Report> {
+    let options = arguments.options(choice);
     let (source, length): (Box<dyn Read>, Option<u64>) = if is_standard_input(trace) {
         (Box::new(io::stdin().lock()), None)
     } else {
@@ -178,7 +258,8 @@ fn replay_one(trace: &Path, carrier: Carrier, arguments: &Arguments) -> anyhow::
         let length = file.metadata().ok().filter(|metadata| metadata.is_file()).map(|file| file.len());
         (Box::new(file), length)
     };
-    let bar = progress(length)?.with_message(options.peer.map_or(options.table.name(), Peer::name));
+    let name = options.peer.map_or(options.table.name(), Peer::name);
+    let bar = progress(length)?.with_message(format!("{name} {}", options.mode));
     let trace = Trace::new(bar.wrap_read(source))?;
     let report = play(trace, &options, &mut |events| bar.set_prefix(events.to_string()));
     bar.finish_and_clear();

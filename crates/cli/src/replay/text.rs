@@ -11,14 +11,7 @@ use crate::terminal::{Palette, Tone};
 /// A table of what came of it, and what was not as it should be.
 pub(super) fn describe(trace: &str, report: &Report, palette: Palette) -> String {
     let mut text = String::new();
-    let Report { table, peer, mode, threads, devices, .. } = report;
-    let what = if *peer { "in place of a space" } else { "table" };
-    let heading = format!(
-        "{trace}: {table} {what}, {mode}, {}, {}",
-        counted(*threads as u64, "thread"),
-        counted(*devices as u64, "device")
-    );
-    line(&mut text, &heading);
+    line(&mut text, &format!("{trace}: {}", setting(report)));
     line(
         &mut text,
         &format!(
@@ -59,6 +52,14 @@ pub(super) fn describe(trace: &str, report: &Report, palette: Palette) -> String
     }
     findings(&mut text, report, palette);
     text
+}
+
+/// What it was replayed on, and how.
+pub(super) fn setting(report: &Report) -> String {
+    let Report { table, peer, mode, threads, devices, .. } = report;
+    let what = if *peer { "in place of a space" } else { "table" };
+    let (threads, devices) = (counted(*threads as u64, "thread"), counted(*devices as u64, "device"));
+    format!("{table} {what}, {mode}, {threads}, {devices}")
 }
 
 /// What the lines were like, and what went wrong.
@@ -141,7 +142,8 @@ fn percent(part: f64) -> String {
     format!("{:.2} %", (part * 10_000.0).floor() / 100.0)
 }
 
-fn counted(count: u64, what: &str) -> String {
+/// `1 thread`, `2 threads`.
+pub(super) fn counted(count: u64, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
@@ -153,8 +155,7 @@ mod tests {
     fn described(lines: &str) -> String {
         let trace = format!("t_ns,cpu,dev,op,iova,phys,bytes,dir\n{lines}");
         let report = play(Trace::new(trace.as_bytes()).unwrap(), &Options::default(), &mut |_| ()).unwrap();
-        let colourless = Palette::of(&std::fs::File::open("/dev/null").unwrap());
-        describe("small.csv", &report, colourless)
+        describe("small.csv", &report, Palette::NONE)
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::scene::{GuestMemory, Scene};
 use super::worker::Findings;
 use crate::live::Mapping;
+use crate::statistics::Call;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -82,14 +83,14 @@ impl Buffers {
         if write {
             let began = Instant::now();
             let written = scene.write(iova, &self.expected);
-            findings.dma.record(began.elapsed());
+            findings.record(Call::Dma, began.elapsed());
             written?;
             memory.backing.read(place, &mut self.found).map_err(gone)?;
         } else {
             memory.backing.write(place, &self.expected).map_err(gone)?;
             let began = Instant::now();
             let read = scene.read(iova, &mut self.found);
-            findings.dma.record(began.elapsed());
+            findings.record(Call::Dma, began.elapsed());
             read?;
         }
         findings.dma_bytes = findings.dma_bytes.saturating_add(length);

@@ -8,7 +8,7 @@ use super::scene::{GuestMemory, Scene};
 use super::transfer::Buffers;
 use super::{Disturbance, Disturbed, Mode, Options, PlayError};
 use crate::live::{Mapping, Step};
-use crate::statistics::{Noted, Report, Times};
+use crate::statistics::{Call, LatencyCourse, Noted, Report, Times, histogram};
 use ioasid::IovaRange;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,6 +27,8 @@ const BATCHES: usize = 16;
 pub(super) struct Task {
     /// Not before so much time has passed since the beginning.
     pub(super) due: Duration,
+    /// When it was recorded, in nanoseconds after the first event.
+    pub(super) recorded: u64,
     /// Steps of other workers.
     pub(super) after: Vec<Step>,
     pub(super) work: Work,
@@ -192,9 +194,12 @@ impl Drop for Workers<'_> {
 /// What a worker has seen.
 #[derive(Debug)]
 pub(super) struct Findings {
+    /// When the event that is being carried out was recorded.
+    recorded: u64,
+    course: LatencyCourse,
     map: Times,
     unmap: Times,
-    pub(super) dma: Times,
+    dma: Times,
     pub(super) dma_bytes: u64,
     refused: Noted,
     pub(super) wrong_dma: Noted,
@@ -205,6 +210,8 @@ pub(super) struct Findings {
 impl Findings {
     pub(super) fn new() -> Findings {
         Findings {
+            recorded: 0,
+            course: LatencyCourse::new(),
             map: Times::new(),
             unmap: Times::new(),
             dma: Times::new(),
@@ -216,7 +223,19 @@ impl Findings {
         }
     }
 
+    /// A call for the event that is being carried out took so long.
+    pub(super) fn record(&mut self, call: Call, time: Duration) {
+        let times = match call {
+            Call::Map => &mut self.map,
+            Call::Unmap => &mut self.unmap,
+            Call::Dma => &mut self.dma,
+        };
+        times.record(time);
+        self.course.record(call, self.recorded, time);
+    }
+
     pub(super) fn add(&mut self, other: Findings) {
+        self.course.add(other.course);
         self.map.add(&other.map);
         self.unmap.add(&other.unmap);
         self.dma.add(&other.dma);
@@ -234,6 +253,8 @@ impl Findings {
         report.dma_bytes = self.dma_bytes;
         let rate = |walks: u64| 1.0 - walks.min(report.dma.count) as f64 / report.dma.count as f64;
         report.iotlb_hit_rate = report.iotlb_walks.filter(|_| report.dma.count > 0).map(rate);
+        report.histogram = histogram(&self.map, &self.unmap, &self.dma);
+        self.course.report(&mut report.course);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
         let calls = (report.map.count + report.unmap.count) as f64;
         report.calls_per_second = if seconds > 0.0 { calls / seconds } else { 0.0 };
@@ -279,6 +300,7 @@ impl Working<'_> {
             if !self.wait_until(task.due) {
                 break;
             }
+            findings.recorded = task.recorded;
             match task.work {
                 Work::Map { scene, mapping } => self.map(&*scene, &mapping, &mut findings),
                 Work::Unmap { scene, line, pages, mappings } => {
@@ -314,7 +336,7 @@ impl Working<'_> {
         let mapped = scene.map(mapping);
         let time = began.elapsed();
         match mapped {
-            Ok(()) => findings.map.record(time),
+            Ok(()) => findings.record(Call::Map, time),
             Err(error) => {
                 self.own.refused().insert(mapping.line);
                 self.own.any_refused.store(true, Ordering::Relaxed);
@@ -347,7 +369,7 @@ impl Working<'_> {
         let time = began.elapsed();
         match unmapped {
             Ok(unmapped) => {
-                findings.unmap.record(time);
+                findings.record(Call::Unmap, time);
                 if let Some(found) = unmapped.filter(|found| *found != expected) {
                     let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
                     findings.wrong_unmaps.note(line, what);
