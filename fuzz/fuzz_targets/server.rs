@@ -46,10 +46,20 @@ enum Call {
     Ranges { fd: Fd, ioas: Id, room: u8, array: Address },
     Allow { fd: Fd, ioas: Id, ranges: Vec<(Address, Length)> },
     Option { fd: Fd, option: u8, op: u8, object: Id, value: u8 },
-    HwptAlloc { fd: Fd, device: Id, parent: Id },
+    HwptAlloc { fd: Fd, device: Id, parent: Id, flags: u8 },
+    ChangeProcess { fd: Fd },
+    VfioIoas { fd: Fd, op: u8, ioas: Id },
+    /// CHECK_EXTENSION and SET_IOMMU.
+    VfioNumber { fd: Fd, set: bool, value: u8 },
+    VfioInfo { fd: Fd, room: u8, address: Address },
+    VfioMap { fd: Fd, flags: u8, address: Address, length: Length, iova: Address },
+    VfioUnmap { fd: Fd, flags: u8, iova: Address, length: Length },
+    TrackWrites { fd: Fd, table: Id, flags: u8 },
+    Written { fd: Fd, table: Id, flags: u8, iova: Address, length: Length, page: u8, bitmap: Address },
     HwInfo { fd: Fd, device: Id, room: u16, address: Address },
     AddReserved { fd: Fd, ioas: Id, start: Address, length: Length },
     CheckRefs { fd: Fd, address: Address, pages: u8, refs: u8 },
+    Test { fd: Fd, op: u8, id: u8, payload: [Word; 6] },
     Bind { fd: Fd, iommu: Fd },
     Attach { fd: Fd, table: Id },
     Detach { fd: Fd },
@@ -59,6 +69,24 @@ enum Call {
     Dma { fd: Fd, iova: Address, length: u16, to_memory: bool, wait: bool },
     Truncate(u8),
     Status,
+}
+
+/// A word of what an operation of the test-only command reads in its own way: two small numbers, or one of the others.
+#[derive(Arbitrary, Debug, Clone, Copy)]
+enum Word {
+    Pair(u8, u8),
+    Address(Address),
+    Length(Length),
+}
+
+impl Word {
+    fn get(self) -> u64 {
+        match self {
+            Word::Pair(low, high) => u64::from(low) | u64::from(high) << 32,
+            Word::Address(address) => address.get(),
+            Word::Length(length) => length.get(),
+        }
+    }
 }
 
 /// A descriptor: one of those that are likely open.
@@ -89,6 +117,7 @@ impl Id {
 enum Number {
     Iommufd(u8),
     Device(u8),
+    Container(u8),
     Any(u32),
 }
 
@@ -97,6 +126,9 @@ impl Number {
         match self {
             Self::Iommufd(index) => iommufd::COMMANDS[usize::from(index) % iommufd::COMMANDS.len()].number,
             Self::Device(index) => vfio::DEVICE_COMMANDS[usize::from(index) % vfio::DEVICE_COMMANDS.len()].0,
+            Self::Container(index) => {
+                vfio::CONTAINER_COMMANDS[usize::from(index) % vfio::CONTAINER_COMMANDS.len()].0
+            }
             Self::Any(number) => number,
         }
     }
@@ -326,13 +358,50 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
                 ..Default::default()
             },
         ),
-        Call::HwptAlloc { fd, device, parent } => {
-            run(
-                client,
-                fd,
-                iommufd::HwptAlloc { dev_id: device.get(), pt_id: parent.get(), ..Default::default() },
-            );
+        Call::HwptAlloc { fd, device, parent, flags } => {
+            let (flags, dev_id, pt_id) = (u32::from(flags % 4) & 2, device.get(), parent.get());
+            run(client, fd, iommufd::HwptAlloc { flags, dev_id, pt_id, ..Default::default() });
         }
+        Call::ChangeProcess { fd } => run(client, fd, iommufd::IoasChangeProcess::default()),
+        Call::VfioIoas { fd, op, ioas } => {
+            let (op, ioas_id) = (u16::from(op % 4), ioas.get());
+            run(client, fd, iommufd::VfioIoas { op, ioas_id, ..Default::default() });
+        }
+        Call::VfioNumber { fd, set, value } => {
+            let number = if set { vfio::SET_IOMMU } else { vfio::CHECK_EXTENSION };
+            let _ = client.ioctl(fd.get(), number, u64::from(value % 12));
+        }
+        Call::VfioInfo { fd, room, address } => {
+            let _ = client.put(address.get(), &u32::from(room).to_ne_bytes());
+            let _ = client.ioctl(fd.get(), vfio::IOMMU_GET_INFO, address.get());
+        }
+        Call::VfioMap { fd, flags, address, length, iova } => {
+            let (flags, vaddr) = (Flags(flags).get() % 8, address.get());
+            let (iova, size) = (iova.get(), length.get());
+            run(client, fd, vfio::Type1DmaMap { flags, vaddr, iova, size, ..Default::default() });
+        }
+        Call::VfioUnmap { fd, flags, iova, length } => {
+            let flags = if flags < 0xf0 { 0 } else { u32::from(flags % 4) };
+            let (iova, size) = if flags == 2 { (0, 0) } else { (iova.get(), length.get()) };
+            run(client, fd, vfio::Type1DmaUnmap { flags, iova, size, ..Default::default() });
+        }
+        Call::TrackWrites { fd, table, flags } => {
+            let (flags, hwpt_id) = (u32::from(flags % 3), table.get());
+            run(client, fd, iommufd::HwptSetDirtyTracking { flags, hwpt_id, ..Default::default() });
+        }
+        Call::Written { fd, table, flags, iova, length, page, bitmap } => run(
+            client,
+            fd,
+            iommufd::HwptGetDirtyBitmap {
+                hwpt_id: table.get(),
+                flags: u32::from(flags % 3),
+                iova: iova.get(),
+                length: length.get(),
+                page_size: if page < 0xf0 { PAGE << (page % 12) } else { page.into() },
+                data: bitmap.get(),
+                ..Default::default()
+            },
+        ),
         Call::HwInfo { fd, device, room, address } => run(
             client,
             fd,
@@ -354,6 +423,19 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
                 fd,
                 0,
                 &iommufd_test::CheckRefs { length, uptr: address.get() & !(PAGE - 1), refs, padding: 0 },
+            );
+        }
+        Call::Test { fd, op, id, payload } => {
+            let payload = payload.map(Word::get);
+            run(
+                client,
+                fd,
+                iommufd_test::TestCommand {
+                    op: u32::from(op % 26),
+                    id: id.into(),
+                    payload,
+                    ..Default::default()
+                },
             );
         }
         Call::Bind { fd, iommu } => {
@@ -384,7 +466,8 @@ fuzz_target!(|input: &[u8]| {
     let devices = [TableKind::Native, TableKind::VtdSecondStage]
         .map(|table| DeviceOptions { table, ..DeviceOptions::default() })
         .to_vec();
-    let server = Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
+    let server =
+        Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
     let first = InProcess::new(1000);
     first.map_memory(BUFFER, BUFFER_SIZE);
     first.map_memory(LARGE, LARGE_SIZE);

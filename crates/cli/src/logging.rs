@@ -14,8 +14,8 @@ const VARIABLE: &str = "IOASID_LOG";
 #[derive(Debug, Args)]
 pub(crate) struct Verbosity {
     /// Log more to standard error: -v what happens, -vv each call of the program, -vvv everything
-    #[arg(short, long, action = ArgAction::Count, global = true)]
-    verbose: u8,
+    #[arg(short = 'v', action = ArgAction::Count, global = true)]
+    verbosity: u8,
 }
 
 impl Verbosity {
@@ -34,7 +34,7 @@ impl Verbosity {
     }
 
     fn level(&self) -> LevelFilter {
-        match self.verbose {
+        match self.verbosity {
             0 => LevelFilter::WARN,
             1 => LevelFilter::INFO,
             2 => LevelFilter::DEBUG,
@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn levels_rise_with_each_v() {
-        let level = |verbose| Verbosity { verbose }.level();
+        let level = |verbosity| Verbosity { verbosity }.level();
         assert_eq!(
             [0, 1, 2, 3, 200].map(level),
             [

@@ -2,7 +2,8 @@
 //!
 //! One module per subcommand: [`run`] starts a program with the software devices, [`probe`] is an ordinary program that
 //! tries what such a machine offers, [`measure`] times a few of its calls, [`doctor`] says whether `run` can work here,
-//! [`replay`] carries out what real drivers once asked of an IOMMU, [`pasid`] gives out PASIDs.
+//! [`record`] is `run` and writes down what the program has its devices reach, [`replay`] carries out such a trace, or what real
+//! drivers once asked of an IOMMU, [`pasid`] gives out PASIDs.
 //! `probe` and `measure` are clients like any other; they reach `/dev/iommu` through [`client`], which knows nothing of
 //! the rest of the project but the layouts of the interface.
 
@@ -15,6 +16,7 @@ mod measure;
 mod pasid;
 mod probe;
 mod quantity;
+mod record;
 mod replay;
 mod run;
 mod terminal;
@@ -38,6 +40,8 @@ Examples:
   ioasid run                     try everything: the built-in probe on software devices
   ioasid run -- ./my-vmm --vfio  run any program with a working /dev/iommu and /dev/vfio
   ioasid doctor                  what this machine lacks for that, and what to do
+  ioasid record -o x.csv.zst -- ./my-vmm --vfio
+                                 the same, and write down what it maps and what its devices do
   ioasid replay TRACE            carry out what real drivers asked of an IOMMU, and time it
   ioasid pasid storm             many machines allocate and free PASIDs at once
 
@@ -50,6 +54,7 @@ Environment:
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Record(record::Arguments),
     Replay(replay::Arguments),
     Pasid(pasid::Arguments),
     Probe(probe::Arguments),
@@ -75,6 +80,7 @@ fn main() -> ExitCode {
     let (result, failure) = match (arguments.logging.start(), arguments.command) {
         (Err(error), _) => (Err(error), USAGE),
         (Ok(()), Command::Run(arguments)) => (run::run(arguments), run::OWN_FAILURE),
+        (Ok(()), Command::Record(arguments)) => (record::record(arguments), run::OWN_FAILURE),
         (Ok(()), Command::Replay(arguments)) => (replay::replay(&arguments), FAILURE),
         (Ok(()), Command::Pasid(arguments)) => (pasid::pasid(&arguments), FAILURE),
         (Ok(()), Command::Probe(arguments)) => (probe::probe(&arguments), FAILURE),

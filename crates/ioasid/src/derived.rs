@@ -216,6 +216,33 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         // Walkers in software read the leaves anew each time, and the engine waits for the DMA that is running.
     }
 
+    fn records_writes(&self) -> bool {
+        self.radix.format().dirty_bit() != 0 && self.radix.format().hardware_marks()
+    }
+
+    fn written(&self, range: IovaRange, clear: bool, report: &mut dyn FnMut(IovaRange)) {
+        if clear {
+            self.radix.read_and_clear_dirty(range, report);
+        } else {
+            self.radix.dirty(range, report);
+        }
+    }
+
+    fn mark_written(&self, range: IovaRange) {
+        let page = 1 << self.radix.format().shift(1);
+        self.radix.leaves(range, |leaf| {
+            // The leaf may have been cut since, and some of it unmapped, which needs no mark.
+            let end = leaf.range().last().min(range.last());
+            let mut next = Some(leaf.iova.max(range.first()));
+            while let Some(at) = next.filter(|at| *at <= end) {
+                let marked = self.radix.mark(at, Attributes::USED);
+                let last = marked.map_or(at | (page - 1), |leaf| leaf.range().last());
+                next = last.checked_add(1);
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
     fn table_bytes(&self) -> Option<u64> {
         Some(self.radix.table_bytes())
     }

@@ -38,6 +38,11 @@ impl Device {
         &self.requirements
     }
 
+    /// Whether its tables can [record what it writes](Table::record_writes).
+    pub fn records_writes(&self) -> bool {
+        self.iommu.records_writes(self.rid)
+    }
+
     pub(crate) fn iommu(&self) -> &Arc<dyn Iommu> {
         &self.iommu
     }

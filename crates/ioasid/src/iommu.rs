@@ -190,6 +190,19 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
     /// Returns when no translation of these ranges is cached anywhere any more that the table does not hold now.
     fn invalidate(&self, runs: &Runs);
 
+    /// Whether it can say which leaves were written through.
+    fn records_writes(&self) -> bool {
+        false
+    }
+
+    /// Reports what was written through leaves in the range since their marks were last cleared, in ascending order, and
+    /// with `clear` clears them; a leaf that reaches over an end keeps its mark. When marks are cleared nothing else
+    /// changes the range meanwhile, but devices use it.
+    fn written(&self, _range: IovaRange, _clear: bool, _report: &mut dyn FnMut(IovaRange)) {}
+
+    /// Marks the leaves in the range as written through. May run beside anything else.
+    fn mark_written(&self, _range: IovaRange) {}
+
     /// How many bytes of table pages it has, if anybody knows.
     fn table_bytes(&self) -> Option<u64> {
         None
@@ -208,6 +221,11 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
 pub trait Iommu: Send + Sync + fmt::Debug {
     /// What the device asks for; `None` if there is no such device.
     fn requirements(&self, device: Rid) -> Option<Requirements>;
+
+    /// Whether the tables of the device can [record writes](DerivedTable::records_writes). No, unless this is implemented.
+    fn records_writes(&self, _device: Rid) -> bool {
+        false
+    }
 
     /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named, other than the native
     /// one, for a space whose own leaves are no larger than `largest_leaf`.

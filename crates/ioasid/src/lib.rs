@@ -92,7 +92,7 @@ pub use space::{
     MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space,
     SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
-pub use table::Table;
+pub use table::{NoRecord, Table};
 
 /// The page-table formats that derived tables can have.
 pub use ioasid_pagetable as pagetable;

@@ -37,6 +37,7 @@ mod query;
 mod remap;
 mod snapshot;
 mod unmap;
+mod written;
 
 pub use alias::{ALIAS_PATIENCE, AliasError};
 use deferred::Deferred;

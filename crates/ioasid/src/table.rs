@@ -11,7 +11,7 @@ use crate::epoch;
 use crate::iommu::{AttachError, DerivedTable, TableClass};
 use crate::space::{ReservationOwner, ReserveError, Space};
 use ioasid_pagetable::{IovaRange, PageSize};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 static TABLES: AtomicU64 = AtomicU64::new(0);
@@ -23,7 +23,14 @@ pub struct Table {
     space: Arc<Space>,
     class: TableClass,
     derived: Option<Arc<dyn DerivedTable>>,
+    /// Whether devices mark the leaves that they write through.
+    recording: AtomicBool,
 }
+
+/// The table cannot say what was written through it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("tables of this kind do not record what devices write")]
+pub struct NoRecord;
 
 impl From<ReserveError> for AttachError {
     fn from(error: ReserveError) -> AttachError {
@@ -70,7 +77,7 @@ impl Table {
         let mut added = Ok(());
         let table = Arc::new_cyclic(|table: &Weak<Table>| {
             added = space.add_table(table, id, class, shared, derived.as_ref());
-            Table { id, space: space.clone(), class, derived }
+            Table { id, space: space.clone(), class, derived, recording: AtomicBool::new(false) }
         });
         // On an error the drop of `table` takes the reservation back.
         added.map(|()| table)
@@ -99,6 +106,74 @@ impl Table {
             None => Some(leaves_by_size(self.space.native())),
             Some(derived) => derived.leaves_by_size(),
         }
+    }
+
+    fn recorder(&self) -> Result<&dyn DerivedTable, NoRecord> {
+        self.derived.as_deref().filter(|derived| derived.records_writes()).ok_or(NoRecord)
+    }
+
+    /// Begins to record what devices write through the table, from an empty record on, or ends it; what was recorded by
+    /// then stays.
+    ///
+    /// When it returns after beginning, every write that is not in the record has ended.
+    ///
+    /// # Errors
+    /// [`NoRecord`]: the table is of a kind that cannot.
+    pub fn record_writes(&self, record: bool) -> Result<(), NoRecord> {
+        let recorder = self.recorder()?;
+        if record {
+            self.space.take_written(recorder, IovaRange::ALL, |_| ());
+        }
+        self.recording.store(record, Ordering::SeqCst);
+        if record {
+            self.wait_for_dma();
+        }
+        Ok(())
+    }
+
+    /// Whether devices have to [mark](Self::mark_written) what they write.
+    #[inline]
+    pub fn is_recording(&self) -> bool {
+        self.recording.load(Ordering::Relaxed)
+    }
+
+    /// Reports what devices have written in the range since it was [taken](Self::take_written) last, leaf by leaf in
+    /// ascending order: all of a leaf that lies in the range counts as written if any of it was.
+    ///
+    /// # Errors
+    /// [`NoRecord`]: the table is of a kind that cannot.
+    pub fn written(&self, range: IovaRange, mut report: impl FnMut(IovaRange)) -> Result<(), NoRecord> {
+        let recorder = self.recorder()?;
+        let _operation = epoch::operation();
+        recorder.written(range, false, &mut report);
+        Ok(())
+    }
+
+    /// Reports the same, and forgets it, but for a leaf that reaches over an end of the range. Every write that is not
+    /// reported after this has been, or will be the next time; so memory may be copied as soon as it returns.
+    ///
+    /// # Errors
+    /// [`NoRecord`]: the table is of a kind that cannot.
+    pub fn take_written(&self, range: IovaRange, report: impl FnMut(IovaRange)) -> Result<(), NoRecord> {
+        self.space.take_written(self.recorder()?, range, report);
+        Ok(())
+    }
+
+    /// Records what is mapped in the range as written; for who has taken a report and cannot use it.
+    ///
+    /// # Errors
+    /// [`NoRecord`]: the table is of a kind that cannot.
+    pub fn mark_written(&self, range: IovaRange) -> Result<(), NoRecord> {
+        let recorder = self.recorder()?;
+        let _operation = epoch::operation();
+        recorder.mark_written(range);
+        Ok(())
+    }
+
+    /// Whether a leaf reaches from before `at` to behind it. A table that does not know says yes.
+    pub fn reaches_over(&self, at: u64) -> bool {
+        let _operation = epoch::operation();
+        self.derived.as_ref().is_some_and(|derived| derived.reaches_over(at))
     }
 
     /// Returns when no DMA that began through this table is running.

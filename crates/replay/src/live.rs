@@ -87,6 +87,21 @@ pub enum Misfit {
         /// The pages of the event.
         pages: IovaRange,
     },
+    /// An attach, detach or DMA of a device whose first line was a map or unmap: its DMA is not the recording's. It is left out.
+    #[error("an attach, detach or DMA of a device that began with a map or unmap: left out")]
+    NotRecorded,
+    /// A DMA that was let through when it was recorded, where it cannot be. It is left out.
+    #[error("a DMA of {range} that was let through, where not all is mapped for it: left out")]
+    DmaNotMapped {
+        /// The addresses of the DMA.
+        range: IovaRange,
+    },
+    /// A DMA that was refused when it was recorded, where everything is mapped for it. It is left out.
+    #[error("a DMA of {range} that was refused, where all is mapped for it: left out")]
+    DmaMapped {
+        /// The addresses of the DMA.
+        range: IovaRange,
+    },
     /// More mappings at the same time than a replay has room for. The map is left out.
     #[error("more than {most} mappings at the same time: left out")]
     TooManyMappings {
@@ -111,9 +126,41 @@ impl Misfit {
             Misfit::Part { .. } => "unmap of a part",
             Misfit::LongerThanMemory { .. } => "longer than memory",
             Misfit::NotForAll { .. } => "not for all tables",
+            Misfit::NotRecorded => "DMA not recorded from the start",
+            Misfit::DmaNotMapped { .. } => "DMA let through unmapped",
+            Misfit::DmaMapped { .. } => "DMA refused though mapped",
             Misfit::TooManyMappings { .. } => "too many mappings",
             Misfit::TooManyDevices { .. } => "too many devices",
         }
+    }
+}
+
+/// What a DMA meets.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Meets {
+    /// All of it is mapped for it, to these pieces of memory: offset and length.
+    Memory(Vec<(u64, u64)>),
+    /// All of it is mapped, but somewhere for the other direction only.
+    OtherDirection,
+    /// Something of it is not mapped.
+    Nothing,
+}
+
+/// The latest step of each worker that did something of a kind.
+#[derive(Debug, Default)]
+pub(crate) struct Latest(Vec<Step>);
+
+impl Latest {
+    pub(crate) fn note(&mut self, step: Step) {
+        match self.0.iter_mut().find(|known| known.worker == step.worker) {
+            Some(known) => *known = step,
+            None => self.0.push(step),
+        }
+    }
+
+    /// Adds them to what a step of `own` comes after.
+    pub(crate) fn add_to(&self, after: &mut Vec<Step>, own: usize) {
+        self.0.iter().for_each(|step| add(after, *step, own));
     }
 }
 
@@ -183,6 +230,26 @@ impl Live {
         }
         self.unmapped.insert(pages.first(), (pages.last(), step));
         Ok(Removed { mappings, hole: pages.length() != Some(bytes), after })
+    }
+
+    /// What a DMA to these addresses meets.
+    pub(crate) fn meets(&self, range: IovaRange, write: bool) -> Meets {
+        let mut pieces = Vec::new();
+        let (mut next, mut allowed) = (range.first(), true);
+        loop {
+            let mapping = self.mappings.range(..=next).next_back().map(|(_, mapping)| mapping);
+            let Some(mapping) = mapping.filter(|mapping| mapping.pages.last() >= next) else {
+                return Meets::Nothing;
+            };
+            allowed &= mapping.direction != if write { Direction::ToDevice } else { Direction::FromDevice };
+            let last = mapping.pages.last().min(range.last());
+            pieces.push((mapping.memory + (next - mapping.pages.first()), last - next + 1));
+            match last.checked_add(1).filter(|_| last < range.last()) {
+                Some(after) => next = after,
+                None if allowed => return Meets::Memory(pieces),
+                None => return Meets::OtherDirection,
+            }
+        }
     }
 
     /// Forgets the unmaps that are done: nobody has to wait for them any more.

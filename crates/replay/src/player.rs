@@ -10,11 +10,15 @@
 //! DMA through it and checks every byte, so that the mapping has stood while everything in between went on beside it; it unmaps,
 //! and looks whether the device is still let through.
 //!
+//! A device whose first line is neither map nor unmap was recorded with its DMA (`ioasid record`): then that DMA is made, just so,
+//! and no other. It comes after every change of its device before it and before every change after it, so that what was let through
+//! is let through again, and what was refused is refused.
+//!
 //! Nothing grows with the length of the trace: queues are bounded, and so are [mappings](MOST_LIVE) and [devices](MOST_DEVICES).
 
-use crate::live::{Live, Mapping, Misfit, Step};
+use crate::live::{Latest, Live, Mapping, Meets, Misfit, Step};
 use crate::statistics::{LeafCount, LiveCourse, Report};
-use crate::trace::{DeviceAddress, Event, Malformed, Operation, Trace, TraceError};
+use crate::trace::{DeviceAddress, Event, Malformed, Operation, Outcome, Trace, TraceError};
 pub use disturbance::{Disturbance, Disturbed};
 use disturbance::{Disturbers, Scenery};
 use ioasid::{Account, AttachError, RegisterError, Rid};
@@ -30,6 +34,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
+use transfer::{Dma, Ends};
 use worker::{Findings, Task, Work, Worker, Workers};
 
 mod disturbance;
@@ -132,7 +137,7 @@ pub struct Options {
     pub speed: Speed,
     /// Stop at the first malformed line or misfit, at once: what was read before it and is not done yet is not done any more.
     pub strict_input: bool,
-    /// What is thrown in meanwhile, at our spaces alone.
+    /// What is thrown in meanwhile, at our spaces alone, and not at those of devices whose DMA was recorded.
     pub disturbance: Option<Disturbance>,
     /// How many bytes of memory stand for the guest's: whole pages. Physical addresses beyond begin again at its start; only what
     /// DMA touches takes memory of the machine.
@@ -208,6 +213,14 @@ pub enum PlayError {
 struct Known {
     scene: Arc<dyn Scene>,
     live: Live,
+    /// Its first line is neither map nor unmap: its DMA was recorded.
+    as_recorded: bool,
+    /// Whether its DMA goes through its space.
+    attached: bool,
+    /// The latest maps, unmaps, attaches and detaches.
+    changes: Latest,
+    /// The latest DMA that was recorded.
+    dma: Latest,
 }
 
 /// What the reading thread knows.
@@ -353,8 +366,8 @@ impl<'a> Reader<'a> {
         self.due
     }
 
-    /// What a new device is replayed on.
-    fn scene(&self, device: DeviceAddress) -> Result<Arc<dyn Scene>, PlayError> {
+    /// What a new device is replayed on. If its DMA was recorded, its space is not disturbed.
+    fn scene(&self, device: DeviceAddress, as_recorded: bool) -> Result<Arc<dyn Scene>, PlayError> {
         if let Some(peer) = self.options.peer {
             return Ok(peer.scene(&self.memory));
         }
@@ -362,7 +375,7 @@ impl<'a> Reader<'a> {
         let rid = Rid(self.devices.len() as u16 + 1);
         let scene = SpaceScene::new(&self.memory, rid, self.options.table)
             .map_err(|error| PlayError::Attach { device, error })?;
-        scene.space().into_iter().for_each(|space| self.scenery.add(space));
+        scene.space().filter(|_| !as_recorded).into_iter().for_each(|space| self.scenery.add(space));
         Ok(Arc::new(scene))
     }
 
@@ -375,22 +388,33 @@ impl<'a> Reader<'a> {
 
     fn event(&mut self, line: u64, event: &Event) -> Result<(), PlayError> {
         let pages = event.pages();
-        if self.options.disturbance.is_some() && !Disturbance::leaves(&pages) {
-            return self.misfit(line, Misfit::NotForAll { pages });
-        }
         let worker = event.cpu as usize % self.options.threads;
         let step = self.workers.next_step(worker);
         if !self.devices.contains_key(&event.device) {
             if self.devices.len() >= MOST_DEVICES {
                 return self.misfit(line, Misfit::TooManyDevices { most: MOST_DEVICES });
             }
-            let scene = self.scene(event.device)?;
-            self.devices.insert(event.device, Known { scene, live: Live::default() });
+            let as_recorded = event.operation.is_recorded();
+            let known = Known {
+                scene: self.scene(event.device, as_recorded)?,
+                live: Live::default(),
+                as_recorded,
+                attached: true,
+                changes: Latest::default(),
+                dma: Latest::default(),
+            };
+            self.devices.insert(event.device, known);
             self.report.devices = self.devices.len();
         }
         let Some(known) = self.devices.get_mut(&event.device) else { return Ok(()) };
-        let scene = known.scene.clone();
-        let (after, work) = match event.operation {
+        if !known.as_recorded && event.operation.is_recorded() {
+            return self.misfit(line, Misfit::NotRecorded);
+        }
+        if !known.as_recorded && self.options.disturbance.is_some() && !Disturbance::leaves(&pages) {
+            return self.misfit(line, Misfit::NotForAll { pages });
+        }
+        let (scene, transfer) = (known.scene.clone(), !known.as_recorded);
+        let (mut after, work) = match event.operation {
             Operation::Map { physical } => {
                 let Some(memory) = self.memory.place(physical, &pages) else {
                     return self.misfit(line, Misfit::LongerThanMemory { bytes: event.bytes });
@@ -425,9 +449,46 @@ impl<'a> Reader<'a> {
                     self.misfit(line, Misfit::Hole { pages })?;
                 }
                 self.report.unmaps += 1;
-                (removed.after, Work::Unmap { scene, line, pages, mappings: removed.mappings })
+                let mappings = removed.mappings;
+                (removed.after, Work::Unmap { scene, line, pages, mappings, transfer })
+            }
+            Operation::Attach | Operation::Detach => {
+                known.attached = event.operation == Operation::Attach;
+                self.report.attaches += 1;
+                let mut after = Vec::new();
+                known.changes.add_to(&mut after, worker);
+                (after, if known.attached { Work::Attach { scene, line } } else { Work::Detach { scene } })
+            }
+            Operation::Read(outcome) | Operation::Write(outcome) => {
+                let write = matches!(event.operation, Operation::Write(_));
+                let meets =
+                    if known.attached { known.live.meets(event.range, write) } else { Meets::Nothing };
+                let ends = match (outcome, meets) {
+                    (Outcome::Done | Outcome::Gone, Meets::Memory(pieces)) => Ends::Done(pieces),
+                    (Outcome::Done | Outcome::Gone, _) => {
+                        return self.misfit(line, Misfit::DmaNotMapped { range: event.range });
+                    }
+                    (Outcome::Fault, Meets::Memory(_)) => {
+                        return self.misfit(line, Misfit::DmaMapped { range: event.range });
+                    }
+                    (Outcome::Fault, Meets::OtherDirection) if !write => Ends::Either,
+                    (Outcome::Fault, _) => Ends::Fault,
+                };
+                self.report.recorded_dma += 1;
+                let mut after = Vec::new();
+                known.changes.add_to(&mut after, worker);
+                let (iova, bytes) = (event.range.first(), event.bytes);
+                (after, Work::Dma { scene, dma: Dma { line, iova, bytes, write, ends } })
             }
         };
+        if let Some(known) = self.devices.get_mut(&event.device) {
+            if matches!(work, Work::Dma { .. }) {
+                known.dma.note(step);
+            } else {
+                known.dma.add_to(&mut after, worker);
+                known.changes.note(step);
+            }
+        }
         self.report.events += 1;
         let (due, recorded) = (self.due(event.time), self.recorded(event.time));
         self.workers.hand_out(worker, Task { due, recorded, after, work });
@@ -470,7 +531,7 @@ impl<'a> Reader<'a> {
     /// Has what is live used once more, stops the clock, and then unmaps everything.
     fn finish(&mut self, began: Instant) -> Result<(), PlayError> {
         self.report.live_at_end = self.live;
-        for known in self.devices.values() {
+        for known in self.devices.values().filter(|known| !known.as_recorded) {
             for mapping in known.live.mappings() {
                 // By the worker that made it, after it did.
                 let (scene, mapping) = (known.scene.clone(), *mapping);

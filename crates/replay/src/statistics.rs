@@ -148,6 +148,10 @@ pub struct Report {
     pub maps: u64,
     /// Unmaps among them; each may have removed several mappings.
     pub unmaps: u64,
+    /// Attaches and detaches among them.
+    pub attaches: u64,
+    /// DMA that was recorded, among them.
+    pub recorded_dma: u64,
     /// From the first event to the last, with reading, DMA and checking.
     pub elapsed_seconds: f64,
     /// Events in each of these seconds.
@@ -159,7 +163,7 @@ pub struct Report {
     pub map: Latency,
     /// How long unmaps took.
     pub unmap: Latency,
-    /// How long DMA took: one transfer for each mapping and direction.
+    /// How long DMA took: one transfer for each mapping and direction, or what was recorded.
     pub dma: Latency,
     /// Bytes that DMA moved, all of them checked.
     pub dma_bytes: u64,
@@ -195,7 +199,9 @@ pub struct Report {
     pub wrong_dma: Noted,
     /// Unmaps after which the device still reached the memory, or that removed something else than was mapped.
     pub wrong_unmaps: Noted,
-    /// Faults that the IOMMU wrote down.
+    /// DMA that was refused as it had been when it was recorded.
+    pub faults_as_recorded: u64,
+    /// Faults that the IOMMU wrote down, other than these.
     pub faults: Option<u64>,
     /// Pages still charged after everything was unmapped and released.
     pub left_charged_pages: u64,

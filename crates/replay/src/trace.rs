@@ -7,10 +7,17 @@
 //! 0,1,00:06.0,map,ffffe000,1223b0000,8192,BIDIRECTIONAL
 //! ```
 //!
-//! (`traces/README.md` explains each field.) A trace may be longer than memory, come from a pipe, end in the middle, or be
+//! (`traces/README.md` explains each field.) A kernel's trace has maps and unmaps; one that `ioasid record` has made has attaches,
+//! detaches and each DMA too. A trace may be longer than memory, come from a pipe, end in the middle, or be
 //! something else altogether. So it is read line by line and nothing is kept: a line has a [bound](LONGEST_LINE), and a
 //! compressed file may not ask for more than 128 MiB to look back into. A line that is no event is an [error](TraceError)
 //! with its number, after which the next line is read. Only where nothing more can be read, the trace ends.
+//!
+//! [`Writer`] writes the same.
+
+mod writer;
+
+pub use writer::Writer;
 
 use ioasid::{Iova, IovaRange, Permissions};
 use std::fmt;
@@ -21,13 +28,15 @@ use std::str::FromStr;
 pub const HEADER: &str = "t_ns,cpu,dev,op,iova,phys,bytes,dir";
 /// How many bytes a line may have. No event needs a hundred.
 pub const LONGEST_LINE: usize = 255;
+/// How many bytes one DMA may have, 2^24: more than one transfer of any device, and little enough to be done at once.
+pub const LONGEST_DMA: u64 = 1 << 24;
 /// How far a compressed file may ask to look back: 2^27 bytes, which is what `zstd` does without being asked for more.
 const LARGEST_WINDOW: u32 = 27;
 /// How a Zstandard frame begins, and the frames without content that may stand before it (their last digit varies).
 const FRAME: u32 = 0xfd2f_b528;
 const SKIPPABLE_FRAME: u32 = 0x184d_2a50;
 
-/// A map or an unmap, as it was recorded. Shows itself as a line of a trace.
+/// What was done to a device's address space, or through it. Shows itself as a line of a trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Nanoseconds since the recording began.
@@ -38,11 +47,11 @@ pub struct Event {
     pub device: DeviceAddress,
     /// What was done.
     pub operation: Operation,
-    /// The addresses that the device uses, to the byte: not always whole pages.
+    /// The addresses that the device uses, to the byte: not always whole pages. An attach or detach concerns all of them.
     pub range: IovaRange,
-    /// The length of the range. (A range of all 2^64 bytes is no event.)
+    /// The length of the range. (A range of all 2^64 bytes is no map, unmap or DMA.) Of an attach or detach: 0.
     pub bytes: u64,
-    /// Which way the data goes.
+    /// Which way the data goes. Of an attach or detach: both.
     pub direction: Direction,
 }
 
@@ -56,6 +65,46 @@ pub enum Operation {
     },
     /// Unmapped: one or several mappings.
     Unmap,
+    /// The device's DMA goes through its address space from here on. If it did before, it is another space now, and what was
+    /// mapped has been unmapped in the lines before.
+    Attach,
+    /// The device's DMA is blocked from here on.
+    Detach,
+    /// The device has read memory, or tried to.
+    Read(Outcome),
+    /// The device has written memory, or tried to.
+    Write(Outcome),
+}
+
+impl Operation {
+    /// Whether only `ioasid record` writes such lines: attaches, detaches and DMA.
+    pub fn is_recorded(self) -> bool {
+        !matches!(self, Operation::Map { .. } | Operation::Unmap)
+    }
+}
+
+/// What became of a DMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All bytes have moved.
+    Done,
+    /// It was refused: not all of it was mapped for this, or the device was not attached.
+    Fault,
+    /// It was let through, but the memory itself was there no more: its process had ended, or its file was cut.
+    Gone,
+}
+
+impl Outcome {
+    const ALL: [Outcome; 3] = [Outcome::Done, Outcome::Fault, Outcome::Gone];
+
+    /// What stands for it in a trace.
+    fn name(self) -> &'static str {
+        match self {
+            Outcome::Done => "-",
+            Outcome::Fault => "fault",
+            Outcome::Gone => "gone",
+        }
+    }
 }
 
 /// Which way the data of a mapping goes.
@@ -146,6 +195,16 @@ impl fmt::Display for Event {
                 write!(f, "{time},{cpu},{device},map,{iova:x},{physical:x},{bytes},{direction}")
             }
             Operation::Unmap => write!(f, "{time},{cpu},{device},unmap,{iova:x},-,{bytes},{direction}"),
+            Operation::Attach => write!(f, "{time},{cpu},{device},attach,-,-,-,-"),
+            Operation::Detach => write!(f, "{time},{cpu},{device},detach,-,-,-,-"),
+            Operation::Read(outcome) => {
+                let outcome = outcome.name();
+                write!(f, "{time},{cpu},{device},read,{iova:x},{outcome},{bytes},{direction}")
+            }
+            Operation::Write(outcome) => {
+                let outcome = outcome.name();
+                write!(f, "{time},{cpu},{device},write,{iova:x},{outcome},{bytes},{direction}")
+            }
         }
     }
 }
@@ -178,8 +237,8 @@ pub enum Malformed {
     /// The device is no PCI address.
     #[error("dev is {0:?}, not a PCI address such as 00:03.0")]
     Device(String),
-    /// Neither mapped nor unmapped.
-    #[error("op is {0:?}, neither map nor unmap")]
+    /// Nothing that is known.
+    #[error("op is {0:?}, not map, unmap, attach, detach, read or write")]
     Operation(String),
     /// No direction.
     #[error("dir is {0:?}, not TO_DEVICE, FROM_DEVICE or BIDIRECTIONAL")]
@@ -187,6 +246,23 @@ pub enum Malformed {
     /// An unmap that names memory.
     #[error("phys is {0:?}, and is - in an unmap")]
     UnmapWithMemory(String),
+    /// An attach or detach that names something.
+    #[error("{field} is {text:?}, and is - in an attach or detach")]
+    NotEmpty {
+        /// The field's name in the header.
+        field: &'static str,
+        /// What stands there.
+        text: String,
+    },
+    /// A DMA that ends in no known way.
+    #[error("phys is {0:?}, and is -, fault or gone in a read or write")]
+    Outcome(String),
+    /// A DMA in the wrong direction.
+    #[error("dir is {0}, and is TO_DEVICE in a read, FROM_DEVICE in a write")]
+    DmaDirection(&'static str),
+    /// A DMA longer than [`LONGEST_DMA`].
+    #[error("{0} bytes are more than one DMA has, at most {LONGEST_DMA}")]
+    LongDma(u64),
     /// No bytes, or bytes beyond the last address.
     #[error("{bytes} bytes from {field} {first:#x} on are no range of addresses")]
     NoRange {
@@ -397,6 +473,19 @@ fn parse(line: &[u8]) -> Result<Event, Malformed> {
     let time = decimal(time).ok_or_else(|| not("t_ns", time, false))?;
     let cpu = decimal(cpu).ok_or_else(|| not("cpu", cpu, false))?;
     let device = device.parse()?;
+    let about_attachment = match operation {
+        "attach" => Some(Operation::Attach),
+        "detach" => Some(Operation::Detach),
+        _ => None,
+    };
+    if let Some(operation) = about_attachment {
+        let fields = [("iova", iova), ("phys", physical), ("bytes", bytes), ("dir", direction)];
+        if let Some((field, text)) = fields.into_iter().find(|(_, text)| *text != "-") {
+            return Err(Malformed::NotEmpty { field, text: text.to_owned() });
+        }
+        let (range, direction) = (IovaRange::ALL, Direction::Bidirectional);
+        return Ok(Event { time, cpu, device, operation, range, bytes: 0, direction });
+    }
     let iova = hexadecimal(iova).ok_or_else(|| not("iova", iova, true))?;
     let bytes: u64 = decimal(bytes).ok_or_else(|| not("bytes", bytes, false))?;
     let no_range = |field, first| Malformed::NoRange { field, first, bytes };
@@ -412,12 +501,27 @@ fn parse(line: &[u8]) -> Result<Event, Malformed> {
         }
         "unmap" if physical == "-" => Operation::Unmap,
         "unmap" => return Err(Malformed::UnmapWithMemory(physical.to_owned())),
+        "read" | "write" => {
+            let outcome = Outcome::ALL.into_iter().find(|outcome| outcome.name() == physical);
+            let outcome = outcome.ok_or_else(|| Malformed::Outcome(physical.to_owned()))?;
+            if bytes > LONGEST_DMA {
+                return Err(Malformed::LongDma(bytes));
+            }
+            if operation == "read" { Operation::Read(outcome) } else { Operation::Write(outcome) }
+        }
         other => return Err(Malformed::Operation(other.to_owned())),
     };
     let direction = [Direction::ToDevice, Direction::FromDevice, Direction::Bidirectional]
         .into_iter()
         .find(|known| known.name() == direction)
         .ok_or_else(|| Malformed::Direction(direction.to_owned()))?;
+    match (operation, direction) {
+        (Operation::Read(_), Direction::ToDevice) | (Operation::Write(_), Direction::FromDevice) => {}
+        (Operation::Read(_) | Operation::Write(_), _) => {
+            return Err(Malformed::DmaDirection(direction.name()));
+        }
+        _ => {}
+    }
     Ok(Event { time, cpu, device, operation, range, bytes, direction })
 }
 

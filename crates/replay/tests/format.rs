@@ -3,7 +3,8 @@
 
 use ioasid::IovaRange;
 use ioasid_replay::trace::{
-    DeviceAddress, Direction, Event, HEADER, LONGEST_LINE, Malformed, Operation, Trace, TraceError,
+    DeviceAddress, Direction, Event, HEADER, LONGEST_DMA, LONGEST_LINE, Malformed, Operation, Outcome, Trace,
+    TraceError, Writer,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -31,22 +32,31 @@ fn event() -> impl Strategy<Value = Event> {
     let direction =
         prop_oneof![Just(Direction::ToDevice), Just(Direction::FromDevice), Just(Direction::Bidirectional)];
     let numbers = (any::<u64>(), any::<u32>(), any::<(u16, u16)>());
-    (numbers, any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), direction).prop_map(
-        |((time, cpu, (segment, requester)), first, physical, length, map, direction)| {
+    (numbers, any::<u64>(), any::<u64>(), any::<u64>(), 0..6, direction).prop_map(
+        |((time, cpu, (segment, requester)), first, physical, length, operation, direction)| {
+            let device = DeviceAddress { segment, requester };
+            let outcome = [Outcome::Done, Outcome::Fault, Outcome::Gone][(length % 3) as usize];
+            let (operation, direction) = match operation {
+                0 => (None, direction),
+                1 => (Some(Operation::Unmap), direction),
+                2 => (Some(Operation::Read(outcome)), Direction::ToDevice),
+                3 => (Some(Operation::Write(outcome)), Direction::FromDevice),
+                other => {
+                    let operation = if other == 4 { Operation::Attach } else { Operation::Detach };
+                    let (range, direction) = (IovaRange::ALL, Direction::Bidirectional);
+                    return Event { time, cpu, device, operation, range, bytes: 0, direction };
+                }
+            };
             let physical = physical & !4095 | first & 4095;
             let longest = u64::MAX - first.max(physical);
-            let bytes = length.min(longest).max(1);
+            let most = match operation {
+                Some(Operation::Read(_) | Operation::Write(_)) => LONGEST_DMA,
+                _ => u64::MAX,
+            };
+            let bytes = length.min(longest).min(most).max(1);
             let range = IovaRange::with_length(first, bytes).unwrap();
-            let operation = if map { Operation::Map { physical } } else { Operation::Unmap };
-            Event {
-                time,
-                cpu,
-                device: DeviceAddress { segment, requester },
-                operation,
-                range,
-                bytes,
-                direction,
-            }
+            let operation = operation.unwrap_or(Operation::Map { physical });
+            Event { time, cpu, device, operation, range, bytes, direction }
         },
     )
 }
@@ -117,6 +127,12 @@ fn each_way_to_be_wrong_has_its_reason() {
         ("0,0,00:03.0,map,1000,-,4096,TO_DEVICE", "phys is \"-\""),
         ("0,0,00:03.0,unmap,1000,2000,4096,TO_DEVICE", "phys is \"2000\", and is - in an unmap"),
         ("0,0,00:03.0,map,1000,2000,0,TO_DEVICE", "0 bytes from iova 0x1000 on are no range"),
+        ("0,0,00:03.0,attach,0,-,-,-", "iova is \"0\", and is - in an attach"),
+        ("0,0,00:03.0,detach,-,-,-,TO_DEVICE", "dir is \"TO_DEVICE\", and is - in an attach or detach"),
+        ("0,0,00:03.0,read,1000,2000,4096,TO_DEVICE", "phys is \"2000\", and is -, fault or gone"),
+        ("0,0,00:03.0,read,1000,-,4096,FROM_DEVICE", "dir is FROM_DEVICE, and is TO_DEVICE in a read"),
+        ("0,0,00:03.0,write,1000,fault,4096,BIDIRECTIONAL", "dir is BIDIRECTIONAL"),
+        ("0,0,00:03.0,write,1000,-,16777217,FROM_DEVICE", "16777217 bytes are more than one DMA has"),
         ("0,0,00:03.0,map,fffffffffffff000,2000,4097,TO_DEVICE", "4097 bytes from iova"),
         ("0,0,00:03.0,map,0,fffffffffffff000,4097,TO_DEVICE", "4097 bytes from phys"),
         ("0,0,00:03.0,map,1000,2800,4096,TO_DEVICE", "at different offsets in their pages"),
@@ -215,5 +231,60 @@ fn the_traces_of_the_project_are_right() {
         let path = format!("{}/../../traces/{name}.csv.zst", env!("CARGO_MANIFEST_DIR"));
         let trace = Trace::new(std::fs::File::open(path).unwrap()).unwrap();
         assert_eq!(trace.map(|entry| entry.map(drop)).collect::<Result<Vec<()>, _>>().unwrap().len(), events);
+    }
+}
+
+/// A writer whose text is read back: whole when it was finished, up to the last flush when it was not.
+#[test]
+fn what_a_writer_has_flushed_is_read_whatever_comes_after() {
+    let events: Vec<Event> = read(text(3000).as_bytes()).into_iter().map(|entry| entry.unwrap().1).collect();
+    for compressed in [false, true] {
+        let mut bytes = Vec::new();
+        let mut writer = Writer::new(&mut bytes, compressed).unwrap();
+        for event in &events[..2000] {
+            writer.write(event).unwrap();
+        }
+        writer.flush().unwrap();
+        for event in &events[2000..] {
+            writer.write(event).unwrap();
+        }
+        // Killed: nothing more is written.
+        std::mem::forget(writer);
+        let found: Vec<_> = read(&bytes).into_iter().map_while(Result::ok).map(|(_, event)| event).collect();
+        assert!(found.len() >= 2000, "{}", found.len());
+        assert_eq!(found, events[..found.len()]);
+
+        let mut bytes = Vec::new();
+        let mut writer = Writer::new(&mut bytes, compressed).unwrap();
+        events.iter().for_each(|event| writer.write(event).unwrap());
+        writer.finish().unwrap();
+        let found: Vec<_> = read(&bytes).into_iter().map(|entry| entry.unwrap().1).collect();
+        assert_eq!(found, events);
+        assert_eq!(bytes.starts_with(HEADER.as_bytes()), !compressed);
+    }
+}
+
+/// A sink that is full after so many bytes.
+struct Full(usize);
+
+impl io::Write for Full {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(self.0);
+        self.0 -= count;
+        if count == 0 { Err(io::ErrorKind::StorageFull.into()) } else { Ok(count) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_of_the_writer() {
+    let event = read(text(1).as_bytes()).pop().unwrap().unwrap().1;
+    for compressed in [false, true] {
+        let mut writer = Writer::new(Full(10), compressed).unwrap();
+        let wrote = (0..10).try_for_each(|_| writer.write(&event)).and_then(|()| writer.finish());
+        assert_eq!(wrote.unwrap_err().kind(), io::ErrorKind::StorageFull);
     }
 }

@@ -279,6 +279,71 @@ fn a_trace_that_ends_in_the_middle_is_replayed_as_far_as_it_goes() {
     assert!(matches!(play(Trace::new(half).unwrap(), &strict, &mut |_| ()), Err(PlayError::Trace(_))));
 }
 
+/// What `ioasid record` writes: the DMA that was made, what was refused, and a device that comes, moves and goes.
+#[test]
+fn recorded_dma_is_made_as_it_was() {
+    let lines = "\
+        0,0,00:01.0,attach,-,-,-,-\n\
+        1,0,00:01.0,map,10000,5000,8192,TO_DEVICE\n\
+        1,1,00:01.0,map,12000,5000,4096,FROM_DEVICE\n\
+        2,0,00:01.0,read,10ff0,-,4096,TO_DEVICE\n\
+        3,1,00:01.0,write,12010,-,7,FROM_DEVICE\n\
+        3,1,00:01.0,write,11ff0,fault,32,FROM_DEVICE\n\
+        4,0,00:01.0,read,12000,fault,4,TO_DEVICE\n\
+        5,1,00:01.0,unmap,12000,-,4096,FROM_DEVICE\n\
+        6,0,00:01.0,write,12010,fault,7,FROM_DEVICE\n\
+        7,1,00:01.0,unmap,10000,-,8192,TO_DEVICE\n\
+        8,0,00:01.0,detach,-,-,-,-\n\
+        9,1,00:01.0,read,10000,fault,1,TO_DEVICE\n\
+        9,1,00:01.0,attach,-,-,-,-\n\
+        9,0,00:01.0,map,10000,9000,4096,BIDIRECTIONAL\n\
+        9,1,00:01.0,read,10000,gone,4096,TO_DEVICE\n";
+    for table in TableKind::ALL {
+        for threads in [1, 2] {
+            let options = Options { table, threads, strict_input: true, ..Options::default() };
+            let report = replay(lines, &options);
+            right(&report);
+            assert_eq!((report.events, report.attaches, report.recorded_dma), (15, 3, 7));
+            // Some tables cannot forbid reading what may be written.
+            assert!((3..=4).contains(&report.faults_as_recorded), "{report:#?}");
+            assert_eq!((report.dma.count, report.dma_bytes), (3, 4096 + 7 + 4096));
+            assert_eq!(report.live_at_end.mappings, 1);
+        }
+    }
+}
+
+/// Both views of a page, in one DMA.
+#[test]
+fn recorded_dma_may_reach_the_same_memory_twice() {
+    let lines = "\
+        0,0,00:01.0,attach,-,-,-,-\n\
+        0,0,00:01.0,map,10000,5000,4096,BIDIRECTIONAL\n\
+        0,0,00:01.0,map,11000,5000,4096,BIDIRECTIONAL\n\
+        0,0,00:01.0,write,10003,-,8185,FROM_DEVICE\n\
+        0,0,00:01.0,read,10003,-,8185,TO_DEVICE\n";
+    let report = replay(lines, &Options { strict_input: true, ..Options::default() });
+    right(&report);
+    assert_eq!(report.dma_bytes, 2 * 8185);
+}
+
+#[test]
+fn recorded_dma_that_does_not_fit_is_named_and_left_out() {
+    let lines = "\
+        0,0,00:01.0,attach,-,-,-,-\n\
+        0,0,00:01.0,read,10000,-,16,TO_DEVICE\n\
+        0,0,00:01.0,map,10000,5000,4096,TO_DEVICE\n\
+        0,0,00:01.0,read,10ff8,-,16,TO_DEVICE\n\
+        0,0,00:01.0,write,10000,-,16,FROM_DEVICE\n\
+        0,0,00:01.0,read,10000,fault,16,TO_DEVICE\n\
+        0,0,00:01.0,detach,-,-,-,-\n\
+        0,0,00:01.0,read,10000,-,16,TO_DEVICE\n";
+    let report = replay(lines, &Options::default());
+    right(&report);
+    let kinds = [("DMA let through unmapped", 4), ("DMA refused though mapped", 1)];
+    assert_eq!(report.misfits_by_kind, BTreeMap::from(kinds));
+    assert_eq!((report.events, report.recorded_dma, report.dma.count), (3, 0, 0));
+}
+
 #[test]
 fn devices_are_bounded() {
     let mut lines = String::new();

@@ -19,6 +19,7 @@ use crate::files::{Access, Inode, OpenFile, OpenFiles};
 use crate::listener::{Listener, Notification};
 use crate::process::{Processes, Thread};
 use crate::sys::memory;
+use crate::watcher::What;
 
 /// A request and what is needed to look into its client.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub(crate) struct Call<'a> {
     thread: RefCell<Option<Arc<Thread>>>,
     /// Whether a lookup through the thread's directory has succeeded since the request came: it is the right thread.
     confirmed: Cell<bool>,
+    /// What there is to say about the call, if somebody looks on.
+    pub(crate) what: RefCell<Option<What>>,
 }
 
 /// What a descriptor number of the client refers to.
@@ -53,6 +56,7 @@ impl<'a> Call<'a> {
             files,
             thread: RefCell::new(None),
             confirmed: Cell::new(false),
+            what: RefCell::new(None),
         }
     }
 

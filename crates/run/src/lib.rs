@@ -38,6 +38,7 @@ mod files;
 mod filter;
 mod launch;
 mod listener;
+mod locked_memory;
 mod maps;
 mod path;
 mod process;
@@ -47,7 +48,9 @@ mod statistics;
 mod supervisor;
 mod sys;
 mod trial;
+mod watcher;
 
 pub use launch::RunError;
 pub use statistics::{CallKind, CallTotals, Statistics};
 pub use supervisor::{Options, Outcome, run};
+pub use watcher::{WatchedCall, Watcher, What};

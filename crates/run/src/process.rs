@@ -259,6 +259,17 @@ impl Processes {
         }))
     }
 
+    /// The identity of the address space that the living process `id` maps memory of, if it ever did.
+    pub(crate) fn identity_of(&self, id: u32) -> Option<u64> {
+        let space = self.address_spaces().get(&id)?.upgrade()?;
+        space.group.is_alive().then_some(space.identity)
+    }
+
+    /// The text of `/proc/ID/status`.
+    pub(crate) fn status_text(&self, id: u32) -> Result<String, Errno> {
+        TaskDirectory::open(id)?.text("status")
+    }
+
     fn threads(&self) -> MutexGuard<'_, HashMap<u32, Arc<Thread>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use ioasid_server::{Client, Opened, Server};
+use ioasid_server::{Client, File, Opened, Server};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -18,9 +18,11 @@ use crate::call::{Call, Resolved};
 use crate::files::{self, Access, OpenFiles};
 use crate::filter::{Architecture, SystemCall};
 use crate::listener::{Answer, Listener, Notification};
+use crate::locked_memory;
 use crate::path;
 use crate::process::Processes;
 use crate::statistics::{CallKind, Statistics};
+use crate::watcher::{WatchedCall, Watcher, What};
 
 /// The longest positioned read or write that is done in one go; more is cut short, as the call allows.
 const TRANSFER_MAX: usize = 1 << 20;
@@ -44,6 +46,7 @@ pub(crate) struct Service {
     pub(crate) files: OpenFiles,
     pub(crate) processes: Processes,
     pub(crate) link_lookups: AtomicUsize,
+    pub(crate) watcher: Option<Arc<dyn Watcher>>,
 }
 
 /// What the client is told.
@@ -65,14 +68,18 @@ impl Service {
     pub(crate) fn handle(&self, notification: Notification, statistics: &mut Statistics) {
         let start = Instant::now();
         self.files.drain();
-        let (mut kind, reply) = {
+        let (mut kind, reply, what, process) = {
             let call = Call::new(notification, &self.listener, &self.processes, &self.files);
             // A panic would be a defect of ours; the client must not wait for ever for it.
             let work = std::panic::AssertUnwindSafe(|| self.perform(&call));
-            std::panic::catch_unwind(work).unwrap_or_else(|_| {
+            let (kind, reply) = std::panic::catch_unwind(work).unwrap_or_else(|_| {
                 tracing::error!(?notification, "a request was given up after a panic");
                 (CallKind::Other, Reply::Error(Errno::IO))
-            })
+            });
+            let what = call.what.take();
+            let process =
+                what.as_ref().and_then(|_| call.thread().and_then(|thread| thread.process_id()).ok());
+            (kind, reply, what, process)
         };
         if matches!(reply, Reply::Elsewhere) {
             kind = kind.elsewhere();
@@ -83,6 +90,9 @@ impl Service {
         let failed = matches!(reply, Reply::Error(_));
         // Sending wakes the client, which may well run before we do again.
         let time = start.elapsed();
+        if let Some(watcher) = &self.watcher {
+            watcher.called(&WatchedCall { thread: notification.thread, process, kind, time, what });
+        }
         self.answer(notification.id, reply);
         statistics.record(kind, failed, time);
     }
@@ -183,6 +193,7 @@ impl Service {
         };
         let close_on_exec = flags.contains(OFlags::CLOEXEC);
         let opened = opened.and_then(|opened| {
+            let file = if let Opened::File(file) = &opened { Some(file.name()) } else { None };
             if flags.contains(OFlags::CREATE | OFlags::EXCL) {
                 return Err(Errno::EXIST);
             }
@@ -190,14 +201,19 @@ impl Service {
                 return Err(Errno::NOTDIR);
             }
             let name = path.to_string_lossy();
-            match opened {
+            let descriptor = match opened {
                 Opened::File(file) => self.files.insert(file, &name, access, status_flags),
                 Opened::Text(_) if access.writes() => Err(Errno::ACCESS),
                 Opened::Text(text) => files::text(&name, &text, status_flags),
-            }
+            }?;
+            Ok((descriptor, file))
         });
+        if self.watcher.is_some() {
+            let result = opened.as_ref().map(|(_, file)| *file).map_err(|errno| *errno);
+            *call.what.borrow_mut() = Some(What::Open { path, result });
+        }
         match opened {
-            Ok(file) => Reply::Descriptor { file, close_on_exec },
+            Ok((file, _)) => Reply::Descriptor { file, close_on_exec },
             Err(errno) => Reply::Error(errno),
         }
     }
@@ -207,6 +223,9 @@ impl Service {
     fn find(&self, call: &Call<'_>, directory: i32, path: &Path) -> Option<(PathBuf, Result<Opened, Errno>)> {
         let base = if path.is_absolute() { PathBuf::from("/") } else { self.directory(call, directory)? };
         let mut path = path::normalize(&base, path)?;
+        if let Some(text) = locked_memory::status(&self.server, &self.processes, call, &path) {
+            return Some((path, Ok(Opened::Text(text))));
+        }
         for _ in 0..LINKS_MAX {
             if let Some(opened) = self.server.open(call, &path) {
                 return Some((path, opened));
@@ -250,10 +269,20 @@ impl Service {
 
     fn ioctl(&self, call: &Call<'_>, fd: i32, command: u32, argument: u64) -> Reply {
         match call.resolve(fd) {
-            Ok(Resolved::Ours(open_file)) => match open_file.file.ioctl(call, command, argument) {
-                Ok(value) => Reply::Value(value.into()),
-                Err(errno) => Reply::Error(errno),
-            },
+            Ok(Resolved::Ours(open_file)) => {
+                let result = if self.watcher.is_some() {
+                    let captured = open_file.file.ioctl_captured(call, command, argument);
+                    let result = captured.result();
+                    *call.what.borrow_mut() = Some(What::Ioctl(captured));
+                    result
+                } else {
+                    open_file.file.ioctl(call, command, argument)
+                };
+                match result {
+                    Ok(value) => Reply::Value(value.into()),
+                    Err(errno) => Reply::Error(errno),
+                }
+            }
             Ok(Resolved::Foreign(_)) => Reply::Elsewhere,
             Err(errno) => Reply::Error(errno),
         }
@@ -279,6 +308,7 @@ impl Service {
             }
             Ok(count)
         });
+        self.note_access(call, &open_file.file, false, segments, offset, &read);
         read.map_or_else(Reply::Error, |count| Reply::Value(count as u64))
     }
 
@@ -301,7 +331,26 @@ impl Service {
             }
             open_file.file.write_at(offset, &buffer)
         });
+        self.note_access(call, &open_file.file, true, segments, offset, &written);
         written.map_or_else(Reply::Error, |count| Reply::Value(count as u64))
+    }
+
+    /// Keeps what there is to say about an access to a device region, if somebody looks on.
+    fn note_access(
+        &self,
+        call: &Call<'_>,
+        file: &File,
+        write: bool,
+        segments: &[(u64, u64)],
+        offset: u64,
+        result: &Result<usize, Errno>,
+    ) {
+        if self.watcher.is_some() {
+            let length = segments.iter().fold(0_u64, |sum, (_, length)| sum.saturating_add(*length));
+            let result = result.map(|count| count as u64);
+            let file = file.name();
+            *call.what.borrow_mut() = Some(What::Access { file, write, offset, length, result });
+        }
     }
 
     /// The segments of a vectored call: pairs of address and length.

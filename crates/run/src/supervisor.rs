@@ -29,9 +29,10 @@ use crate::process::Processes;
 use crate::serve::Service;
 use crate::statistics::Statistics;
 use crate::sys::child::{Signals, reap_orphans};
+use crate::watcher::Watcher;
 
 /// How a program is run.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Options {
     /// Behave like a command at a terminal that runs another: leave SIGINT, SIGQUIT and SIGHUP to the program, pass
@@ -43,11 +44,13 @@ pub struct Options {
     /// The most requests that are served at the same time. A request that waits for its client's own memory takes one
     /// as long as it waits. Default: 1024.
     pub workers: usize,
+    /// Who hears of each call. Default: nobody.
+    pub watcher: Option<Arc<dyn Watcher>>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { foreground: true, workers: 1024 }
+        Self { foreground: true, workers: 1024, watcher: None }
     }
 }
 
@@ -98,6 +101,7 @@ where
         files,
         processes: Processes::new(),
         link_lookups: AtomicUsize::new(0),
+        watcher: options.watcher.clone(),
     };
     let crew = Crew::new(&service, stop, options.workers.max(1));
     let program = Program::new(child)?;

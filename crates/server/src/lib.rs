@@ -38,33 +38,41 @@
 //!
 //! # Where it differs from Linux
 //!
-//! - Private memory of a client is reached through its process, not pinned: when the process ends or unmaps it, the
-//!   device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
+//! - Private memory of a client is reached through its process, not pinned (shared memory is its file's, if that can be
+//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
 //!   a file of hugetlbfs is a fault.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
+//! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
+//!   and pages of a power of two; holes in the range are passed over. See docs/conformance.md.
+//! - VFIO's MAP_DMA with neither READ nor WRITE is `EINVAL`, as in VFIO's own container.
 //! - A client cannot grow the server without bound: 4,096 objects and 2^20 areas for each open, 2^12 allowed ranges for
 //!   each address space, arguments of 64 KiB; beyond that, `ENOMEM` or `E2BIG`.
-//! - Absent so far: interrupts, mapping of device regions, groups and type 1 containers, nesting, PASIDs, fault queues
-//!   and dirty tracking. Their commands are known, and refused with the error of a kernel without the capability.
+//! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting, PASIDs and fault queues.
+//!   Their commands are known, and refused with the error of a kernel without the capability. Dirty tracking has the
+//!   precision of leaves, and is absent from the native kind of table.
 //!
 //! # Threads and locks
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
-//! is read or written for a call: a device file's state and attachment, an address space's areas, a page table
-//! object, a context's table of objects, the registry of memory, an account. The engine's own locks are innermost.
+//! is read or written for a call: a device file's state and attachment, the space of an access, an address space's areas,
+//! what an access has pinned, a page table object, a context's table of objects, the registry of memory, an account.
+//! The engine's own locks are innermost. Of several address spaces, which only IOAS_CHANGE_PROCESS locks together, the
+//! lower number comes first.
 //!
-//! Unmapping and detaching wait until the device's running copies have ended, as they must; a client whose memory
+//! Unmapping and detaching wait until the running copies of devices and accesses have ended, as they must; a client whose memory
 //! answers slowly thereby delays those who share an address space or a device with it, and nobody else.
 
 #![forbid(unsafe_code)]
 
 mod argument;
 mod client;
+pub mod decode;
 mod in_process;
 mod iommufd;
 mod machine;
 mod memory;
+mod observer;
 mod options;
 mod poison;
 mod status;
@@ -87,6 +95,7 @@ pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
+pub use observer::{Event, MemoryAt, MemoryOwner, Observer};
 pub use options::{DeviceOptions, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
@@ -107,6 +116,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    observer: Option<Arc<dyn Observer>>,
     test_devices: bool,
 }
 
@@ -134,12 +144,15 @@ pub enum ServerError {
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
     Place(#[from] RidTaken),
-    /// Test devices need a granule of 2 KiB, and the tables of a device cannot have that.
-    #[error("a device with table={table} cannot be in one machine with test devices; only table=native can")]
-    TableTooCoarse {
-        /// The kind of the device's table.
-        table: TableKind,
-    },
+}
+
+/// How much memory a process has pinned by mapping it, in pages of 4 KiB. Every map call counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PinnedMemory {
+    /// All of it: `VmPin`.
+    pub pages: u64,
+    /// What it pays for itself, not its user: part of `VmLck`.
+    pub locked_pages: u64,
 }
 
 /// The result of a successful open.
@@ -174,14 +187,25 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
-        let mut tables = options.devices.iter().map(|device| device.table);
-        if let Some(table) = tables.find(|table| options.test_devices && *table != TableKind::Native) {
-            return Err(ServerError::TableTooCoarse { table });
-        }
-        let devices = machine::devices(options.devices)?;
+        Self::make(options, None)
+    }
+
+    /// Makes a machine whose devices are watched.
+    ///
+    /// # Errors
+    /// See [`ServerError`].
+    pub fn with_observer(
+        options: ServerOptions,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Arc<Self>, ServerError> {
+        Self::make(options, Some(observer))
+    }
+
+    fn make(options: ServerOptions, observer: Option<Arc<dyn Observer>>) -> Result<Arc<Self>, ServerError> {
+        let devices = machine::devices(options.devices, observer.as_ref())?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         let test_devices = options.test_devices;
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), test_devices }))
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), observer, test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -213,10 +237,24 @@ impl Server {
     fn new_context(&self) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.test_devices));
+        let memory = Arc::clone(&self.memory);
+        let context = Context::new(contexts.opened, memory, self.test_devices, self.observer.clone());
+        let context = Arc::new(context);
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
+    }
+
+    /// What the process of this [identity](Process::identity) has pinned, if a transport shall tell the process so in its
+    /// `/proc/PID/status`, as a kernel would: on a server with [test devices](ServerOptions::test_devices), since only tests
+    /// look.
+    pub fn pinned_memory(&self, process: u64) -> Option<PinnedMemory> {
+        let mut pinned = self.test_devices.then(PinnedMemory::default)?;
+        let contexts: Vec<_> = lock(&self.contexts).living.iter().filter_map(Weak::upgrade).collect();
+        for context in contexts {
+            context.add_pinned(process, &mut pinned);
+        }
+        Some(pinned)
     }
 
     /// A snapshot of what is mapped, attached and charged.
@@ -240,6 +278,22 @@ impl File {
             FileKind::Iommufd(context) => context.ioctl(client, command, argument),
             FileKind::Device(device) => device.ioctl(client, command, argument),
             FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::NOTTY),
+        }
+    }
+
+    /// Performs one `ioctl` as [`File::ioctl`] does, and keeps what there is to say about it.
+    pub fn ioctl_captured(&self, client: &dyn Client, command: u32, argument: u64) -> decode::CapturedCall {
+        let capture = decode::Capture::new(client, argument);
+        let result = self.ioctl(&capture, command, argument);
+        capture.call(self.name(), command, result)
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> decode::FileName {
+        match &self.kind {
+            FileKind::Iommufd(context) => decode::FileName::Iommufd(context.number()),
+            FileKind::Device(device) => decode::FileName::Device(device.number()),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => decode::FileName::Test,
         }
     }
 

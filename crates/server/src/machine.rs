@@ -6,9 +6,11 @@
 use std::sync::Arc;
 
 use ioasid::{Iommu, Rid};
+use ioasid_soft::dma::DmaPort;
 use ioasid_soft::edu::{Edu, EduOptions};
 use ioasid_soft::iommu::SoftIommu;
 
+use crate::observer::{Observer, Watched, WatchedPort};
 use crate::vfio::MachineDevice;
 use crate::{DeviceOptions, ServerError};
 
@@ -19,7 +21,10 @@ const LARGEST_COUNT: usize = 31;
 ///
 /// # Errors
 /// See [`ServerError`].
-pub(crate) fn devices(options: Vec<DeviceOptions>) -> Result<Vec<Arc<MachineDevice>>, ServerError> {
+pub(crate) fn devices(
+    options: Vec<DeviceOptions>,
+    observer: Option<&Arc<dyn Observer>>,
+) -> Result<Vec<Arc<MachineDevice>>, ServerError> {
     if options.len() > LARGEST_COUNT {
         return Err(ServerError::TooManyDevices { asked: options.len(), most: LARGEST_COUNT });
     }
@@ -28,9 +33,14 @@ pub(crate) fn devices(options: Vec<DeviceOptions>) -> Result<Vec<Arc<MachineDevi
     let device = |(number, (options, rid)): (usize, (DeviceOptions, Rid))| {
         let port = iommu.add_device(rid, options.table)?;
         let edu_options = EduOptions { dma_mask_bits: options.dma_mask_bits, ..EduOptions::default() };
-        let model = Arc::new(Edu::new(Arc::clone(&port) as _, edu_options)?);
+        let watched = observer.map(|observer| Watched::new(rid, Arc::clone(observer)));
+        let dma: Arc<dyn DmaPort> = match &watched {
+            Some(watched) => Arc::new(WatchedPort { port: Arc::clone(&port), watched: Arc::clone(watched) }),
+            None => Arc::clone(&port) as _,
+        };
+        let model = Arc::new(Edu::new(dma, edu_options)?);
         let behind = Arc::clone(&iommu) as Arc<dyn Iommu>;
-        Ok(Arc::new(MachineDevice::new(number, rid, model, port, behind)))
+        Ok(Arc::new(MachineDevice::new(number, rid, model, port, behind, watched)))
     };
     options.into_iter().zip(rids).enumerate().map(device).collect()
 }

@@ -29,6 +29,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::iommufd::testing::{DmaBuf, DmaBufs};
+use crate::observer::MemoryOwner;
 use crate::poison::lock;
 use crate::{AccountStatus, Process};
 
@@ -43,8 +44,8 @@ pub(crate) struct Pages {
     start: u64,
     /// Whether devices may be given write access.
     writable: bool,
-    /// Nobody for a dma-buf, whose memory is not the client's.
-    charge: Option<Charge>,
+    /// Changed only while the areas of all address spaces that share the pages are locked.
+    charge: Mutex<Charge>,
 }
 
 /// What the bytes belong to.
@@ -58,18 +59,23 @@ enum Source {
     File(FileBacking),
     /// A dma-buf as it was when it was mapped: revoking it ends this memory for good.
     DmaBuf {
-        buffer: Arc<DmaBuf>,
+        /// Counts as long as its memory is there.
+        _buffer: Arc<DmaBuf>,
         backing: Arc<Backing>,
     },
     /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
     NotMemory,
 }
 
-/// Who pays, and up to how much; decided when the mapping is made.
+/// Who pays, and up to how much; decided when the mapping is made, or when another process takes it over.
 #[derive(Debug, Clone)]
 pub(crate) struct Charge {
     account: Arc<ChargedAccount>,
     limit_pages: Option<u64>,
+    /// The process that mapped the memory, or took it over, by its identity; 0 for none.
+    process: u64,
+    /// Whether it pays itself, not its user.
+    pays_itself: bool,
 }
 
 /// An account together with the lock that makes "set my limit, then charge" one step: processes of one user share
@@ -81,7 +87,23 @@ pub(crate) struct ChargedAccount {
     charging: Mutex<()>,
 }
 
+impl Charge {
+    /// Makes the account pay for all of `memories` in place of those that do: all or none.
+    ///
+    /// # Errors
+    /// `ENOMEM`: over the limit.
+    pub(crate) fn take_over(&self, memories: &[&Memory]) -> Result<(), Errno> {
+        let _charging = lock(&self.account.charging);
+        self.account.account.set_limit(self.limit_pages);
+        Memory::transfer_all(memories, &self.account.account).map_err(|_| Errno::NOMEM)
+    }
+}
+
 impl ChargedAccount {
+    fn new(name: String, limit_pages: Option<u64>) -> Arc<Self> {
+        Arc::new(Self { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
+    }
+
     /// What is charged, for the status.
     pub(crate) fn status(&self) -> AccountStatus {
         AccountStatus {
@@ -97,6 +119,7 @@ impl ChargedAccount {
 /// A file with its backing.
 #[derive(Debug)]
 struct FileBacking {
+    key: FileKey,
     file: Arc<MappedFile>,
     backing: Arc<Backing>,
 }
@@ -199,6 +222,27 @@ impl Pages {
         self.writable
     }
 
+    /// Whether a file was mapped, and not memory of a process.
+    pub(crate) fn is_file(&self) -> bool {
+        matches!(self.source, Source::File(_) | Source::NotMemory)
+    }
+
+    /// Whether there is a limit for who pays.
+    pub(crate) fn is_limited(&self) -> bool {
+        lock(&self.charge).limit_pages.is_some()
+    }
+
+    /// Whether the process of this identity pins what is registered, and if so, whether it pays itself.
+    pub(crate) fn is_pinned_by(&self, process: u64) -> Option<bool> {
+        let charge = lock(&self.charge);
+        (charge.process == process).then_some(charge.pays_itself)
+    }
+
+    /// Says who pays for what is registered from now on.
+    pub(crate) fn set_charge(&self, charge: &Charge) {
+        *lock(&self.charge) = charge.clone();
+    }
+
     /// Checks that `length` bytes from byte `offset` on are there and permit the access, and registers them.
     ///
     /// # Errors
@@ -219,17 +263,14 @@ impl Pages {
                 }
                 (Arc::clone(&mapped.backing), start)
             }
-            Source::DmaBuf { buffer, backing } => {
-                return Memory::register(backing, start, length, buffer.account())
-                    .map_err(|error| register_errno(&error));
-            }
+            Source::DmaBuf { backing, .. } => (Arc::clone(backing), start),
             Source::NotMemory => return Err(Errno::INVAL),
         };
-        let charge = self.charge.as_ref().ok_or(Errno::INVAL)?;
+        let charge = lock(&self.charge).clone();
         let _charging = lock(&charge.account.charging);
-        let account = &charge.account.account;
-        account.set_limit(charge.limit_pages);
-        Memory::register(&backing, start, length, account).map_err(|error| register_errno(&error))
+        charge.account.account.set_limit(charge.limit_pages);
+        Memory::register(&backing, start, length, &charge.account.account)
+            .map_err(|error| register_errno(&error))
     }
 
     /// Whether it was taken back for good, so that nothing can be registered of it any more.
@@ -240,6 +281,15 @@ impl Pages {
     /// Whether software may copy to and from it: a dma-buf belongs to a driver.
     pub(crate) fn is_accessible(&self) -> bool {
         !matches!(self.source, Source::DmaBuf { .. })
+    }
+
+    /// What the bytes belong to.
+    pub(crate) fn owner(&self) -> MemoryOwner {
+        match &self.source {
+            Source::Process { process, .. } => MemoryOwner::Process(process.identity()),
+            Source::File(file) => MemoryOwner::File(file.key.0, file.key.1),
+            Source::NotMemory | Source::DmaBuf { .. } => MemoryOwner::Nothing,
+        }
     }
 
     /// Where the bytes come from, for people.
@@ -261,8 +311,11 @@ pub(crate) fn dma_buf_pages(buffer: &Arc<DmaBuf>, start: u64, length: u64) -> Re
     if start.checked_add(length).is_none_or(|end| end > buffer.length()) {
         return Err(Errno::INVAL);
     }
-    let source = Source::DmaBuf { backing: buffer.backing()?, buffer: Arc::clone(buffer) };
-    Ok(Pages { source, start, writable: true, charge: None })
+    let source = Source::DmaBuf { backing: buffer.backing()?, _buffer: Arc::clone(buffer) };
+    // The memory is not the client's, so nobody pays.
+    let account = ChargedAccount::new("dma-buf".to_owned(), None);
+    let nobody = Charge { account, limit_pages: None, process: 0, pays_itself: false };
+    Ok(Pages { source, start, writable: true, charge: Mutex::new(nobody) })
 }
 
 fn register_errno(error: &RegisterError) -> Errno {
@@ -292,8 +345,9 @@ impl Files {
     /// The backing of a file, the one that exists or a new one.
     fn backing(&self, fd: OwnedFd) -> Result<FileBacking, Errno> {
         let status = rustix::fs::fstat(&fd)?;
+        let key = FileKey(status.st_dev, status.st_ino);
         let make = || Arc::new(MappedFile { fd: writable(fd), backing: Mutex::default() });
-        let file = self.by_key.get_or_insert(FileKey(status.st_dev, status.st_ino), make);
+        let file = self.by_key.get_or_insert(key, make);
         let backing = {
             let mut known = lock(&file.backing);
             known.upgrade().unwrap_or_else(|| {
@@ -302,7 +356,7 @@ impl Files {
                 backing
             })
         };
-        Ok(FileBacking { file, backing })
+        Ok(FileBacking { key, file, backing })
     }
 
     /// What the bytes at an address of a process are now: those of a file that others can map too, or the process's own.
@@ -382,23 +436,35 @@ impl MemoryRegistry {
 
     /// Who pays for what `process` maps.
     pub(crate) fn charge(&self, process: &dyn Process, per_process: bool) -> Charge {
-        let limit_pages = process.memory_lock_limit().map(|bytes| bytes / PAGE_SIZE);
+        let Some(limit) = process.memory_lock_limit() else { return self.charge_without_limit(process) };
+        let limit_pages = Some(limit / PAGE_SIZE);
         let user = process.user();
-        let open = |name| {
-            Arc::new(ChargedAccount { account: Account::new(name, limit_pages), charging: Mutex::new(()) })
-        };
-        let account = if limit_pages.is_none() {
-            let key = AccountKey::UnlimitedUser(user);
-            let mut users = lock(&self.users);
-            Arc::clone(users.entry(key).or_insert_with(|| open(format!("user {user} without limit"))))
-        } else if per_process {
-            let make = || open(format!("process {} of user {user}", process.id()));
+        let account = if per_process {
+            let make =
+                || ChargedAccount::new(format!("process {} of user {user}", process.id()), limit_pages);
             self.accounts.get_or_insert(AccountKey::Process(process.identity()), make)
         } else {
-            let mut users = lock(&self.users);
-            Arc::clone(users.entry(AccountKey::User(user)).or_insert_with(|| open(format!("user {user}"))))
+            self.user_account(AccountKey::User(user), || format!("user {user}"), limit_pages)
         };
-        Charge { account, limit_pages }
+        Charge { account, limit_pages, process: process.identity(), pays_itself: per_process }
+    }
+
+    /// Who pays for what `process` maps if it may lock memory without limit.
+    pub(crate) fn charge_without_limit(&self, process: &dyn Process) -> Charge {
+        let user = process.user();
+        let name = || format!("user {user} without limit");
+        let account = self.user_account(AccountKey::UnlimitedUser(user), name, None);
+        Charge { account, limit_pages: None, process: process.identity(), pays_itself: false }
+    }
+
+    fn user_account(
+        &self,
+        key: AccountKey,
+        name: impl FnOnce() -> String,
+        limit_pages: Option<u64>,
+    ) -> Arc<ChargedAccount> {
+        let mut users = lock(&self.users);
+        Arc::clone(users.entry(key).or_insert_with(|| ChargedAccount::new(name(), limit_pages)))
     }
 
     /// Memory of a process from the address `start` on.
@@ -411,7 +477,12 @@ impl MemoryRegistry {
     ) -> Pages {
         let backing = self.private_backing(&process);
         let files = Arc::clone(&self.files);
-        Pages { source: Source::Process { process, backing, files }, start, writable, charge: Some(charge) }
+        Pages {
+            source: Source::Process { process, backing, files },
+            start,
+            writable,
+            charge: Mutex::new(charge),
+        }
     }
 
     fn private_backing(&self, process: &Arc<dyn Process>) -> Arc<Backing> {
@@ -434,7 +505,7 @@ impl MemoryRegistry {
             None => Source::NotMemory,
             Some(fd) => Source::File(self.files.backing(fd)?),
         };
-        Ok(Pages { source, start, writable: writable_by_device, charge: Some(charge) })
+        Ok(Pages { source, start, writable: writable_by_device, charge: Mutex::new(charge) })
     }
 
     /// Registers memory of a process for a moment, charged to nobody, to learn which pages it is made of.
@@ -443,13 +514,13 @@ impl MemoryRegistry {
     /// `EFAULT`: the process has no such memory, or may not read it.
     pub(crate) fn identify(
         &self,
-        process: Arc<dyn Process>,
+        process: &Arc<dyn Process>,
         start: u64,
         length: u64,
     ) -> Result<Arc<Memory>, Errno> {
         process.check_access(start, length, false)?;
-        let private = self.private_backing(&process);
-        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let private = self.private_backing(process);
+        let (backing, start) = self.files.behind(&**process, &private, start, length)?;
         let nobody = Account::new("nobody", None);
         Memory::register(&backing, start, length, &nobody).map_err(|error| register_errno(&error))
     }
@@ -460,13 +531,13 @@ impl MemoryRegistry {
     /// As [`MemoryRegistry::identify`].
     pub(crate) fn holds(
         &self,
-        process: Arc<dyn Process>,
+        process: &Arc<dyn Process>,
         start: u64,
         length: u64,
     ) -> Result<RangeInclusive<u64>, Errno> {
         process.check_access(start, length, false)?;
-        let private = self.private_backing(&process);
-        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let private = self.private_backing(process);
+        let (backing, start) = self.files.behind(&**process, &private, start, length)?;
         Ok(backing.holds(start, length))
     }
 

@@ -33,6 +33,7 @@ use crate::argument;
 use crate::iommufd::Context;
 use crate::iommufd::device::BoundDevice;
 use crate::iommufd::objects::{Counted, Object};
+use crate::observer::Watched;
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
@@ -49,6 +50,7 @@ pub(crate) struct MachineDevice {
     port: Arc<Port>,
     iommu: Arc<dyn Iommu>,
     bound: AtomicBool,
+    watched: Option<Arc<Watched>>,
 }
 
 impl MachineDevice {
@@ -58,8 +60,14 @@ impl MachineDevice {
         model: Arc<dyn PciDevice>,
         port: Arc<Port>,
         iommu: Arc<dyn Iommu>,
+        watched: Option<Arc<Watched>>,
     ) -> Self {
-        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false) }
+        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false), watched }
+    }
+
+    /// Who watches it, if anybody does.
+    pub(crate) fn watched(&self) -> Option<&Arc<Watched>> {
+        self.watched.as_ref()
     }
 
     /// Its file and how its DMA fared, for the status.
@@ -102,6 +110,7 @@ impl Drop for Binding {
     /// The last close: the device is quiet before its tables go and before anybody else can bind it.
     fn drop(&mut self) {
         let machine = &self.machine;
+        self.context.tell_closing(Some(machine.number));
         machine.model.close();
         self.bound.detach(&self.context);
         self.context.objects().remove(self.id, &Object::Device(Arc::clone(&self.bound)));
@@ -112,6 +121,11 @@ impl Drop for Binding {
 impl DeviceFile {
     pub(crate) fn new(device: Arc<MachineDevice>) -> Self {
         Self { device, state: Mutex::new(State::Unbound) }
+    }
+
+    /// N of `vfioN`.
+    pub(crate) fn number(&self) -> usize {
+        self.device.number
     }
 
     fn binding(&self) -> Result<Arc<Binding>, Errno> {

@@ -139,6 +139,10 @@ impl Iommu for SoftIommu {
         })
     }
 
+    fn records_writes(&self, device: Rid) -> bool {
+        self.device(device).is_some_and(|attachment| attachment.kind.records_writes())
+    }
+
     fn new_table(
         &self,
         class: TableClass,

@@ -1,5 +1,5 @@
-//! VFIO: the device side (`/dev/vfio/devices/vfioN`, and the same calls on a device file from a group), and the names of
-//! all other commands.
+//! VFIO: the device side (`/dev/vfio/devices/vfioN`, and the same calls on a device file from a group), the type 1
+//! commands of a container, and the names of all other commands.
 //!
 //! The same type byte as iommufd's, numbers 0x3b64 and up. Numbers from 0x3b70 on mean different things on a device, a
 //! container and a migration file, so the kind of file has to be known before a number can be read: hence a table for
@@ -13,8 +13,11 @@
 //! Regions of a device are ranges of its file. A client reads and writes them at the `offset` that GET_REGION_INFO
 //! reports, with pread and pwrite, or maps them there if the region allows it.
 
+mod container;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub use self::container::*;
 use crate::{command, ioctl_number};
 
 /// BIND_IOMMUFD: the first call on a device file; ties the device to an iommufd.

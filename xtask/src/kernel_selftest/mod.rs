@@ -28,13 +28,9 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     kernel: kernel_source::Arguments,
 
-    /// What to run: a fixture, FIXTURE.VARIANT, or a whole instance's name; repeatable
-    #[arg(long = "fixture", value_name = "NAME", default_values = ["iommufd", "iommufd_ioas.no_domain"])]
+    /// What to run: a fixture, FIXTURE.VARIANT, or a whole instance's name; repeatable [default: everything]
+    #[arg(long = "fixture", value_name = "NAME")]
     fixtures: Vec<String>,
-
-    /// Run all fixtures
-    #[arg(long, conflicts_with = "fixtures")]
-    all: bool,
 
     /// Command to put before the test program, split at spaces [default: the built `ioasid run --test-devices --`]
     #[arg(long, value_name = "COMMAND")]
@@ -149,7 +145,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 
 /// The instances that the arguments name, in the test program's order.
 fn choose(arguments: &Arguments, all: &[String]) -> Result<Vec<String>> {
-    if arguments.all {
+    if arguments.fixtures.is_empty() {
         return Ok(all.to_vec());
     }
     for fixture in &arguments.fixtures {

@@ -3,29 +3,28 @@
 //! The program is a child of this process, which serves it until it and all its descendants have ended. Its exit status
 //! becomes ours, so that `ioasid run` can stand in front of any command of a script.
 
+mod hints;
+pub(crate) mod machine;
+pub(crate) mod program;
 mod summary;
+mod watch;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
-use std::process::{ExitCode, ExitStatus};
+use std::io::{self, LineWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use ioasid_run::{Options, RunError};
-use ioasid_server::{DeviceOptions, Server, ServerOptions, TableKind};
+use ioasid_run::Options;
+use ioasid_server::Server;
 
-use crate::probe;
-use crate::quantity::Bytes;
-
-/// `run` itself failed; the program may not have been started.
-pub(crate) const OWN_FAILURE: u8 = 125;
-/// The program is there, but cannot be executed.
-const NOT_EXECUTABLE: u8 = 126;
-/// There is no such program.
-const NOT_FOUND: u8 = 127;
-/// A program that a signal has ended: this and the signal's number.
-const SIGNALLED: i32 = 128;
+use self::machine::{CANNOT_BE_MADE, Machine};
+pub(crate) use self::program::OWN_FAILURE;
+use self::program::{Ended, run_program};
+use self::watch::Watch;
 
 /// Run a program with a working /dev/iommu and /dev/vfio
 ///
@@ -37,27 +36,18 @@ const SIGNALLED: i32 = 128;
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub(crate) struct Arguments {
-    /// A software device; the first is vfio0, the next vfio1, and so on [default: edu, and edu:table=vtd]
-    ///
-    /// SPEC is a model with settings, as in edu:table=vtd,dma-mask=40. The model is edu, after QEMU's device of that name.
-    /// Settings: table=KIND is the page table that the device's IOMMU walks: native (default), vtd, amdv1, x86-64, riscv, or
-    /// with other levels vtd39, vtd57, x86-64-la57, sv39, sv57; dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives.
-    #[arg(long = "device", value_name = "SPEC")]
-    devices: Vec<DeviceOptions>,
+    #[command(flatten)]
+    machine: Machine,
 
-    /// How much memory the page tables of all devices together may take [default: a quarter of the machine's]
-    ///
-    /// A map or attach that would need more gets ENOMEM. A mapping takes a 512th of its size where no large page fits.
-    #[arg(long, value_name = "BYTES")]
-    table_memory: Option<Bytes>,
+    /// Print each call as it is answered, in words, with its time: to standard error, or to FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    verbose: Option<PathBuf>,
 
     /// Have the test-only command of kernels built for their own iommufd self-test, with mock devices
-    ///
-    /// Then devices can have no tables but native ones [default: edu alone].
     #[arg(long)]
     test_devices: bool,
 
-    /// At the end, print to standard error how often each call was made and how long it took
+    /// At the end, print to standard error the calls with their times, what was left mapped, and hints
     #[arg(long)]
     summary: bool,
 
@@ -75,7 +65,10 @@ Examples:
   ioasid run                                       the built-in probe
   ioasid run -- cat /dev/ioasid                    what is mapped now: nothing
   ioasid run --device edu:dma-mask=64 -- ./client  one device, that reaches all addresses
-  ioasid run --summary -- python3 client.py        with a table of the calls at the end
+  ioasid run --verbose -- ./client                 each call as a line: IOAS_MAP ioas=1 iova=any len=0x1000 rw ...
+  ioasid run --verbose=calls.txt -- ./client       the same, to a file
+  ioasid run --summary -- python3 client.py        at the end: calls, what was left mapped, and what could be done better
+  ioasid run --json calls.json -- ./client         the same for programs
 
 Exit status:
   that of PROGRAM, or 128+N if signal N has killed it
@@ -83,10 +76,12 @@ Exit status:
   126  PROGRAM cannot be executed
   127  PROGRAM was not found";
 
-/// Whether the command line is one of `run`, though it may be wrong.
+/// Whether the command line is one of `run` or `record`, though it may be wrong.
 pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> bool {
     let mut words = command_line.into_iter().skip(1);
-    words.find(|word| !word.as_encoded_bytes().starts_with(b"-")).is_some_and(|word| word == "run")
+    words
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"))
+        .is_some_and(|word| word == "run" || word == "record")
 }
 
 /// Runs it.
@@ -94,81 +89,51 @@ pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> 
 /// # Errors
 /// This process could not do its part; the program may or may not have run.
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let test_devices = arguments.test_devices;
-    let devices = match arguments.devices {
-        none if none.is_empty() && test_devices => ServerOptions::default().devices,
-        none if none.is_empty() => default_devices(),
-        devices => devices,
+    let machine = arguments.machine.prepare(arguments.test_devices);
+    let collect = arguments.summary || arguments.json.is_some();
+    let lines = arguments.verbose.as_deref().map(lines).transpose()?;
+    let watched = lines.is_some() || collect;
+    let watch = Arc::new(Watch::new(lines, collect));
+    let mut options = Options::default();
+    if watched {
+        options.watcher = Some(Arc::clone(&watch) as _);
+    }
+    let server = match collect {
+        true => Server::with_observer(machine, Arc::clone(&watch) as _),
+        false => Server::new(machine),
+    }
+    .context(CANNOT_BE_MADE)?;
+    let status = match run_program(&arguments.program, &options, server)? {
+        Ended::Run(status) => status,
+        Ended::NotExecuted(code) => return Ok(code),
     };
-    let table_memory = arguments.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
-    ioasid::pagetable::HeapTables::set_limit(table_memory);
-    let server = Server::new(ServerOptions { devices, test_devices })
-        .context("the machine cannot be made; ask for other devices (--device)")?;
-    let (program, program_arguments) = match arguments.program.split_first() {
-        Some((program, rest)) => (program.clone(), rest.to_vec()),
-        None => own_probe()?,
-    };
-    tracing::info!(?program, "starting");
-    let outcome = match ioasid_run::run(&program, &program_arguments, &Options::default(), server) {
-        Ok(outcome) => outcome,
-        Err(RunError::Execute { source, .. }) => return Ok(cannot_execute(&program, &source)),
-        Err(error) => return Err(error).context("cannot run programs here; `ioasid doctor` says more"),
-    };
-    let status = exit_status(outcome.status);
-    tracing::info!(status, "the program has ended");
+    watch.finish_lines().context("not every call could be written down (--verbose)")?;
+    let collected = watch.take_collected();
     if arguments.summary {
-        eprint!("{}", summary::table(&outcome.statistics));
+        eprint!("{}", summary::text(&collected));
     }
     if let Some(path) = arguments.json {
-        let text = summary::json(status, &outcome.statistics);
+        let text = summary::json(status, &collected);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(ExitCode::from(status))
 }
 
-/// A quarter of the machine's memory, in bytes.
-fn quarter_of_memory() -> u64 {
-    let machine = rustix::system::sysinfo();
-    (machine.totalram as u64).saturating_mul(machine.mem_unit.into()) / 4
-}
-
-/// A device on the space's own table and one on a table of another format, so that a space can have both.
-fn default_devices() -> Vec<DeviceOptions> {
-    let native = DeviceOptions::default();
-    let vtd = DeviceOptions { table: TableKind::VtdSecondStage, ..native.clone() };
-    vec![native, vtd]
-}
-
-/// This very program as the client.
-fn own_probe() -> anyhow::Result<(OsString, Vec<OsString>)> {
-    let own = std::env::current_exe().context("cannot find this program's own file to run the probe")?;
-    Ok((own.into_os_string(), vec![probe::NAME.into()]))
-}
-
-fn cannot_execute(program: &OsStr, source: &std::io::Error) -> ExitCode {
-    let (status, advice) = match source.kind() {
-        std::io::ErrorKind::NotFound => {
-            (NOT_FOUND, "check the name, PATH, and the interpreter that a script names in its first line")
-        }
-        _ => (NOT_EXECUTABLE, "check that it is a program and that you may execute it (chmod +x)"),
-    };
-    eprintln!("ioasid: cannot execute {program:?}: {source}; {advice}");
-    ExitCode::from(status)
-}
-
-/// The program's end as a shell would tell it.
-fn exit_status(status: ExitStatus) -> u8 {
-    use std::os::unix::process::ExitStatusExt;
-    let number = status.code().or(status.signal().map(|signal| SIGNALLED + signal));
-    number.and_then(|number| u8::try_from(number).ok()).unwrap_or(OWN_FAILURE)
+/// Where the lines of `--verbose` go.
+fn lines(path: &Path) -> anyhow::Result<Box<dyn Write + Send>> {
+    if path.as_os_str() == "-" {
+        return Ok(Box::new(io::stderr()));
+    }
+    let file = fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    // Line by line, so that one can follow it while the program runs.
+    Ok(Box::new(LineWriter::new(file)))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::process::ExitStatusExt;
-
     use clap::Parser;
 
+    use super::machine::default_devices;
     use super::*;
 
     #[derive(Debug, Parser)]
@@ -189,13 +154,16 @@ mod tests {
         let arguments = parse(&["--", "--json", "x"]).unwrap();
         assert_eq!((arguments.json, arguments.program), (None, vec!["--json".into(), "x".into()]));
         assert!(parse(&[]).unwrap().program.is_empty());
+        let arguments = parse(&["--verbose", "ls"]).unwrap();
+        assert_eq!((arguments.verbose, arguments.program), (Some("-".into()), vec!["ls".into()]));
+        assert_eq!(parse(&["--verbose=calls", "ls"]).unwrap().verbose, Some("calls".into()));
         assert!(parse(&["--sumary", "ls"]).is_err(), "a misspelt option is no program");
     }
 
     #[test]
     fn devices_are_parsed_and_bad_ones_explained() {
         let arguments = parse(&["--device", "edu", "--device", "edu:table=vtd"]).unwrap();
-        assert_eq!(arguments.devices, default_devices());
+        assert_eq!(arguments.machine.devices, default_devices());
         let refused = parse(&["--device", "edu:table=arm"]).unwrap_err().to_string();
         assert!(refused.contains("arm"), "{refused}");
     }
@@ -205,14 +173,8 @@ mod tests {
         let asked = |words: &[&str]| is_asked_for(words.iter().map(OsString::from));
         assert!(asked(&["ioasid", "run", "--nonsense"]));
         assert!(asked(&["ioasid", "-v", "run"]));
+        assert!(asked(&["ioasid", "record", "-o", "x"]));
         assert!(!asked(&["ioasid", "probe", "run"]));
         assert!(!asked(&["ioasid"]));
-    }
-
-    #[test]
-    fn ends_become_exit_statuses() {
-        assert_eq!(exit_status(ExitStatus::from_raw(7 << 8)), 7);
-        assert_eq!(exit_status(ExitStatus::from_raw(9)), 137);
-        assert_eq!(exit_status(ExitStatus::from_raw(0)), 0);
     }
 }

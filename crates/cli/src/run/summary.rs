@@ -1,11 +1,14 @@
-//! The calls of a run, as a table and as JSON.
+//! A run at its end: its calls, what was left, and hints; as text and as JSON.
 
 use std::fmt::Write;
+use std::time::Duration;
 
-use ioasid_run::{CallKind, Statistics};
+use ioasid_run::CallKind;
 use ioasid_uapi::{iommufd, vfio};
 use serde::Serialize;
 
+use super::hints::Hint;
+use super::watch::{Collected, Left, Times};
 use crate::quantity::time;
 
 /// One kind of call.
@@ -16,29 +19,37 @@ struct Row {
     failed: u64,
     total_nanoseconds: u128,
     mean_nanoseconds: u128,
-    longest_nanoseconds: u128,
+    p50_nanoseconds: u64,
+    p99_nanoseconds: u64,
+    longest_nanoseconds: u64,
 }
 
 /// All that is known of a run at its end.
 #[derive(Debug, Serialize)]
-struct Ended {
+struct Ended<'a> {
     exit_status: u8,
     calls: Vec<Row>,
+    left: &'a [Left],
+    /// Further closes that left something.
+    more_left: u64,
+    hints: Vec<Hint>,
 }
 
-fn rows(statistics: &Statistics) -> Vec<Row> {
-    let row = |(kind, totals): (CallKind, ioasid_run::CallTotals)| {
-        let total = totals.total.as_nanos();
+fn rows(collected: &Collected) -> Vec<Row> {
+    let row = |(kind, times): (&CallKind, &Times)| {
+        let (total, calls) = (times.total.as_nanos(), times.times.len());
         Row {
-            call: name(kind),
-            calls: totals.calls,
-            failed: totals.failures,
+            call: name(*kind),
+            calls,
+            failed: times.failed,
             total_nanoseconds: total,
-            mean_nanoseconds: total / u128::from(totals.calls.max(1)),
-            longest_nanoseconds: totals.longest.as_nanos(),
+            mean_nanoseconds: total / u128::from(calls.max(1)),
+            p50_nanoseconds: times.times.value_at_quantile(0.5),
+            p99_nanoseconds: times.times.value_at_quantile(0.99),
+            longest_nanoseconds: times.times.max(),
         }
     };
-    statistics.iter().map(row).collect()
+    collected.kinds.iter().map(row).collect()
 }
 
 /// A call's name in Linux's headers, or what else it is.
@@ -61,33 +72,47 @@ fn name(kind: CallKind) -> String {
 }
 
 /// For people. Times are the server's: from the receipt of a call to its answer.
-pub(super) fn table(statistics: &Statistics) -> String {
+pub(super) fn text(collected: &Collected) -> String {
     let mut text = format!(
-        "{:<34}{:>10}{:>8}{:>12}{:>12}{:>12}\n",
-        "call (times in the server)", "calls", "failed", "total", "mean", "longest"
+        "{:<34}{:>10}{:>8}{:>12}{:>11}{:>11}{:>11}\n",
+        "call (times in the server)", "calls", "failed", "total", "p50", "p99", "longest"
     );
-    for row in rows(statistics) {
-        let shown = |nanoseconds: u128| {
-            time(std::time::Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX)))
-        };
+    let shown = |nanoseconds: u64| time(Duration::from_nanos(nanoseconds));
+    for row in rows(collected) {
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
-            "{:<34}{:>10}{:>8}{:>12}{:>12}{:>12}",
+            "{:<34}{:>10}{:>8}{:>12}{:>11}{:>11}{:>11}",
             row.call,
             row.calls,
             row.failed,
-            shown(row.total_nanoseconds),
-            shown(row.mean_nanoseconds),
+            shown(u64::try_from(row.total_nanoseconds).unwrap_or(u64::MAX)),
+            shown(row.p50_nanoseconds),
+            shown(row.p99_nanoseconds),
             shown(row.longest_nanoseconds),
         );
+    }
+    for left in &collected.left {
+        let _ = writeln!(text, "left at a last close: {}", left.describe());
+    }
+    if collected.more_left > 0 {
+        let _ = writeln!(text, "left at a last close: something, {} times more", collected.more_left);
+    }
+    for hint in collected.hints.hints() {
+        let _ = writeln!(text, "hint: {}", hint.text);
     }
     text
 }
 
 /// For programs.
-pub(super) fn json(exit_status: u8, statistics: &Statistics) -> String {
-    let ended = Ended { exit_status, calls: rows(statistics) };
+pub(super) fn json(exit_status: u8, collected: &Collected) -> String {
+    let ended = Ended {
+        exit_status,
+        calls: rows(collected),
+        left: &collected.left,
+        more_left: collected.more_left,
+        hints: collected.hints.hints(),
+    };
     let mut text = serde_json::to_string_pretty(&ended).unwrap_or_default();
     text.push('\n');
     text
@@ -107,9 +132,32 @@ mod tests {
 
     #[test]
     fn a_run_without_calls_is_a_heading() {
-        assert_eq!(table(&Statistics::default()).lines().count(), 1);
-        let json: serde_json::Value = serde_json::from_str(&json(7, &Statistics::default())).unwrap();
+        assert_eq!(text(&Collected::default()).lines().count(), 1);
+        let json: serde_json::Value = serde_json::from_str(&json(7, &Collected::default())).unwrap();
         assert_eq!(json["exit_status"], 7);
         assert_eq!(json["calls"], serde_json::json!([]));
+    }
+
+    #[test]
+    fn times_are_percentiles_and_what_was_left_is_said() {
+        let mut collected = Collected::default();
+        let times = collected.kinds.entry(CallKind::Ioctl(0x3b85)).or_default();
+        (1..=100).for_each(|number| times.times.record(number * 1000).unwrap());
+        collected.left.push(Left {
+            file: "vfio0".to_owned(),
+            attached_to: Some(3),
+            mapped: Vec::new(),
+            charged: vec![("user 0".to_owned(), 256)],
+        });
+        let text = text(&collected);
+        assert!(
+            text.contains("vfio0: attached to page table 3; 1 MiB pinned and charged to user 0"),
+            "{text}"
+        );
+        let json: serde_json::Value = serde_json::from_str(&json(0, &collected)).unwrap();
+        let p50 = json["calls"][0]["p50_nanoseconds"].as_u64().unwrap();
+        let p99 = json["calls"][0]["p99_nanoseconds"].as_u64().unwrap();
+        assert!(p50.abs_diff(50_000) <= 500 && p99.abs_diff(99_000) <= 990, "{p50} {p99}");
+        assert_eq!(json["left"][0]["attached_to"], 3);
     }
 }

@@ -9,6 +9,8 @@
 //! The trace's own mappings are disturbed too: now and then, [just before one is unmapped](cut_and_mend), a part is cut out of it and
 //! mapped back. Nobody else may do that, because only the trace's worker knows that the mapping is there.
 //!
+//! A device that was recorded with its DMA is left alone, with its space: it is there to show again what was seen, in the very order.
+//!
 //! # Room
 //!
 //! Devices of all kinds are to be attached, so all addresses must be ones that every kind of table has: the trace has those

@@ -9,7 +9,10 @@ use super::scene::{Counts, GuestMemory, Scene, Tables};
 use crate::live::Mapping;
 use ioasid::{IovaRange, Permissions, Space};
 use ioasid_peers::{BTree, Books, VmMemory};
+use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort};
 use std::fmt;
+use std::iter;
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -64,56 +67,108 @@ impl fmt::Display for Peer {
     }
 }
 
-/// The books of one device.
+/// What is known of one device.
 #[derive(Debug)]
 struct PeerScene<B> {
-    books: RwLock<B>,
+    entered: RwLock<Entered<B>>,
     memory: Arc<GuestMemory>,
+}
+
+/// Its books, and whether they are the device's.
+#[derive(Debug)]
+struct Entered<B> {
+    books: B,
+    attached: bool,
+}
+
+impl<B: Books> Entered<B> {
+    /// Where a DMA of these bytes begins to lead: the place in memory, and how many of the bytes go there.
+    fn piece(&self, iova: u64, bytes: usize, write: bool) -> Result<(u64, usize), DmaFault> {
+        let fault = |reason| DmaFault { iova, write, reason };
+        if !self.attached {
+            return Err(fault(DmaFaultReason::Blocked));
+        }
+        let piece = self.books.translate(iova, bytes as u64, write).filter(|piece| piece.length > 0);
+        // No more than was asked for.
+        piece.map(|piece| (piece.output, piece.length as usize)).ok_or_else(|| {
+            let other = self.books.translate(iova, 1, !write).is_some();
+            fault(if other { DmaFaultReason::NoPermission } else { DmaFaultReason::NotMapped })
+        })
+    }
 }
 
 impl<B: Books> PeerScene<B> {
     fn new(memory: &Arc<GuestMemory>) -> PeerScene<B> {
-        PeerScene { books: RwLock::default(), memory: memory.clone() }
+        let entered = RwLock::new(Entered { books: B::default(), attached: true });
+        PeerScene { entered, memory: memory.clone() }
     }
 
-    fn reading(&self) -> RwLockReadGuard<'_, B> {
-        self.books.read().unwrap_or_else(PoisonError::into_inner)
+    fn reading(&self) -> RwLockReadGuard<'_, Entered<B>> {
+        self.entered.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn writing(&self) -> RwLockWriteGuard<'_, B> {
-        self.books.write().unwrap_or_else(PoisonError::into_inner)
+    fn writing(&self) -> RwLockWriteGuard<'_, Entered<B>> {
+        self.entered.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Goes through the memory behind a range of addresses, piece by piece: where a piece lies, and which bytes of the
-    /// transfer they are.
+    /// transfer they are. All pieces are found before the first is copied.
     fn transfer(
         &self,
         iova: u64,
         bytes: usize,
         write: bool,
-        mut copy: impl FnMut(u64, std::ops::Range<usize>) -> Result<(), ioasid::MemoryGone>,
-    ) -> Result<(), String> {
-        let books = self.reading();
+        mut copy: impl FnMut(u64, Range<usize>) -> Result<(), ioasid::MemoryGone>,
+    ) -> Result<(), DmaFault> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let entered = self.reading();
+        let first = entered.piece(iova, bytes, write)?;
+        // Most often that is all.
+        let mut others = Vec::new();
+        let mut found = first.1;
+        while found < bytes {
+            let beyond = || DmaFault { iova: u64::MAX, write, reason: DmaFaultReason::OutOfRange };
+            let at = iova.checked_add(found as u64).ok_or_else(beyond)?;
+            let piece = entered.piece(at, bytes - found, write)?;
+            found += piece.1;
+            others.push(piece);
+        }
         let mut done = 0;
-        while done < bytes {
-            let at = iova.checked_add(done as u64);
-            let piece = at.and_then(|at| books.translate(at, (bytes - done) as u64, write));
-            let piece = piece.filter(|piece| piece.length > 0).ok_or_else(|| {
-                let what = if write { "written" } else { "read" };
-                format!("{:#x} may not be {what}", iova.wrapping_add(done as u64))
-            })?;
-            // No more than was asked for.
-            let next = done + piece.length as usize;
-            copy(piece.output, done..next).map_err(|gone| gone.to_string())?;
-            done = next;
+        for (place, length) in iter::once(first).chain(others) {
+            let gone = |_| DmaFault { iova: iova + done as u64, write, reason: DmaFaultReason::MemoryGone };
+            copy(place, done..done + length).map_err(gone)?;
+            done += length;
         }
         Ok(())
+    }
+}
+
+impl<B: Books> DmaPort for PeerScene<B> {
+    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
+        let backing = &self.memory.backing;
+        self.transfer(iova, buffer.len(), false, |place, bytes| backing.read(place, &mut buffer[bytes]))
+    }
+
+    fn write(&self, iova: u64, source: &[u8]) -> Result<(), DmaFault> {
+        let backing = &self.memory.backing;
+        self.transfer(iova, source.len(), true, |place, bytes| backing.write(place, &source[bytes]))
     }
 }
 
 impl<B: Books> Scene for PeerScene<B> {
     fn space(&self) -> Option<&Arc<Space>> {
         None
+    }
+
+    fn attach(&self) -> Result<(), String> {
+        self.writing().attached = true;
+        Ok(())
+    }
+
+    fn detach(&self) {
+        self.writing().attached = false;
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), String> {
@@ -124,26 +179,16 @@ impl<B: Books> Scene for PeerScene<B> {
             read: permissions.contains(Permissions::READ),
             write: permissions.contains(Permissions::WRITE),
         };
-        self.writing().map(mapping.pages.first(), entry).map_err(|error| error.to_string())
+        self.writing().books.map(mapping.pages.first(), entry).map_err(|error| error.to_string())
     }
 
     fn unmap(&self, pages: IovaRange, _: Mode) -> Result<Option<u64>, String> {
-        Ok(self.writing().unmap(pages.first(), pages.last()))
+        Ok(self.writing().books.unmap(pages.first(), pages.last()))
     }
 
     fn reaches(&self, iova: u64) -> bool {
-        let books = self.reading();
-        [false, true].into_iter().any(|write| books.translate(iova, 1, write).is_some())
-    }
-
-    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), String> {
-        let backing = &self.memory.backing;
-        self.transfer(iova, buffer.len(), false, |place, bytes| backing.read(place, &mut buffer[bytes]))
-    }
-
-    fn write(&self, iova: u64, source: &[u8]) -> Result<(), String> {
-        let backing = &self.memory.backing;
-        self.transfer(iova, source.len(), true, |place, bytes| backing.write(place, &source[bytes]))
+        let entered = self.reading();
+        [false, true].into_iter().any(|write| entered.piece(iova, 1, write).is_ok())
     }
 
     fn tables(&self) -> Option<Tables> {
@@ -155,6 +200,6 @@ impl<B: Books> Scene for PeerScene<B> {
     }
 
     fn clear(&self) -> Result<Option<u64>, String> {
-        Ok(self.writing().unmap(0, u64::MAX))
+        Ok(self.writing().books.unmap(0, u64::MAX))
     }
 }

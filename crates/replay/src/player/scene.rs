@@ -10,6 +10,8 @@ use crate::live::Mapping;
 use crate::statistics::LeafCount;
 use crate::trace::PAGE;
 use ioasid::{Account, Backing, Bus, IovaRange, Memory, Space};
+use ioasid_soft::dma::DmaPort;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -48,6 +50,20 @@ impl GuestMemory {
         Some(first.min(latest))
     }
 
+    /// Keeps others away from all of these pieces of memory: offsets and lengths.
+    pub(super) fn lock_all(&self, pieces: &[(u64, u64)]) -> Vec<MutexGuard<'_, ()>> {
+        let of_piece = |&(offset, bytes): &(u64, u64)| {
+            let last = offset + bytes.saturating_sub(1);
+            (offset >> PART_BITS..=last >> PART_BITS).take(LOCKS).map(|part| part as usize % LOCKS)
+        };
+        // In ascending order, so that nobody waits in a circle.
+        let parts: BTreeSet<usize> = pieces.iter().flat_map(of_piece).collect();
+        parts
+            .into_iter()
+            .map(|part| self.parts[part].lock().unwrap_or_else(PoisonError::into_inner))
+            .collect()
+    }
+
     /// Keeps others away from these bytes, at most a part's worth of them.
     pub(super) fn lock(&self, offset: u64, bytes: u64) -> (MutexGuard<'_, ()>, Option<MutexGuard<'_, ()>>) {
         let part = |offset: u64| (offset >> PART_BITS) as usize % LOCKS;
@@ -77,13 +93,19 @@ pub(super) struct Counts {
     pub(super) walks: u64,
 }
 
-/// What keeps the mappings of one device of the trace and does its DMA.
+/// What keeps the mappings of one device of the trace, and does its DMA: all of a transfer or, with a fault, nothing.
 ///
-/// Several threads use it at the same time; what they map and unmap does not overlap. Whatever is refused is said in words, for
-/// the report.
-pub(super) trait Scene: fmt::Debug + Send + Sync {
+/// The device is attached from the start. Several threads use it at the same time; what they map and unmap does not overlap.
+/// Whatever else than DMA is refused is said in words, for the report.
+pub(super) trait Scene: DmaPort + fmt::Debug {
     /// The space, if it is one of ours.
     fn space(&self) -> Option<&Arc<Space>>;
+
+    /// Lets the device's DMA through to what is mapped.
+    fn attach(&self) -> Result<(), String>;
+
+    /// Blocks the device's DMA: when it returns the device reaches nothing.
+    fn detach(&self);
 
     /// Makes a mapping.
     fn map(&self, mapping: &Mapping) -> Result<(), String>;
@@ -94,12 +116,6 @@ pub(super) trait Scene: fmt::Debug + Send + Sync {
 
     /// Whether the device is let through to an address, to read or to write.
     fn reaches(&self, iova: u64) -> bool;
-
-    /// The device reads.
-    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), String>;
-
-    /// The device writes.
-    fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), String>;
 
     /// What its tables look like now, if it has any.
     fn tables(&self) -> Option<Tables>;

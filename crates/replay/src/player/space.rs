@@ -5,7 +5,7 @@ use super::scene::{Counts, GuestMemory, Scene, Tables};
 use crate::live::Mapping;
 use crate::statistics::LeafCount;
 use ioasid::{AttachError, Device, Iova, IovaRange, Permissions, Rid, Space, Table, epoch};
-use ioasid_soft::dma::DmaPort;
+use ioasid_soft::dma::{DmaFault, DmaPort};
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
 use std::sync::Arc;
 
@@ -38,9 +38,27 @@ impl SpaceScene {
     }
 }
 
+impl DmaPort for SpaceScene {
+    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
+        self.port.read(iova, buffer)
+    }
+
+    fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault> {
+        self.port.write(iova, bytes)
+    }
+}
+
 impl Scene for SpaceScene {
     fn space(&self) -> Option<&Arc<Space>> {
         Some(&self.space)
+    }
+
+    fn attach(&self) -> Result<(), String> {
+        self.device.attach(&self.table).map_err(|error| error.to_string())
+    }
+
+    fn detach(&self) {
+        self.device.detach();
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), String> {
@@ -63,14 +81,6 @@ impl Scene for SpaceScene {
         [Permissions::READ, Permissions::WRITE]
             .into_iter()
             .any(|wanted| self.port.translate(&section, iova, wanted).is_ok())
-    }
-
-    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), String> {
-        self.port.read(iova, buffer).map_err(|fault| fault.to_string())
-    }
-
-    fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), String> {
-        self.port.write(iova, bytes).map_err(|fault| fault.to_string())
     }
 
     fn tables(&self) -> Option<Tables> {

@@ -8,11 +8,54 @@ use super::scene::{GuestMemory, Scene};
 use super::worker::Findings;
 use crate::live::Mapping;
 use crate::statistics::Call;
+use ioasid_soft::dma::DmaFaultReason;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// So many bytes at most are moved in one piece. A mapping of more than two of these is used at both ends.
 const PIECE: u64 = 128 << 10;
+
+/// A DMA that was recorded.
+#[derive(Debug)]
+pub(super) struct Dma {
+    pub(super) line: u64,
+    pub(super) iova: u64,
+    /// At most [`LONGEST_DMA`](crate::trace::LONGEST_DMA).
+    pub(super) bytes: u64,
+    pub(super) write: bool,
+    pub(super) ends: Ends,
+}
+
+/// How a recorded DMA has to end.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Ends {
+    /// All bytes move, to or from these pieces of memory: offsets and lengths.
+    Done(Vec<(u64, u64)>),
+    /// It is refused.
+    Fault,
+    /// It is refused by tables that can forbid reading where writing is allowed.
+    Either,
+}
+
+/// Bytes that say where in memory they belong, and to which line. Where a DMA reaches the same memory twice, they are the same.
+fn fill_places(bytes: &mut [u8], line: u64, write: bool, pieces: &[(u64, u64)]) {
+    let mut rest = bytes;
+    for (place, length) in pieces {
+        let (piece, after) = rest.split_at_mut((*length as usize).min(rest.len()));
+        rest = after;
+        let mut at = *place;
+        let mut piece = &mut piece[..];
+        while !piece.is_empty() {
+            let within = (at % 8) as usize;
+            let (now, later) = piece.split_at_mut((8 - within).min(piece.len()));
+            let mut word = [0; 8];
+            fill(&mut word, line, at / 8, write);
+            now.copy_from_slice(&word[within..within + now.len()]);
+            at += now.len() as u64;
+            piece = later;
+        }
+    }
+}
 
 /// The memory, and two buffers of a worker: what should be there, and what is.
 #[derive(Debug)]
@@ -30,6 +73,20 @@ fn fill(bytes: &mut [u8], line: u64, first: u64, write: bool) {
         word = word.wrapping_mul(ODD).wrapping_add(line | 1);
         chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
     }
+}
+
+/// The bytes of each piece, and where in memory it is.
+fn each_piece<E>(
+    pieces: &[(u64, u64)],
+    mut bytes: &mut [u8],
+    mut work: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    for (place, length) in pieces {
+        let (piece, after) = bytes.split_at_mut((*length as usize).min(bytes.len()));
+        work(*place, piece)?;
+        bytes = after;
+    }
+    Ok(())
 }
 
 impl Buffers {
@@ -60,6 +117,60 @@ impl Buffers {
         }
     }
 
+    /// Makes a DMA that was recorded, and looks whether it ends as it did.
+    pub(super) fn dma(&mut self, scene: &dyn Scene, dma: &Dma, findings: &mut Findings) {
+        if let Err(what) = self.try_dma(scene, dma, findings) {
+            findings.wrong_dma.note(dma.line, || what);
+        }
+    }
+
+    fn try_dma(&mut self, scene: &dyn Scene, dma: &Dma, findings: &mut Findings) -> Result<(), String> {
+        let Dma { line, iova, bytes, write, ref ends } = *dma;
+        let size = bytes as usize;
+        self.expected.resize(size, 0);
+        self.found.resize(size, 0);
+        let pieces = if let Ends::Done(pieces) = ends { pieces.as_slice() } else { &[] };
+        fill_places(&mut self.expected, line, write, pieces);
+        let memory = &self.memory;
+        let gone = |error: ioasid::MemoryGone| error.to_string();
+        let _nobody_else = memory.lock_all(pieces);
+        if !write {
+            each_piece(pieces, &mut self.expected, |place, bytes| memory.backing.write(place, bytes))
+                .map_err(gone)?;
+        }
+        let began = Instant::now();
+        let result = match write {
+            true => scene.write(iova, &self.expected),
+            false => scene.read(iova, &mut self.found),
+        };
+        let time = began.elapsed();
+        match (result, ends) {
+            (Ok(()), Ends::Fault) => {
+                return Err(format!("a DMA at {iova:#x} was refused, and is let through"));
+            }
+            (Err(fault), Ends::Fault | Ends::Either) if fault.reason != DmaFaultReason::MemoryGone => {
+                findings.faults_as_recorded += 1;
+                return Ok(());
+            }
+            (Ok(()), Ends::Either) => return Ok(()),
+            (Err(fault), _) => return Err(fault.to_string()),
+            (Ok(()), Ends::Done(_)) => {}
+        }
+        findings.record(Call::Dma, time);
+        findings.dma_bytes = findings.dma_bytes.saturating_add(bytes);
+        if write {
+            each_piece(pieces, &mut self.found, |place, bytes| memory.backing.read(place, bytes))
+                .map_err(gone)?;
+        }
+        if self.found == self.expected {
+            return Ok(());
+        }
+        let at = self.found.iter().zip(&self.expected).position(|(found, expected)| found != expected);
+        let at = iova + at.unwrap_or(0) as u64;
+        let who = if write { "the device wrote" } else { "the device read" };
+        Err(format!("{who} at {at:#x}, and the bytes are not those of the memory"))
+    }
+
     /// Moves one piece: `write` means to memory.
     fn piece(
         &mut self,
@@ -84,14 +195,14 @@ impl Buffers {
             let began = Instant::now();
             let written = scene.write(iova, &self.expected);
             findings.record(Call::Dma, began.elapsed());
-            written?;
+            written.map_err(|fault| fault.to_string())?;
             memory.backing.read(place, &mut self.found).map_err(gone)?;
         } else {
             memory.backing.write(place, &self.expected).map_err(gone)?;
             let began = Instant::now();
             let read = scene.read(iova, &mut self.found);
             findings.record(Call::Dma, began.elapsed());
-            read?;
+            read.map_err(|fault| fault.to_string())?;
         }
         findings.dma_bytes = findings.dma_bytes.saturating_add(length);
         if self.found == self.expected {

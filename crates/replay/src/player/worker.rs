@@ -5,7 +5,7 @@
 
 use super::disturbance::cut_and_mend;
 use super::scene::{GuestMemory, Scene};
-use super::transfer::Buffers;
+use super::transfer::{Buffers, Dma};
 use super::{Disturbance, Disturbed, Mode, Options, PlayError};
 use crate::live::{Mapping, Step};
 use crate::statistics::{Call, LatencyCourse, Noted, Report, Times, histogram};
@@ -37,9 +37,33 @@ pub(super) struct Task {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Map { scene: Arc<dyn Scene>, mapping: Mapping },
-    Unmap { scene: Arc<dyn Scene>, line: u64, pages: IovaRange, mappings: Vec<Mapping> },
-    Transfer { scene: Arc<dyn Scene>, mapping: Mapping },
+    Map {
+        scene: Arc<dyn Scene>,
+        mapping: Mapping,
+    },
+    /// With a DMA for each mapping before (and, if that is asked for, a disturbance), or without.
+    Unmap {
+        scene: Arc<dyn Scene>,
+        line: u64,
+        pages: IovaRange,
+        mappings: Vec<Mapping>,
+        transfer: bool,
+    },
+    Transfer {
+        scene: Arc<dyn Scene>,
+        mapping: Mapping,
+    },
+    Attach {
+        scene: Arc<dyn Scene>,
+        line: u64,
+    },
+    Detach {
+        scene: Arc<dyn Scene>,
+    },
+    Dma {
+        scene: Arc<dyn Scene>,
+        dma: Dma,
+    },
 }
 
 /// How far a worker has come, on a cache line of its own.
@@ -201,6 +225,7 @@ pub(super) struct Findings {
     unmap: Times,
     dma: Times,
     pub(super) dma_bytes: u64,
+    pub(super) faults_as_recorded: u64,
     refused: Noted,
     pub(super) wrong_dma: Noted,
     wrong_unmaps: Noted,
@@ -216,6 +241,7 @@ impl Findings {
             unmap: Times::new(),
             dma: Times::new(),
             dma_bytes: 0,
+            faults_as_recorded: 0,
             refused: Noted::default(),
             wrong_dma: Noted::default(),
             wrong_unmaps: Noted::default(),
@@ -240,6 +266,7 @@ impl Findings {
         self.unmap.add(&other.unmap);
         self.dma.add(&other.dma);
         self.dma_bytes = self.dma_bytes.saturating_add(other.dma_bytes);
+        self.faults_as_recorded = self.faults_as_recorded.saturating_add(other.faults_as_recorded);
         self.refused.add(other.refused);
         self.wrong_dma.add(other.wrong_dma);
         self.wrong_unmaps.add(other.wrong_unmaps);
@@ -253,6 +280,8 @@ impl Findings {
         report.dma_bytes = self.dma_bytes;
         let rate = |walks: u64| 1.0 - walks.min(report.dma.count) as f64 / report.dma.count as f64;
         report.iotlb_hit_rate = report.iotlb_walks.filter(|_| report.dma.count > 0).map(rate);
+        report.faults_as_recorded = self.faults_as_recorded;
+        report.faults = report.faults.map(|faults| faults.saturating_sub(self.faults_as_recorded));
         report.histogram = histogram(&self.map, &self.unmap, &self.dma);
         self.course.report(&mut report.course);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
@@ -303,9 +332,17 @@ impl Working<'_> {
             findings.recorded = task.recorded;
             match task.work {
                 Work::Map { scene, mapping } => self.map(&*scene, &mapping, &mut findings),
-                Work::Unmap { scene, line, pages, mappings } => {
-                    self.unmap(&*scene, line, pages, &mappings, &mut buffers, &mut findings);
+                Work::Unmap { scene, line, pages, mappings, transfer } => {
+                    let buffers = transfer.then_some(&mut buffers);
+                    self.unmap(&*scene, line, pages, &mappings, buffers, &mut findings);
                 }
+                Work::Attach { scene, line } => {
+                    if let Err(error) = scene.attach() {
+                        findings.refused.note(line, || format!("attach: {error}"));
+                    }
+                }
+                Work::Detach { scene } => scene.detach(),
+                Work::Dma { scene, dma } => buffers.dma(&*scene, &dma, &mut findings),
                 Work::Transfer { scene, mapping } => {
                     if !self.own.refused().contains(&mapping.line) {
                         buffers.transfer(&*scene, &mapping, &mut findings);
@@ -351,16 +388,18 @@ impl Working<'_> {
         line: u64,
         pages: IovaRange,
         mappings: &[Mapping],
-        buffers: &mut Buffers,
+        mut buffers: Option<&mut Buffers>,
         findings: &mut Findings,
     ) {
         let mut expected = 0u64;
         for mapping in mappings {
             if !self.workers[mapping.step.worker].take_refused(mapping) {
-                if let Some(Disturbance { seed, .. }) = self.disturbance {
-                    cut_and_mend(scene, self.memory, mapping, seed, &mut findings.disturbed);
+                if let Some(buffers) = &mut buffers {
+                    if let Some(Disturbance { seed, .. }) = self.disturbance {
+                        cut_and_mend(scene, self.memory, mapping, seed, &mut findings.disturbed);
+                    }
+                    buffers.transfer(scene, mapping, findings);
                 }
-                buffers.transfer(scene, mapping, findings);
                 expected = expected.saturating_add(mapping.page_bytes());
             }
         }
@@ -441,9 +480,9 @@ mod tests {
         let findings = with_worker(|worker, scene, findings| {
             worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
             let known = mapping(2, 7, 16, both);
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
             assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
-            worker.unmap(scene, 4, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
+            worker.unmap(scene, 4, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
             assert_eq!(scene.counts().map(|counts| counts.faults), Some(2));
         });
         assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
@@ -456,7 +495,7 @@ mod tests {
             let known = mapping(2, 7, 16, Direction::FromDevice);
             worker.map(scene, &known, findings);
             assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
-            worker.unmap(scene, 3, known.pages, &[known], &mut Buffers::new(worker.memory), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
             assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
         });
         assert_eq!(findings.wrong_unmaps.count, 0);

@@ -85,6 +85,32 @@ impl<P> Areas<P> {
         self.last_overlap(range).is_some()
     }
 
+    /// The area that has the byte at `iova`.
+    pub(crate) fn at(&self, iova: u64) -> Option<(IovaRange, &P)> {
+        let (&first, slot) = self.by_first.range(..=iova).next_back()?;
+        (slot.last >= iova).then(|| (range_of(first, slot.last), &slot.payload))
+    }
+
+    /// From the first byte in `range` that an area has to the last.
+    pub(crate) fn hull_in(&self, range: IovaRange) -> Option<IovaRange> {
+        let last = self.last_overlap(range)?.last().min(range.last());
+        let first = match self.at(range.first()) {
+            Some(_) => range.first(),
+            None => *self.by_first.range(range.first()..=range.last()).next()?.0,
+        };
+        IovaRange::new(first, last)
+    }
+
+    /// Makes two areas of the one that has `at` and does not begin there; `parts` says what they refer to, given the
+    /// length of the first in bytes.
+    pub(crate) fn divide(&mut self, at: u64, parts: impl FnOnce(P, u64) -> (P, P)) {
+        let Some((area, _)) = self.at(at).filter(|(area, _)| area.first() < at) else { return };
+        let Some(slot) = self.by_first.remove(&area.first()) else { return };
+        let (before, behind) = parts(slot.payload, at - area.first());
+        self.by_first.insert(area.first(), Slot { last: at - 1, payload: before });
+        self.by_first.insert(at, Slot { last: slot.last, payload: behind });
+    }
+
     /// Adds an area.
     ///
     /// # Errors
@@ -199,6 +225,7 @@ mod tests {
         Map { first: u64, length: u64 },
         Unmap { first: u64, length: u64 },
         Copy { from: u64, length: u64, to: u64 },
+        Divide { at: u64 },
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -207,6 +234,7 @@ mod tests {
             3 => bounds().prop_map(|(first, length)| Step::Map { first, length }),
             2 => bounds().prop_map(|(first, length)| Step::Unmap { first, length }),
             2 => (bounds(), 0..MODEL_BYTES).prop_map(|((from, length), to)| Step::Copy { from, length, to }),
+            1 => (0..MODEL_BYTES).prop_map(|at| Step::Divide { at }),
         ];
         proptest::collection::vec(step, 1..80)
     }
@@ -300,6 +328,24 @@ mod tests {
                         }
                     }
                 }
+                Step::Divide { at } => {
+                    let before = at.checked_sub(1).and_then(|before| model[before as usize]);
+                    let divided =
+                        model[at as usize].filter(|byte| before.is_some_and(|b| b.area == byte.area));
+                    areas.divide(base + at, |payload, length| {
+                        let behind = Payload { area: next_area, start: payload.start + length, ..payload };
+                        (payload, behind)
+                    });
+                    if let Some(ModelByte { area, .. }) = divided {
+                        let same = |byte: &&mut ModelByte| byte.area == area;
+                        model[at as usize..]
+                            .iter_mut()
+                            .flatten()
+                            .filter(same)
+                            .for_each(|byte| byte.area = next_area);
+                    }
+                    next_area += 1;
+                }
                 Step::Copy { from, length, to } => {
                     let (source, source_bytes) = clip(from, length);
                     let whole = model[source_bytes.clone()].iter().all(Option::is_some);
@@ -341,6 +387,17 @@ mod tests {
                         *byte = Some(ModelByte { area, ..copied });
                     }
                 }
+            }
+            for byte in 0..MODEL_BYTES {
+                let (all, upward) = (&model, &model[byte as usize..]);
+                let found =
+                    areas.at(base + byte).map(|(range, payload)| (range.contains(base + byte), payload.area));
+                assert_eq!(found, all[byte as usize].map(|byte| (true, byte.area)));
+                let mapped =
+                    || (0..).zip(upward).filter(|(_, byte)| byte.is_some()).map(|(at, _)| base + byte + at);
+                let hull = mapped().next().zip(mapped().last());
+                let range = IovaRange::new(base + byte, base + (MODEL_BYTES - 1)).unwrap();
+                assert_eq!(areas.hull_in(range).map(|hull| (hull.first(), hull.last())), hull);
             }
             assert_eq!(content(&areas, base), model);
             assert_eq!(areas.mapped_bytes(), model.iter().flatten().count() as u128);

@@ -6,18 +6,19 @@
 
 use std::sync::Arc;
 
-use ioasid::{IovaRange, Permissions, Space};
+use ioasid::{IovaRange, Permissions};
 use ioasid_uapi::iommufd as uapi;
-use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, IoasMapFlags};
+use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, HwptAllocFlags, IoasMapFlags};
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::Call;
 use super::hwpt::Hwpt;
+use super::ioas::change_process::change_process;
 use super::ioas::{Ioas, Placement, RANGES_PER_IOAS, Slice, TableUse};
 use super::objects::{Held, HeldObject, Object};
-use crate::Descriptor;
+use super::{Call, Context};
 use crate::memory::{PAGE_SIZE, Pages, dma_buf_pages};
+use crate::{Client, Descriptor};
 use std::sync::atomic::Ordering;
 
 /// The most room for hardware information that is zeroed for a client; what exists is a few dozen bytes.
@@ -53,6 +54,30 @@ fn check_length(length: u64) -> Result<(), Errno> {
     if length == 0 || length > u64::MAX - PAGE_SIZE { Err(Errno::INVAL) } else { Ok(()) }
 }
 
+impl Context {
+    /// Maps `(address, length)` of the client's memory; returns the IOVA.
+    pub(super) fn map_memory(
+        &self,
+        client: &dyn Client,
+        ioas: &Ioas,
+        (address, length): (u64, u64),
+        placement: Placement,
+        permissions: Permissions,
+    ) -> Result<u64, Errno> {
+        address.checked_add(length).ok_or(Errno::OVERFLOW)?;
+        check_length(length)?;
+        let process = client.process()?;
+        let charge = self.memory.charge(&*process, self.charges_processes());
+        let writable = permissions.contains(Permissions::WRITE);
+        let pages = self.memory.process_pages(process, address, writable, charge);
+        ioas.map(vec![whole(pages, length)], placement, permissions)
+    }
+
+    fn charges_processes(&self) -> bool {
+        self.charge_processes.load(Ordering::Relaxed)
+    }
+}
+
 impl Call<'_> {
     pub(super) fn destroy(&self) -> Result<(), Errno> {
         let command: uapi::Destroy = self.receive()?;
@@ -72,8 +97,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let space = Space::with_format(self.context.memory.bus(), self.context.space_format());
-        let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
+        let ioas = Arc::new(Ioas::new(self.context.memory.bus(), Arc::clone(&self.context.budget)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
         reservation.install(Object::Ioas(ioas));
@@ -145,15 +169,9 @@ impl Call<'_> {
         check_bounded(&[command.iova, command.length])?;
         let permissions = permissions(flags)?;
         let ioas = self.context.objects.hold_ioas(command.ioas_id)?;
-        command.user_va.checked_add(command.length).ok_or(Errno::OVERFLOW)?;
-        check_length(command.length)?;
-
-        let process = self.client.process()?;
-        let charge = self.context.memory.charge(&*process, self.charges_processes());
-        let writable = permissions.contains(Permissions::WRITE);
-        let pages = self.context.memory.process_pages(process, command.user_va, writable, charge);
-        let slice = whole(pages, command.length);
-        command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+        let placement = placement(flags, command.iova);
+        let memory = (command.user_va, command.length);
+        command.iova = self.context.map_memory(self.client, &ioas, memory, placement, permissions)?;
         drop(ioas);
         self.respond(&command)
     }
@@ -184,7 +202,7 @@ impl Call<'_> {
         check_length(command.length)?;
 
         let process = self.client.process()?;
-        let charge = self.context.memory.charge(&*process, self.charges_processes());
+        let charge = self.context.memory.charge(&*process, self.context.charges_processes());
         let writable = permissions.contains(Permissions::WRITE);
         let pages = self.context.memory.file_pages(file, command.start, writable, charge)?;
         let slice = whole(pages, command.length);
@@ -232,8 +250,25 @@ impl Call<'_> {
         self.respond(&command)
     }
 
-    fn charges_processes(&self) -> bool {
-        self.context.charge_processes.load(Ordering::Relaxed)
+    pub(super) fn ioas_change_process(&self) -> Result<(), Errno> {
+        let command: uapi::IoasChangeProcess = self.receive()?;
+        if command.reserved != 0 {
+            return Err(Errno::OPNOTSUPP);
+        }
+        let process = self.client.process()?;
+        let memory = &self.context.memory;
+        let charge = memory.charge(&*process, self.context.charges_processes());
+        let spaces: Vec<_> = self
+            .context
+            .objects
+            .snapshot()
+            .into_iter()
+            .filter_map(|(_, object)| match object {
+                Object::Ioas(ioas) => Some(ioas),
+                _ => None,
+            })
+            .collect();
+        change_process(&spaces, &charge, &memory.charge_without_limit(&*process))
     }
 
     pub(super) fn option(&self) -> Result<(), Errno> {
@@ -264,7 +299,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         match command.op {
-            uapi::OPTION_OP_GET => command.val64 = u64::from(self.charges_processes()),
+            uapi::OPTION_OP_GET => command.val64 = u64::from(self.context.charges_processes()),
             uapi::OPTION_OP_SET => {
                 if !self.client.process()?.may_change_resource_mode() {
                     return Err(Errno::PERM);
@@ -298,16 +333,22 @@ impl Call<'_> {
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
             _ => return Err(Errno::INVAL),
         };
-        // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+        let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;
+        let flags_of_others = command.flags & !HwptAllocFlags::DIRTY_TRACKING.bits();
         let engine = match device.mock() {
-            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
-            None if command.flags != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
-            None => device.engine_for(&ioas),
+            Some(mock) => mock.engine(self.mock_table(mock, &command)?),
+            // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+            None if flags_of_others != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
+            None => device.engine(),
         };
+        if dirty_tracking && !engine.records_writes() {
+            return Err(Errno::OPNOTSUPP);
+        }
         let reservation = self.context.objects.reserve()?;
         let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
-            Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
+            let hwpt = Hwpt::new(reservation.id(), table, user, false);
+            Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking)))
         })?;
         drop((device, ioas));
         command.out_hwpt_id = reservation.id();
@@ -333,12 +374,12 @@ impl Call<'_> {
         // zeroed behind the data.
         let info = match device.mock() {
             Some(mock) => mock.hw_info(wanted)?,
-            None => HwInfo {
-                data: Vec::new(),
-                data_type: uapi::HW_INFO_TYPE_NONE,
-                capabilities: HwCapabilities::ATS_NOT_SUPPORTED,
-                max_pasid_log2: 0,
-            },
+            None => {
+                let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
+                capabilities.set(HwCapabilities::DIRTY_TRACKING, device.records_writes());
+                let data_type = uapi::HW_INFO_TYPE_NONE;
+                HwInfo { data: Vec::new(), data_type, capabilities, max_pasid_log2: 0 }
+            }
         };
         drop(device);
         if command.data_len > LARGEST_HW_INFO {

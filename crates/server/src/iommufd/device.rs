@@ -15,6 +15,8 @@ use super::hwpt::Hwpt;
 use super::ioas::{Ioas, TableUse};
 use super::objects::{Counted, Held, HeldObject, Object, Users};
 use super::testing::MockDevice;
+use super::testing::mock::MockTable;
+use crate::observer::Watched;
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::vfio::MachineDevice;
@@ -63,12 +65,25 @@ impl BoundDevice {
         }
     }
 
-    /// The engine's view of the device, for tables of the kind that it has by default over `ioas`.
-    pub(crate) fn engine_for(&self, ioas: &Ioas) -> &Device {
+    /// Who watches the device. Nobody watches mock devices: they do no DMA.
+    fn watched(&self) -> Option<&Arc<Watched>> {
+        match &self.behind {
+            Behind::Machine { machine, .. } => machine.watched(),
+            Behind::Mock(_) => None,
+        }
+    }
+
+    /// The engine's view of the device, for tables of the kind that it has by default.
+    pub(crate) fn engine(&self) -> &Device {
         match &self.behind {
             Behind::Machine { engine, .. } => engine,
-            Behind::Mock(mock) => mock.default_engine(ioas.large_pages()),
+            Behind::Mock(mock) => mock.engine(MockTable::Default),
         }
+    }
+
+    /// Whether tables for the device can record what it writes.
+    pub(crate) fn records_writes(&self) -> bool {
+        self.engines().iter().any(Device::records_writes)
     }
 
     fn engines(&self) -> &[Device] {
@@ -108,15 +123,21 @@ impl BoundDevice {
     /// of [`Ioas::with_table`].
     pub(crate) fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
         let mut attached = lock(&self.attached);
+        let watched = self.watched();
+        // Until the observer has heard of all that changes.
+        let _changing = watched.map(|watched| watched.changing());
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
+                if hwpt.tracks_writes() && self.mock().is_some_and(|mock| !mock.records_writes()) {
+                    return Err(Errno::INVAL);
+                }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
                 self.attach_engine(&table)?;
                 hwpt
             }
             HeldObject::Ioas(ioas) => {
                 let mut used = None;
-                ioas.with_table(self.engine_for(&ioas), TableUse::Shared, |table, existing| {
+                ioas.with_table(self.engine(), TableUse::Shared, |table, existing| {
                     let (hwpt, new) = match existing {
                         Some(hwpt) => (hwpt, None),
                         None => {
@@ -139,7 +160,12 @@ impl BoundDevice {
             _ => return Err(Errno::INVAL),
         };
         let number = hwpt.id();
-        if let Some(before) = attached.replace(hwpt) {
+        let ioas = hwpt.ioas();
+        let before = attached.replace(hwpt);
+        if let Some(watched) = watched {
+            tell_moved(watched, before.as_ref().and_then(|hwpt| hwpt.ioas()), ioas);
+        }
+        if let Some(before) = before {
             context.put_hwpt(before);
         }
         Ok(number)
@@ -149,10 +175,29 @@ impl BoundDevice {
     pub(crate) fn detach(&self, context: &Context) {
         let mut attached = lock(&self.attached);
         if let Some(hwpt) = attached.take() {
+            let watched = self.watched();
+            let _changing = watched.map(|watched| watched.changing());
             for engine in self.engines() {
                 engine.detach();
             }
+            if let Some(watched) = watched {
+                tell_moved(watched, hwpt.ioas(), None);
+            }
             context.put_hwpt(hwpt);
         }
+    }
+}
+
+/// Tells that a device has been moved from one address space to another, or has come or gone. Its DMA is kept away, so that it
+/// does not matter what else happens to the two meanwhile.
+fn tell_moved(watched: &Arc<Watched>, from: Option<Arc<Ioas>>, to: Option<Arc<Ioas>>) {
+    let stays = matches!((&from, &to), (Some(from), Some(to)) if Arc::ptr_eq(from, to));
+    if let Some(from) = from.filter(|_| !stays) {
+        from.forget_watched(watched);
+    }
+    let Some(to) = to else { return watched.detached() };
+    watched.attached();
+    if !stays {
+        to.add_watched(watched);
     }
 }

@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex};
 
 use ioasid::Table;
+use rustix::io::Errno;
 
 use super::ioas::Ioas;
 use super::objects::{Counted, Held, Users};
@@ -19,6 +20,8 @@ pub(crate) struct Hwpt {
     users: Users,
     /// Goes with the last device that was attached to it.
     automatic: bool,
+    /// Made to record what devices write.
+    dirty_tracking: bool,
     /// Empty once the object has been destroyed.
     body: Mutex<Option<Body>>,
 }
@@ -37,11 +40,41 @@ impl Counted for Hwpt {
 
 impl Hwpt {
     pub(crate) fn new(id: u32, table: Arc<Table>, ioas: Held<Ioas>, automatic: bool) -> Self {
-        Self { id, users: Users::default(), automatic, body: Mutex::new(Some(Body { table, ioas })) }
+        Self {
+            id,
+            users: Users::default(),
+            automatic,
+            dirty_tracking: false,
+            body: Mutex::new(Some(Body { table, ioas })),
+        }
+    }
+
+    /// The same, and whether it is there to record what devices write.
+    pub(crate) fn with_dirty_tracking(self, dirty_tracking: bool) -> Self {
+        Self { dirty_tracking, ..self }
+    }
+
+    /// The engine's table.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if it was not made to record what devices write. `ENOENT` once it has been destroyed.
+    pub(crate) fn recording_table(&self) -> Result<Arc<Table>, Errno> {
+        if self.dirty_tracking { self.table().ok_or(Errno::NOENT) } else { Err(Errno::OPNOTSUPP) }
+    }
+
+    /// What IOVAs of mappings are multiples of, in bytes.
+    pub(crate) fn alignment(&self) -> u64 {
+        let ioas = lock(&self.body).as_ref().map(|body| Arc::clone(body.ioas.arc()));
+        ioas.map_or(1, |ioas| ioas.usable().1)
     }
 
     pub(crate) fn id(&self) -> u32 {
         self.id
+    }
+
+    /// Whether it was made to record what devices write.
+    pub(crate) fn tracks_writes(&self) -> bool {
+        self.dirty_tracking
     }
 
     pub(crate) fn is_automatic(&self) -> bool {
@@ -61,6 +94,11 @@ impl Hwpt {
     /// Whether it is a table of `ioas`.
     pub(crate) fn belongs_to(&self, ioas: &Arc<Ioas>) -> bool {
         lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(body.ioas.arc(), ioas))
+    }
+
+    /// The address space that it is a table of; `None` once the object has been destroyed.
+    pub(crate) fn ioas(&self) -> Option<Arc<Ioas>> {
+        lock(&self.body).as_ref().map(|body| Arc::clone(body.ioas.arc()))
     }
 
     /// Ends the object: drops the table and the use of the address space.

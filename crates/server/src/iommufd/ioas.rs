@@ -10,7 +10,7 @@
 //!                  │  register, map
 //!                  ▼
 //!                ioasid::Space (4 KiB granule) ──► tables   while there is a table
-//!                              (2 KiB with test devices)
+//!                              (2 KiB for mock devices)
 //! ```
 //!
 //! The engine's space also keeps which IOVAs are reserved and where automatic placement is allowed; areas are looked at
@@ -20,12 +20,17 @@
 //! maps, so that an area is mapped in all tables or in none; it is never held while a call reads or writes its client's
 //! memory.
 
+pub(crate) mod change_process;
+mod cut;
+
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
+use ioasid::pagetable::Native;
 use ioasid::{
-    Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space, Table,
-    TableClass,
+    Bus, Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space,
+    Table, TableClass,
 };
 use ioasid_uapi::iommufd_test::MOCK_PAGE_SIZE;
 use rustix::io::Errno;
@@ -36,7 +41,9 @@ use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
 use super::placement;
 use super::testing::{self, Access};
+use crate::PinnedMemory;
 use crate::memory::{PAGE_SIZE, Pages};
+use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
 
@@ -115,7 +122,6 @@ impl PieceToCopy {
 #[derive(Debug)]
 pub(crate) struct Ioas {
     users: Users,
-    space: Arc<Space>,
     budget: Arc<AreaBudget>,
     state: Mutex<State>,
     /// Held for reading while software copies what it has found in the areas. Whoever has unmapped something waits for
@@ -125,6 +131,8 @@ pub(crate) struct Ioas {
 
 #[derive(Debug)]
 struct State {
+    /// Another one may take its place while there is no table.
+    space: Arc<Space>,
     areas: Areas<Area>,
     /// Tables over this space; while there is one, every area is registered and in the engine's space.
     tables: usize,
@@ -133,7 +141,10 @@ struct State {
     /// Tables that attaching to the space itself made, for other devices of their class to share.
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
-    test_reservations: usize,
+    /// What was reserved for tests.
+    test_reservations: Vec<IovaRange>,
+    /// Devices that are attached, if somebody watches: every change to the areas is told.
+    watched: Vec<Arc<Watched>>,
     /// Users of the space beside devices.
     accesses: Vec<Arc<Access>>,
 }
@@ -143,7 +154,16 @@ struct State {
 struct Area {
     source: Slice,
     permissions: Permissions,
-    memory: Option<Arc<Memory>>,
+    /// Where its bytes are registered, while there is a table.
+    memory: Option<Registered>,
+}
+
+/// The part of registered memory that belongs to one area, from the byte at `offset` on. It is less than the whole if
+/// the area was cut.
+#[derive(Debug, Clone)]
+struct Registered {
+    memory: Arc<Memory>,
+    offset: u64,
 }
 
 /// A piece of mapped memory: the bytes of `pages` from `offset` on.
@@ -152,6 +172,13 @@ pub(crate) struct Slice {
     pub(crate) pages: Arc<Pages>,
     pub(crate) offset: u64,
     pub(crate) length: u64,
+}
+
+impl Area {
+    fn tell_mapped(&self, range: IovaRange, watched: &Watched) {
+        let memory = MemoryAt { owner: self.source.pages.owner(), offset: self.source.start() };
+        watched.mapped(range, memory, self.permissions);
+    }
 }
 
 impl Slice {
@@ -203,6 +230,28 @@ impl State {
         self.areas.iter().all(|(range, area)| is_aligned(range, &area.source, alignment))
     }
 
+    /// Makes the engine's space have a granule that a table of this class can follow. Native tables follow any.
+    ///
+    /// # Errors
+    /// `EINVAL`: there are tables that could not. `EADDRINUSE`, never: what was reserved and allowed goes together.
+    fn set_granule(&mut self, class: TableClass) -> Result<(), Errno> {
+        let wanted = testing::mock::granule(class);
+        if self.space.granule() == wanted {
+            return Ok(());
+        }
+        if self.tables > 0 {
+            return if class == TableClass::NATIVE { Ok(()) } else { Err(Errno::INVAL) };
+        }
+        let format = Native::new().with_granule(wanted).ok_or(Errno::INVAL)?;
+        let space = Space::with_format(self.space.bus(), format);
+        space.set_allowed(&self.space.allowed_ranges()).map_err(reserve_errno)?;
+        for range in &self.test_reservations {
+            space.reserve(*range, SELFTEST_OWNER).map_err(reserve_errno)?;
+        }
+        self.space = space;
+        Ok(())
+    }
+
     fn count_table(&mut self, class: TableClass) {
         self.tables += 1;
         self.coarse_tables += usize::from(testing::mock::alignment(class) == PAGE_SIZE);
@@ -224,6 +273,18 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
     !forbidden.any(|range| areas.overlaps(range))
 }
 
+/// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
+/// other areas, from which this one was cut off: then its part of the registration ends.
+fn give_back(area: Area) {
+    let Area { source, memory: Some(Registered { memory, offset }), .. } = area else { return };
+    if (offset, memory.length()) == (0, source.length) {
+        return;
+    }
+    if let Err(error) = memory.release(offset, source.length) {
+        tracing::error!(?error, "the memory of an area that was unmapped is still held");
+    }
+}
+
 fn is_aligned(range: IovaRange, source: &Slice, alignment: u64) -> bool {
     [range.first(), source.length, source.start()].iter().all(|value| value % alignment == 0)
 }
@@ -238,19 +299,62 @@ fn may_access(pages: &Pages, write: bool) -> Result<(), Errno> {
     }
 }
 
+/// Registers areas and maps them in the engine's space: all, or none.
+fn populate<'a>(
+    space: &Arc<Space>,
+    areas: impl Iterator<Item = (IovaRange, &'a mut Area)>,
+) -> Result<(), Errno> {
+    let mut done: Vec<(IovaRange, &mut Area)> = Vec::new();
+    let mut result = Ok(());
+    for (range, area) in areas {
+        match populate_one(space, range, area) {
+            Ok(()) => done.push((range, area)),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+    }
+    if result.is_err() {
+        for (range, area) in done {
+            forget_memory(space, range, area);
+        }
+    }
+    result
+}
+
+fn populate_one(space: &Arc<Space>, range: IovaRange, area: &mut Area) -> Result<(), Errno> {
+    let source = &area.source;
+    if source.pages.is_revoked() {
+        return Ok(());
+    }
+    let memory = source.pages.register(source.offset, source.length)?;
+    space.map(Iova::new(range.first()), &memory, 0, source.length, area.permissions).map_err(map_errno)?;
+    area.memory = Some(Registered { memory, offset: 0 });
+    Ok(())
+}
+
+fn forget_memory(space: &Arc<Space>, range: IovaRange, area: &mut Area) {
+    if let Err(error) = space.unmap(range) {
+        tracing::error!(%range, ?error, "the engine did not unmap an area");
+    }
+    area.memory = None;
+}
+
 impl Ioas {
-    pub(crate) fn new(space: Arc<Space>, budget: Arc<AreaBudget>) -> Self {
+    pub(crate) fn new(bus: &Arc<Bus>, budget: Arc<AreaBudget>) -> Self {
         Self {
             users: Users::default(),
-            space,
             budget,
             state: Mutex::new(State {
+                space: Space::new(bus),
                 areas: Areas::new(),
                 tables: 0,
                 coarse_tables: 0,
                 shared: Vec::new(),
                 large_pages: true,
-                test_reservations: 0,
+                test_reservations: Vec::new(),
+                watched: Vec::new(),
                 accesses: Vec::new(),
             }),
             copies: RwLock::new(()),
@@ -283,7 +387,8 @@ impl Ioas {
             Placement::Fixed(iova) => self.check_fixed(&state, iova, length)?,
             Placement::Anywhere => {
                 let start = slices.first().ok_or(Errno::INVAL)?.start();
-                placement::find_room(&self.space, &mut state.areas, start, length, alignment)?
+                let State { space, areas, .. } = &mut *state;
+                placement::find_room(space, areas, start, length, alignment)?
             }
         };
 
@@ -302,13 +407,17 @@ impl Ioas {
         }
 
         self.budget.take(planned.len())?;
+        let watched = state.watched.clone();
+        let _changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
-            if let Err(error) = self.populate(planned.iter_mut().map(|(range, area)| (*range, area))) {
+            if let Err(error) = populate(&state.space, planned.iter_mut().map(|(range, area)| (*range, area)))
+            {
                 self.budget.give_back(planned.len());
                 return Err(error);
             }
         }
         for (range, area) in planned {
+            watched.iter().for_each(|watched| area.tell_mapped(range, watched));
             let inserted = state.areas.insert(range, area);
             debug_assert!(inserted.is_ok(), "the range was free when it was planned");
         }
@@ -321,54 +430,13 @@ impl Ioas {
             return Err(Errno::INVAL);
         }
         let range = IovaRange::with_length(iova, length).ok_or(Errno::OVERFLOW)?;
-        if !self.space.usable_ranges().iter().any(|usable| usable.covers(&range)) {
+        if !state.space.usable_ranges().iter().any(|usable| usable.covers(&range)) {
             return Err(Errno::INVAL);
         }
         if state.areas.overlaps(range) {
             return Err(Errno::EXIST);
         }
         Ok(iova)
-    }
-
-    /// Registers areas and maps them in the engine's space: all, or none.
-    fn populate<'a>(&self, areas: impl Iterator<Item = (IovaRange, &'a mut Area)>) -> Result<(), Errno> {
-        let mut done: Vec<(IovaRange, &mut Area)> = Vec::new();
-        let mut result = Ok(());
-        for (range, area) in areas {
-            match self.populate_one(range, area) {
-                Ok(()) => done.push((range, area)),
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
-        }
-        if result.is_err() {
-            for (range, area) in done {
-                self.forget_memory(range, area);
-            }
-        }
-        result
-    }
-
-    fn populate_one(&self, range: IovaRange, area: &mut Area) -> Result<(), Errno> {
-        let source = &area.source;
-        if source.pages.is_revoked() {
-            return Ok(());
-        }
-        let memory = source.pages.register(source.offset, source.length)?;
-        self.space
-            .map(Iova::new(range.first()), &memory, 0, source.length, area.permissions)
-            .map_err(map_errno)?;
-        area.memory = Some(memory);
-        Ok(())
-    }
-
-    fn forget_memory(&self, range: IovaRange, area: &mut Area) {
-        if let Err(error) = self.space.unmap(range) {
-            tracing::error!(%range, ?error, "the engine did not unmap an area");
-        }
-        area.memory = None;
     }
 
     /// Removes every area in `range`; returns how many bytes they had.
@@ -382,18 +450,28 @@ impl Ioas {
             return Ok(0);
         };
         let hull = IovaRange::new(first.first(), last.last()).ok_or(Errno::INVAL)?;
+        let watched = state.watched.clone();
+        let changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
-            self.space.unmap(hull).map_err(unmap_errno)?;
+            state.space.unmap(hull).map_err(unmap_errno)?;
         }
         for access in &state.accesses {
             access.let_go(hull);
         }
         self.budget.give_back(found.len());
         let mut bytes = 0_u64;
+        let mut gone = Vec::new();
         for range in found {
             bytes = bytes.saturating_add(range.length().unwrap_or(u64::MAX));
-            state.areas.remove(range);
+            if let Some(area) = state.areas.remove(range) {
+                if !watched.is_empty() {
+                    gone.push((range, area.permissions));
+                }
+                give_back(area);
+            }
         }
+        watched.iter().for_each(|watched| watched.unmapped(gone.iter().copied()));
+        drop(changing);
         drop(state);
         self.wait_for_copies();
         Ok(bytes)
@@ -470,10 +548,26 @@ impl Ioas {
                 let length = piece.range.length().ok_or(Errno::INVAL)?;
                 let offset = area.source.offset + piece.offset;
                 let source = Slice { pages: Arc::clone(&area.source.pages), offset, length };
-                let registered = area.memory.as_ref().map(|memory| (Arc::clone(memory), piece.offset));
+                let registered = area.memory.as_ref();
+                let registered =
+                    registered.map(|part| (Arc::clone(&part.memory), part.offset + piece.offset));
                 Ok(PieceToCopy { source, registered })
             })
             .collect()
+    }
+
+    /// A watched device has been attached: what is mapped is told, and all changes from now on.
+    pub(crate) fn add_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.areas.iter().for_each(|(range, area)| area.tell_mapped(range, watched));
+        state.watched.push(Arc::clone(watched));
+    }
+
+    /// A watched device has left: for it, everything is unmapped.
+    pub(crate) fn forget_watched(&self, watched: &Arc<Watched>) {
+        let mut state = lock(&self.state);
+        state.watched.retain(|other| !Arc::ptr_eq(other, watched));
+        watched.unmapped(state.areas.iter().map(|(range, area)| (range, area.permissions)));
     }
 
     /// The memory under `range`.
@@ -496,7 +590,7 @@ impl Ioas {
     /// The IOVAs that nobody reserves, and the alignment of mappings in bytes.
     pub(crate) fn usable(&self) -> (Vec<IovaRange>, u64) {
         let state = lock(&self.state);
-        (self.space.usable_ranges(), state.alignment())
+        (state.space.usable_ranges(), state.alignment())
     }
 
     /// Replaces where automatic placement is allowed.
@@ -504,8 +598,7 @@ impl Ioas {
     /// # Errors
     /// `EADDRINUSE` if a range is reserved.
     pub(crate) fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Errno> {
-        let _state = lock(&self.state);
-        self.space.set_allowed(ranges).map_err(reserve_errno)
+        lock(&self.state).space.set_allowed(ranges).map_err(reserve_errno)
     }
 
     /// Reserves a range, as a device would, until the space goes.
@@ -517,11 +610,11 @@ impl Ioas {
         if state.areas.overlaps(range) {
             return Err(Errno::ADDRINUSE);
         }
-        if state.test_reservations >= RANGES_PER_IOAS {
+        if state.test_reservations.len() >= RANGES_PER_IOAS {
             return Err(Errno::NOMEM);
         }
-        self.space.reserve(range, SELFTEST_OWNER).map_err(reserve_errno)?;
-        state.test_reservations += 1;
+        state.space.reserve(range, SELFTEST_OWNER).map_err(reserve_errno)?;
+        state.test_reservations.push(range);
         Ok(())
     }
 
@@ -565,6 +658,7 @@ impl Ioas {
     ) -> Result<Arc<Hwpt>, Errno> {
         let mut state = lock(&self.state);
         let first = state.tables == 0;
+        state.set_granule(device.requirements().class)?;
         let alignment = testing::mock::alignment(device.requirements().class);
         if alignment > state.alignment() && !state.all_aligned(alignment) {
             return Err(Errno::ADDRINUSE);
@@ -573,7 +667,8 @@ impl Ioas {
             if !fits(&state.areas, device.requirements()) {
                 return Err(Errno::ADDRINUSE);
             }
-            self.populate(state.areas.iter_mut())?;
+            let State { space, areas, .. } = &mut *state;
+            populate(space, areas.iter_mut())?;
         }
         let result = self.make_table(&mut state, device, table_use, install);
         if first && state.tables == 0 {
@@ -590,8 +685,8 @@ impl Ioas {
         install: impl FnOnce(Arc<Table>, Option<Held<Hwpt>>) -> Result<Arc<Hwpt>, Errno>,
     ) -> Result<Arc<Hwpt>, Errno> {
         let table = match table_use {
-            TableUse::Shared => Table::for_device(&self.space, device),
-            TableUse::Own => Table::new(&self.space, device),
+            TableUse::Shared => Table::for_device(&state.space, device),
+            TableUse::Own => Table::new(&state.space, device),
         }
         .map_err(|error| attach_errno(&error))?;
         state.shared.retain(|hwpt| hwpt.strong_count() > 0);
@@ -628,7 +723,7 @@ impl Ioas {
         if state.areas.is_empty() {
             return;
         }
-        if let Err(error) = self.space.unmap(IovaRange::ALL) {
+        if let Err(error) = state.space.unmap(IovaRange::ALL) {
             tracing::error!(?error, "the engine did not unmap an address space without tables");
         }
         for (_, area) in state.areas.iter_mut() {
@@ -642,7 +737,25 @@ impl Ioas {
         self.depopulate(&mut state);
         self.budget.give_back(state.areas.len());
         state.areas = Areas::new();
-        self.space.unreserve(SELFTEST_OWNER);
+        state.space.unreserve(SELFTEST_OWNER);
+    }
+
+    /// Adds what the process of this identity has pinned here. Areas that were copied from one another share their pages,
+    /// and their pins.
+    pub(crate) fn add_pinned(&self, process: u64, pinned: &mut PinnedMemory) {
+        let state = lock(&self.state);
+        let mut seen = HashSet::new();
+        for (_, area) in state.areas.iter().filter(|(_, area)| area.memory.is_some()) {
+            let source = &area.source;
+            let Some(pays_itself) = source.pages.is_pinned_by(process) else { continue };
+            if !seen.insert((Arc::as_ptr(&source.pages), source.offset)) {
+                continue;
+            }
+            let start = source.start() / PAGE_SIZE;
+            let end = source.start().saturating_add(source.length).div_ceil(PAGE_SIZE);
+            pinned.pages += end - start;
+            pinned.locked_pages += if pays_itself { end - start } else { 0 };
+        }
     }
 
     /// What the address space holds, but for its number and its page table objects.
@@ -664,7 +777,7 @@ impl Ioas {
                 source_offset: format!("{:#x}", area.source.start()),
                 registered: area.memory.is_some(),
             });
-        let statistics = self.space.statistics();
+        let statistics = state.space.statistics();
         let leaf = |&(size, count): &(PageSize, u64)| LeafStatus { size_bytes: size.bytes(), count };
         AddressSpaceStatus {
             area_count: state.areas.len(),

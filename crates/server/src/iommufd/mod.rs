@@ -6,6 +6,8 @@
 //! - [`errno`]: the error numbers for what the engine refuses;
 //! - [`device`]: the devices that are bound;
 //! - `commands`: what each command does, one function each;
+//! - `dirty`: what devices have written;
+//! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
 //! - [`testing`]: the test-only command of the kernel's self-test.
 //!
 //! A context lives as long as its file is open or a device is bound to it, whichever is longer.
@@ -13,29 +15,32 @@
 pub(crate) mod areas;
 mod commands;
 pub(crate) mod device;
+mod dirty;
 pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
 mod placement;
 pub(crate) mod testing;
+mod vfio_compat;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
-use ioasid::PageSize;
-use ioasid::pagetable::Native;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
-use ioasid_uapi::iommufd_test::{MOCK_PAGE_SIZE, TestCommand};
+use ioasid_uapi::iommufd_test::TestCommand;
 use ioasid_uapi::{Command, IOCTL_TYPE};
 use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
 use self::ioas::AreaBudget;
 use self::objects::{Held, Object, Objects};
+use self::vfio_compat::CompatIoas;
 use crate::Client;
+use crate::PinnedMemory;
 use crate::argument;
 use crate::memory::MemoryRegistry;
+use crate::observer::{Event, Observer};
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 
 /// One open of `/dev/iommu`.
@@ -47,12 +52,20 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
+    /// The address space that VFIO's commands mean.
+    compat: Mutex<Option<CompatIoas>>,
+    observer: Option<Arc<dyn Observer>>,
     /// Whether the test-only command is there.
     test_devices: bool,
 }
 
 impl Context {
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, test_devices: bool) -> Self {
+    pub(crate) fn new(
+        number: u64,
+        memory: Arc<MemoryRegistry>,
+        test_devices: bool,
+        observer: Option<Arc<dyn Observer>>,
+    ) -> Self {
         Self {
             number,
             memory,
@@ -60,7 +73,14 @@ impl Context {
             objects: Objects::default(),
             budget: Arc::new(AreaBudget::new()),
             charge_processes: AtomicBool::new(false),
+            compat: Mutex::default(),
+            observer,
         }
+    }
+
+    /// Which open it is, counted from 1.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -70,7 +90,7 @@ impl Context {
     /// Performs one ioctl.
     ///
     /// # Errors
-    /// - `ENOTTY`: no such command. VFIO's container commands, which Linux answers here too, are not served.
+    /// - `ENOTTY`: no such command.
     /// - `EFAULT`: the argument cannot be read. `EINVAL`: it is too short. `E2BIG`: it has more than is known.
     /// - `EOPNOTSUPP`: a known command that is not served. Those of the command.
     pub(crate) fn ioctl(
@@ -83,7 +103,7 @@ impl Context {
         let numbers =
             COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
         if !numbers.contains(&(IOCTL_TYPE | (number & 0xff))) {
-            return Err(Errno::NOTTY);
+            return self.vfio_ioctl(client, number, argument);
         }
         // A kernel that is not built for the self-test has no row for its command.
         if number & 0xff == TestCommand::NUMBER & 0xff && !self.test_devices {
@@ -105,7 +125,11 @@ impl Context {
             uapi::IoasCopy::NUMBER => call.ioas_copy(),
             uapi::IoasUnmap::NUMBER => call.ioas_unmap(),
             uapi::SetOption::NUMBER => call.option(),
+            uapi::IoasChangeProcess::NUMBER => call.ioas_change_process(),
+            uapi::VfioIoas::NUMBER => call.vfio_ioas(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
+            uapi::HwptSetDirtyTracking::NUMBER => call.hwpt_set_dirty_tracking(),
+            uapi::HwptGetDirtyBitmap::NUMBER => call.hwpt_get_dirty_bitmap(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
             TestCommand::NUMBER => return call.test(),
             _ => {
@@ -116,10 +140,12 @@ impl Context {
         .map(|()| 0)
     }
 
-    /// The format of address spaces: mock hardware has smaller pages than any other.
-    fn space_format(&self) -> Native {
-        let small = PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| self.test_devices);
-        small.and_then(|granule| Native::new().with_granule(granule)).unwrap_or_default()
+    /// Tells the observer, if there is one, what is here before a file is closed.
+    pub(crate) fn tell_closing(&self, device: Option<usize>) {
+        if let Some(observer) = &self.observer {
+            let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
+            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+        }
     }
 
     /// Ends one use of a page table; an automatic one goes with its last use.
@@ -135,6 +161,7 @@ impl Context {
 impl Drop for Context {
     /// Nothing refers to the context any more: no file, no device, no call. What uses others goes first.
     fn drop(&mut self) {
+        self.tell_closing(None);
         let objects = self.objects.snapshot();
         for (_, object) in &objects {
             if let Object::TestDevice(device) = object {
@@ -195,5 +222,14 @@ impl Context {
             }
         }
         status
+    }
+
+    /// Adds what the process of this identity has pinned here.
+    pub(crate) fn add_pinned(&self, process: u64, pinned: &mut PinnedMemory) {
+        for (_, object) in self.objects.snapshot() {
+            if let Object::Ioas(ioas) = object {
+                ioas.add_pinned(process, pinned);
+            }
+        }
     }
 }

@@ -202,17 +202,6 @@ impl Objects {
         }
     }
 
-    /// Holds the bound device `id`.
-    ///
-    /// # Errors
-    /// `ENOENT` if there is none, also if the object is of another kind.
-    pub(crate) fn hold_device(&self, id: u32) -> Result<Held<BoundDevice>, Errno> {
-        match self.hold(id)? {
-            HeldObject::Device(device) => Ok(device),
-            _ => Err(Errno::NOENT),
-        }
-    }
-
     /// Holds the page table `id`.
     ///
     /// # Errors
@@ -220,6 +209,17 @@ impl Objects {
     pub(crate) fn hold_hwpt(&self, id: u32) -> Result<Held<Hwpt>, Errno> {
         match self.hold(id)? {
             HeldObject::Hwpt(hwpt) => Ok(hwpt),
+            _ => Err(Errno::NOENT),
+        }
+    }
+
+    /// Holds the bound device `id`.
+    ///
+    /// # Errors
+    /// `ENOENT` if there is none, also if the object is of another kind.
+    pub(crate) fn hold_device(&self, id: u32) -> Result<Held<BoundDevice>, Errno> {
+        match self.hold(id)? {
+            HeldObject::Device(device) => Ok(device),
             _ => Err(Errno::NOENT),
         }
     }

@@ -129,6 +129,11 @@ impl TableKind {
         }
     }
 
+    /// Whether its leaves have a mark for what was written: all but those of the native kind.
+    pub(super) fn records_writes(self) -> bool {
+        self != TableKind::Native
+    }
+
     /// An empty table of a derived kind, in which no leaf that cannot be cut while devices use it is larger than
     /// `largest_leaf`.
     pub(super) fn new_table(self, largest_leaf: PageSize) -> Option<Arc<dyn DerivedTable>> {
@@ -136,14 +141,19 @@ impl TableKind {
             Some(Arc::new(RadixTable::new(format)))
         }
         // Of RISC-V's leaves only those of 64 KiB, which have several entries, cannot be cut.
-        let risc_v = |levels| RiscV::new(levels).map(|format| format.with_napot(largest_leaf.log2() >= 16));
+        let risc_v = |levels| {
+            let format = RiscV::new(levels)?.with_accessed_dirty(true);
+            Some(format.with_napot(largest_leaf.log2() >= 16))
+        };
+        let vtd = |levels| VtdSecondStage::new(levels).map(|format| format.with_accessed_dirty(true));
         match self {
             TableKind::Native => None,
-            TableKind::VtdSecondStage39 => table(VtdSecondStage::new(3)?),
-            TableKind::VtdSecondStage => table(VtdSecondStage::new(4)?),
-            TableKind::VtdSecondStage57 => table(VtdSecondStage::new(5)?),
+            TableKind::VtdSecondStage39 => table(vtd(3)?),
+            TableKind::VtdSecondStage => table(vtd(4)?),
+            TableKind::VtdSecondStage57 => table(vtd(5)?),
             TableKind::AmdV1 => {
-                table(AmdV1::new().with_leaf_sizes(largest_leaf.bytes() | (largest_leaf.bytes() - 1)))
+                let sizes = largest_leaf.bytes() | (largest_leaf.bytes() - 1);
+                table(AmdV1::new().with_leaf_sizes(sizes).with_accessed_dirty(true))
             }
             TableKind::X86_64 => table(X86_64::new(4)?),
             TableKind::X86_64La57 => table(X86_64::new(5)?),

@@ -4,7 +4,8 @@
 //!    waits for that end.
 //! 2. The device's table is looked up. There is none: blocked.
 //! 3. The IOVA is translated by the table's own format, through the IOTLB.
-//! 4. The leaf's permissions are checked against the direction.
+//! 4. The leaf's permissions are checked against the direction. If the table records writes and this is one, the leaf is
+//!    marked, before anything is written. (A write that faults further on may have marked leaves in front of that.)
 //! 5. The output address leads to memory. Memory of this process is copied there and then, at most 64 KiB, and the
 //!    section ends. Memory behind calls may block: the section ends first, and the copy is made while the space
 //!    counts it.
@@ -21,7 +22,7 @@ use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid::epoch::{self, DmaSection};
 use ioasid::pagetable::VtdSecondStage;
-use ioasid::{Attributes, Here, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
+use ioasid::{Attributes, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
 use std::sync::Arc;
 
 mod atomic;
@@ -177,7 +178,12 @@ impl Port {
         wanted: Permissions,
     ) -> Result<Translation, DmaFault> {
         let access = Access(wanted.attributes());
-        self.translation(section, self.table(section, iova, access)?, iova, 1, access)
+        let table = self.table(section, iova, access)?;
+        let translation = self.translation(section, table, iova, 1, access)?;
+        if table.is_recording() && access.0.contains(Attributes::WRITE) {
+            record(table, iova, translation.length);
+        }
+        Ok(translation)
     }
 
     /// Writes a fault down.
@@ -395,10 +401,14 @@ impl Port {
             }
             _ => self.translate_elsewhere(table, iova, wanted, access),
         };
-        match remembered {
-            Some((oa, length)) => Ok(Translation { oa, length }),
-            None => self.translate_from_root(section, table, iova, access),
+        let translation = match remembered {
+            Some((oa, length)) => Translation { oa, length },
+            None => self.translate_from_root(section, table, iova, access)?,
+        };
+        if table.is_recording() && access.0.contains(Attributes::WRITE) {
+            record(table, iova, translation.length.min(wanted));
         }
+        Ok(translation)
     }
 
     /// The IOTLB's part of it for all other formats. The most frequent two stand at every place that translates; with the
@@ -438,6 +448,16 @@ impl Port {
                 Err(access.fault(iova, DmaFaultReason::NotMapped))
             }
         }
+    }
+}
+
+/// Marks the leaves of a range as written, before it is. Leaves may have been cut since the range was translated, so all of
+/// them are looked for. One that has been unmapped needs no mark.
+#[cold]
+#[inline(never)]
+fn record(table: &Table, iova: u64, length: u64) {
+    if let Some((derived, range)) = table.derived().zip(IovaRange::with_length(iova, length)) {
+        derived.mark_written(range);
     }
 }
 

@@ -475,6 +475,24 @@ fn vfio_structures(list: &mut List) {
         "struct vfio_device_info_cap_pci_atomic_comp",
         vfio::DeviceInfoCapPciAtomicComp { header, flags, reserved }
     );
+    structure!(
+        list,
+        "struct vfio_iommu_type1_info",
+        vfio::Type1Info { argsz, flags, iova_pgsizes, cap_offset, pad }
+    );
+    structure!(
+        list,
+        "struct vfio_iommu_type1_info_cap_iova_range",
+        vfio::Type1InfoCapIovaRange { header, nr_iovas, reserved }
+    );
+    structure!(list, "struct vfio_iova_range", vfio::Type1IovaRange { start, end });
+    structure!(list, "struct vfio_iommu_type1_info_dma_avail", vfio::Type1InfoDmaAvail { header, avail });
+    structure!(
+        list,
+        "struct vfio_iommu_type1_dma_map",
+        vfio::Type1DmaMap { argsz, flags, vaddr, iova, size }
+    );
+    structure!(list, "struct vfio_iommu_type1_dma_unmap", vfio::Type1DmaUnmap { argsz, flags, iova, size });
 }
 
 fn vfio_values(list: &mut List) {
@@ -489,6 +507,20 @@ fn vfio_values(list: &mut List) {
     flags!(list, vfio::BindFlags { TOKEN = "VFIO_DEVICE_BIND_FLAG_TOKEN" });
     flags!(list, vfio::AttachFlags { PASID = "VFIO_DEVICE_ATTACH_PASID" });
     flags!(list, vfio::DetachFlags { PASID = "VFIO_DEVICE_DETACH_PASID" });
+    flags!(list, vfio::Type1InfoFlags {
+        PGSIZES = "VFIO_IOMMU_INFO_PGSIZES",
+        CAPS = "VFIO_IOMMU_INFO_CAPS",
+    });
+    flags!(list, vfio::Type1DmaMapFlags {
+        READ = "VFIO_DMA_MAP_FLAG_READ",
+        WRITE = "VFIO_DMA_MAP_FLAG_WRITE",
+        VADDR = "VFIO_DMA_MAP_FLAG_VADDR",
+    });
+    flags!(list, vfio::Type1DmaUnmapFlags {
+        GET_DIRTY_BITMAP = "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP",
+        ALL = "VFIO_DMA_UNMAP_FLAG_ALL",
+        VADDR = "VFIO_DMA_UNMAP_FLAG_VADDR",
+    });
     flags!(list, vfio::DeviceFlags {
         RESET = "VFIO_DEVICE_FLAGS_RESET",
         PCI = "VFIO_DEVICE_FLAGS_PCI",
@@ -549,6 +581,8 @@ fn vfio_values(list: &mut List) {
         REGION_INFO_CAP_SPARSE_MMAP = "VFIO_REGION_INFO_CAP_SPARSE_MMAP",
         REGION_INFO_CAP_TYPE = "VFIO_REGION_INFO_CAP_TYPE",
         REGION_INFO_CAP_MSIX_MAPPABLE = "VFIO_REGION_INFO_CAP_MSIX_MAPPABLE",
+        TYPE1_INFO_CAP_IOVA_RANGE = "VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE",
+        TYPE1_INFO_DMA_AVAIL = "VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL",
     });
 }
 

@@ -220,7 +220,7 @@ impl Call<'_> {
             return Ok(());
         }
         let length = range.length().ok_or(Errno::OVERFLOW)?;
-        let expected = self.context.memory.identify(self.client.process()?, address, length)?;
+        let expected = self.context.memory.identify(&self.client.process()?, address, length)?;
         let page = |memory: &Memory, offset| memory.output(offset).map(|output| output.get() / PAGE_SIZE);
         let mut begin = 0;
         for piece in memory {

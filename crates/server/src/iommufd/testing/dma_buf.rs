@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ioasid::{Account, Backing, Bus};
+use ioasid::{Backing, Bus};
 use ioasid_uapi::iommufd_test as uapi;
 use rustix::io::Errno;
 
@@ -29,7 +29,6 @@ const CLOSE_ON_EXEC: u32 = rustix::fs::OFlags::CLOEXEC.bits();
 pub(crate) struct DmaBuf {
     length: u64,
     bus: Arc<Bus>,
-    account: Account,
     state: Mutex<State>,
     _counted: Counted,
 }
@@ -70,7 +69,6 @@ impl DmaBuf {
         Ok(Self {
             length,
             bus: Arc::clone(bus),
-            account: Account::new("dma-buf", None),
             state: Mutex::new(State { backing: memory(bus, length)?, revoked: false }),
             _counted: counted,
         })
@@ -79,11 +77,6 @@ impl DmaBuf {
     /// In bytes.
     pub(crate) fn length(&self) -> u64 {
         self.length
-    }
-
-    /// Who is charged for what is mapped of it: nobody.
-    pub(crate) fn account(&self) -> &Account {
-        &self.account
     }
 
     /// Its memory.

@@ -20,7 +20,6 @@ use rustix::io::Errno;
 
 use super::super::commands::HwInfo;
 use super::super::device::BoundDevice;
-use super::super::ioas::Ioas;
 use super::super::objects::{Counted, Held, Object, Users};
 use super::super::{Call, Context};
 use crate::argument;
@@ -42,16 +41,15 @@ const FORMAT: &str = "mock";
 /// The kinds of table that a mock device can use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum MockTable {
-    /// Pages of all sizes from 2 KiB on, and an aperture.
+    /// Pages of 2 KiB and 4 KiB, and an aperture. The format cannot cut a larger page while devices use it, and a program
+    /// may turn to type 1's rules, which cut everything, after the table has been made.
     Default,
-    /// The same for address spaces that shall have no large pages: none is larger than 4 KiB.
-    Small,
     /// Pages of 4 KiB and 1 MiB, no aperture.
     Huge,
 }
 
 impl MockTable {
-    const ALL: [MockTable; 3] = [MockTable::Default, MockTable::Small, MockTable::Huge];
+    const ALL: [MockTable; 2] = [MockTable::Default, MockTable::Huge];
 
     fn class(self) -> TableClass {
         // No software IOMMU has this number.
@@ -60,7 +58,7 @@ impl MockTable {
 
     fn aperture(self) -> IovaRange {
         match self {
-            MockTable::Default | MockTable::Small => {
+            MockTable::Default => {
                 IovaRange::new(MOCK_APERTURE_START, MOCK_APERTURE_LAST).unwrap_or(IovaRange::ALL)
             }
             // What five levels translate.
@@ -70,8 +68,7 @@ impl MockTable {
 
     fn leaf_sizes(self) -> u64 {
         match self {
-            MockTable::Default => u64::MAX,
-            MockTable::Small => PAGE_SIZE,
+            MockTable::Default => PAGE_SIZE,
             MockTable::Huge => PAGE_SIZE | MOCK_HUGE_PAGE_SIZE,
         }
     }
@@ -87,6 +84,12 @@ pub(crate) fn alignment(class: TableClass) -> u64 {
     }
 }
 
+/// The granule of address spaces that a table of this class can follow.
+pub(crate) fn granule(class: TableClass) -> PageSize {
+    let mock = matches!(class, TableClass::Derived { format: FORMAT, .. });
+    PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| mock).unwrap_or(PageSize::SIZE_4K)
+}
+
 /// The imagined IOMMU, as it is for tables of one kind. It remembers nothing.
 #[derive(Debug)]
 struct MockIommu(MockTable);
@@ -99,6 +102,10 @@ impl Iommu for MockIommu {
             reserved: Vec::new(),
             coherent: true,
         })
+    }
+
+    fn records_writes(&self, _device: Rid) -> bool {
+        true
     }
 
     fn new_table(
@@ -144,7 +151,7 @@ impl MockDevice {
             return Err(Errno::OPNOTSUPP);
         }
         let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
-        capabilities.set(HwCapabilities::DIRTY_TRACKING, !self.flags.contains(MockDeviceFlags::NO_DIRTY));
+        capabilities.set(HwCapabilities::DIRTY_TRACKING, self.records_writes());
         let has_pasids = self.flags.contains(MockDeviceFlags::PASID);
         Ok(HwInfo {
             // Flags, of which none is defined, and a register.
@@ -155,6 +162,11 @@ impl MockDevice {
         })
     }
 
+    /// Whether its IOMMU can record what it writes.
+    pub(crate) fn records_writes(&self) -> bool {
+        !self.flags.contains(MockDeviceFlags::NO_DIRTY)
+    }
+
     /// The device as the engine sees it, once for each kind of table.
     pub(crate) fn engines(&self) -> &[Device] {
         &self.engines
@@ -163,11 +175,6 @@ impl MockDevice {
     /// The same, for one kind.
     pub(crate) fn engine(&self, table: MockTable) -> &Device {
         &self.engines[table as usize]
-    }
-
-    /// The same, for the tables of address spaces that have large pages or not.
-    pub(crate) fn default_engine(&self, large_pages: bool) -> &Device {
-        self.engine(if large_pages { MockTable::Default } else { MockTable::Small })
     }
 }
 
@@ -244,18 +251,16 @@ impl Call<'_> {
     pub(in super::super) fn mock_table(
         &self,
         mock: &MockDevice,
-        ioas: &Ioas,
         command: &HwptAlloc,
     ) -> Result<MockTable, Errno> {
         let mut possible =
             HwptAllocFlags::NEST_PARENT | HwptAllocFlags::DIRTY_TRACKING | HwptAllocFlags::PASID;
-        possible.set(HwptAllocFlags::DIRTY_TRACKING, !mock.flags.contains(MockDeviceFlags::NO_DIRTY));
+        possible.set(HwptAllocFlags::DIRTY_TRACKING, mock.records_writes());
         if command.flags & !possible.bits() != 0 {
             return Err(Errno::OPNOTSUPP);
         }
-        let by_default = if ioas.large_pages() { MockTable::Default } else { MockTable::Small };
         match command.data_type {
-            HWPT_DATA_NONE => return Ok(by_default),
+            HWPT_DATA_NONE => return Ok(MockTable::Default),
             HWPT_DATA => {}
             _ => return Err(Errno::OPNOTSUPP),
         }
@@ -268,7 +273,7 @@ impl Call<'_> {
         self.client.read(command.data_uptr, &mut data[..known])?;
         argument::check_tail(self.client, command.data_uptr, command.data_len, data.len())?;
         match u32::from_ne_bytes([data[4], data[5], data[6], data[7]]) {
-            0 => Ok(by_default),
+            0 => Ok(MockTable::Default),
             1 => Ok(MockTable::Huge),
             _ => Err(Errno::OPNOTSUPP),
         }

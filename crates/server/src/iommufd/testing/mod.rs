@@ -60,6 +60,12 @@ impl Call<'_> {
             uapi::OP_ACCESS_RW => self.access_memory(id, command.payload()),
             uapi::OP_DMABUF_GET => return self.get_dma_buf(command.payload()),
             uapi::OP_DMABUF_REVOKE => self.revoke_dma_buf(command.payload()),
+            uapi::OP_DIRTY => {
+                let mut dirty: uapi::Dirty = command.payload();
+                dirty.out_nr_dirty = self.mark_dirty(id, &dirty)?;
+                command.set_payload(&dirty);
+                self.respond(&command)
+            }
             uapi::OP_DEV_CHECK_CACHE => self.check_device_cache(id, command.payload()),
             uapi::OP_SET_TEMP_MEMORY_LIMIT => {
                 // Makes the kernel work in smaller batches. There are none here; the value is only checked.

@@ -1,0 +1,237 @@
+//! Watching what devices can reach, and what they do: the seam for whoever records it.
+//!
+//! An [`Observer`] is given to the server when it is made ([`Server::with_observer`](crate::Server::with_observer)) and hears
+//! of each change to what a device reaches, and of each DMA. A space without devices is nobody's business: when a device is
+//! attached, what is mapped already is told as mapped for it, and when it leaves, as unmapped.
+//!
+//! # Order
+//!
+//! Events of one device are told in an order in which they can have happened: a DMA that was let through comes after the map
+//! that let it through and before the unmap that ended it, and one that was refused stands where it was refused. The lock of
+//! an address space orders maps and unmaps. DMA takes no lock of the server, so each watched device has a *gate*: DMA goes
+//! through it side by side, changes go through it side by side, but never both at once, and each tells its event before
+//! it leaves. Nobody waits at a gate for longer than [`PATIENCE`]: a device may be copying memory whose owner does not answer, and then
+//! the program shall run on as it would unwatched, and the order of that one DMA is a guess.
+//!
+//! Without an observer devices have no gate, and their DMA does not come by here.
+
+use std::fmt::Debug;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use ioasid::{IovaRange, Permissions, Rid};
+use ioasid_soft::dma::{DmaFault, DmaPort};
+use ioasid_soft::iommu::Port;
+
+use crate::poison::lock;
+use crate::status::{AccountStatus, ContextStatus};
+
+/// For how long changes and DMA wait for each other, for the sake of the order of events.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Hears what happens to the devices of a server.
+///
+/// Called by the thread that does it, with locks of the server held: an implementation must not call the server, and
+/// whoever waits in it makes the client wait. It must not panic.
+pub trait Observer: Send + Sync + Debug {
+    /// Something has happened.
+    fn happened(&self, event: &Event<'_>);
+}
+
+/// What has happened.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The device's DMA goes through an address space from now on; if it went through another one before, what was mapped
+    /// there has been told as unmapped. What is mapped follows.
+    Attached {
+        /// The device.
+        device: Rid,
+    },
+    /// The device reaches memory.
+    Mapped {
+        /// The device.
+        device: Rid,
+        /// At these addresses.
+        range: IovaRange,
+        /// What it reaches at the first of them.
+        memory: MemoryAt,
+        /// What it may do.
+        permissions: Permissions,
+    },
+    /// The device reaches it no more. One event may end several maps that follow each other and had the same permissions.
+    Unmapped {
+        /// The device.
+        device: Rid,
+        /// At these addresses.
+        range: IovaRange,
+        /// What it was allowed to do.
+        permissions: Permissions,
+    },
+    /// The device's DMA is blocked from now on.
+    Detached {
+        /// The device.
+        device: Rid,
+    },
+    /// The device has read or written memory, or tried to.
+    Dma {
+        /// The device.
+        device: Rid,
+        /// First address.
+        iova: u64,
+        /// Bytes, at least 1.
+        length: u64,
+        /// Whether it was a write to memory.
+        write: bool,
+        /// What became of it.
+        result: Result<(), DmaFault>,
+    },
+    /// A file is about to be closed for the last time: this is what its context holds until then.
+    Closing {
+        /// The device whose file it is, as N of `vfioN`; `None`: the `/dev/iommu` itself, after all of its devices.
+        device: Option<usize>,
+        /// The context.
+        context: &'a ContextStatus,
+        /// Who is charged at this moment.
+        accounts: &'a [AccountStatus],
+    },
+}
+
+/// A byte of memory: the same byte is always the same value, whoever maps it and however often.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MemoryAt {
+    /// What it belongs to.
+    pub owner: MemoryOwner,
+    /// The virtual address, or the offset in the file.
+    pub offset: u64,
+}
+
+/// What memory belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MemoryOwner {
+    /// The address space of a process, by its [identity](crate::Process::identity).
+    Process(u64),
+    /// A file, by device and inode number. (A file that has gone may leave its number to another.)
+    File(u64, u64),
+    /// A file without pages, which no device reaches, or a buffer of the test-only command.
+    Nothing,
+}
+
+/// A device that is watched.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    device: Rid,
+    observer: Arc<dyn Observer>,
+    inside: Mutex<Inside>,
+    left: Condvar,
+}
+
+/// Who is inside of the gate.
+#[derive(Debug, Default)]
+struct Inside {
+    dma: usize,
+    changes: usize,
+}
+
+/// A change to what a device reaches is under way.
+#[derive(Debug)]
+pub(crate) struct Changing<'a>(&'a Watched);
+
+impl Watched {
+    pub(crate) fn new(device: Rid, observer: Arc<dyn Observer>) -> Arc<Self> {
+        Arc::new(Self { device, observer, inside: Mutex::default(), left: Condvar::new() })
+    }
+
+    /// Keeps the device's DMA away until the change is told. Changes do not keep each other away.
+    pub(crate) fn changing(&self) -> Changing<'_> {
+        let inside = lock(&self.inside);
+        let waited = self.left.wait_timeout_while(inside, PATIENCE, |inside| inside.dma > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.changes += 1;
+        Changing(self)
+    }
+
+    fn leave(&self, forget: impl FnOnce(&mut Inside)) {
+        forget(&mut lock(&self.inside));
+        self.left.notify_all();
+    }
+
+    pub(crate) fn attached(&self) {
+        self.observer.happened(&Event::Attached { device: self.device });
+    }
+
+    pub(crate) fn detached(&self) {
+        self.observer.happened(&Event::Detached { device: self.device });
+    }
+
+    pub(crate) fn mapped(&self, range: IovaRange, memory: MemoryAt, permissions: Permissions) {
+        self.observer.happened(&Event::Mapped { device: self.device, range, memory, permissions });
+    }
+
+    /// Tells that areas have gone, in the order of their addresses: those that follow each other at once.
+    pub(crate) fn unmapped(&self, areas: impl Iterator<Item = (IovaRange, Permissions)>) {
+        let tell = |(range, permissions)| {
+            self.observer.happened(&Event::Unmapped { device: self.device, range, permissions });
+        };
+        let mut run: Option<(IovaRange, Permissions)> = None;
+        for (range, permissions) in areas {
+            let joined = run.and_then(|(before, same)| {
+                let follows = before.last().checked_add(1) == Some(range.first()) && same == permissions;
+                // A range of all 2^64 bytes has no length, which a trace cannot say.
+                let both =
+                    IovaRange::new(before.first(), range.last()).filter(|both| both.length().is_some());
+                both.filter(|_| follows)
+            });
+            match joined {
+                Some(both) => run = Some((both, permissions)),
+                None => run.replace((range, permissions)).into_iter().for_each(tell),
+            }
+        }
+        run.into_iter().for_each(tell);
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.leave(|inside| inside.changes -= 1);
+    }
+}
+
+/// The port of a watched device.
+#[derive(Debug)]
+pub(crate) struct WatchedPort {
+    pub(crate) port: Arc<Port>,
+    pub(crate) watched: Arc<Watched>,
+}
+
+impl WatchedPort {
+    fn tell(
+        &self,
+        iova: u64,
+        length: usize,
+        write: bool,
+        transfer: impl FnOnce() -> Result<(), DmaFault>,
+    ) -> Result<(), DmaFault> {
+        if length == 0 {
+            return transfer();
+        }
+        let watched = &*self.watched;
+        let inside = lock(&watched.inside);
+        let waited = watched.left.wait_timeout_while(inside, PATIENCE, |inside| inside.changes > 0);
+        waited.unwrap_or_else(PoisonError::into_inner).0.dma += 1;
+        let result = transfer();
+        let (device, length) = (watched.device, length as u64);
+        watched.observer.happened(&Event::Dma { device, iova, length, write, result });
+        watched.leave(|inside| inside.dma -= 1);
+        result
+    }
+}
+
+impl DmaPort for WatchedPort {
+    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
+        self.tell(iova, buffer.len(), false, || self.port.read(iova, buffer))
+    }
+
+    fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault> {
+        self.tell(iova, bytes.len(), true, || self.port.write(iova, bytes))
+    }
+}
