@@ -298,9 +298,11 @@ fn recorded_dma_is_made_as_it_was() {
         9,1,00:01.0,attach,-,-,-,-\n\
         9,0,00:01.0,map,10000,9000,4096,BIDIRECTIONAL\n\
         9,1,00:01.0,read,10000,gone,4096,TO_DEVICE\n";
-    for table in TableKind::ALL {
+    let tables = TableKind::ALL.iter().map(|table| (*table, None));
+    let peers = Peer::ALL.into_iter().map(|peer| (TableKind::default(), Some(peer)));
+    for (table, peer) in tables.chain(peers) {
         for threads in [1, 2] {
-            let options = Options { table, threads, strict_input: true, ..Options::default() };
+            let options = Options { table, peer, threads, strict_input: true, ..Options::default() };
             let report = replay(lines, &options);
             right(&report);
             assert_eq!((report.events, report.attaches, report.recorded_dma), (15, 3, 7));
@@ -342,6 +344,55 @@ fn recorded_dma_that_does_not_fit_is_named_and_left_out() {
     let kinds = [("DMA let through unmapped", 4), ("DMA refused though mapped", 1)];
     assert_eq!(report.misfits_by_kind, BTreeMap::from(kinds));
     assert_eq!((report.events, report.recorded_dma, report.dma.count), (3, 0, 0));
+}
+
+/// A device whose DMA is the replay's own is not detached, and has no other.
+#[test]
+fn a_device_that_begins_with_a_map_has_no_recorded_dma() {
+    let lines = "\
+        0,0,00:01.0,map,10000,5000,4096,TO_DEVICE\n\
+        0,0,00:01.0,detach,-,-,-,-\n\
+        0,0,00:01.0,read,10000,fault,16,TO_DEVICE\n\
+        0,0,00:01.0,unmap,10000,-,4096,TO_DEVICE\n";
+    let report = replay(lines, &Options::default());
+    right(&report);
+    assert_eq!(report.misfits_by_kind, BTreeMap::from([("DMA not recorded from the start", 2)]));
+    assert_eq!((report.events, report.dma_bytes), (2, 4096));
+}
+
+/// A refused DMA leaves the memory as it was, and others may look at that meanwhile. A peer writes no first piece either.
+#[test]
+fn a_refused_dma_moves_nothing() {
+    let mut lines = "0,1,00:01.0,attach,-,-,-,-\n0,1,00:01.0,map,10000,5000,4096,BIDIRECTIONAL\n".to_owned();
+    for _ in 0..300 {
+        lines += "0,1,00:01.0,write,10000,fault,8192,FROM_DEVICE\n";
+        lines +=
+            "0,0,00:02.0,map,10000,5000,4096,BIDIRECTIONAL\n0,0,00:02.0,unmap,10000,-,4096,BIDIRECTIONAL\n";
+    }
+    for peer in [None, Some(Peer::BTree), Some(Peer::VmMemory)] {
+        let report = replay(&lines, &Options { peer, threads: 2, strict_input: true, ..Options::default() });
+        right(&report);
+        assert_eq!((report.faults_as_recorded, report.dma.count), (300, 600));
+    }
+}
+
+/// What was recorded with its DMA may be detached, and use all addresses: it is not disturbed, but what is beside it is.
+#[test]
+fn recorded_dma_is_not_disturbed() {
+    let mut lines =
+        "0,1,00:01.0,attach,-,-,-,-\n0,1,00:01.0,map,2000000000,5000,4096,BIDIRECTIONAL\n".to_owned();
+    for _ in 0..100 {
+        lines += "0,1,00:01.0,detach,-,-,-,-\n0,1,00:01.0,write,2000000000,fault,1,FROM_DEVICE\n";
+        lines += "0,1,00:01.0,attach,-,-,-,-\n0,1,00:01.0,write,2000000000,-,1,FROM_DEVICE\n";
+        lines +=
+            "0,0,00:02.0,map,10000,5000,32768,BIDIRECTIONAL\n0,0,00:02.0,unmap,10000,-,32768,BIDIRECTIONAL\n";
+    }
+    let disturbance = Some(Disturbance { seed: 5, threads: 1 });
+    let options = Options { disturbance, threads: 2, strict_input: true, ..Options::default() };
+    let report = replay(&lines, &options);
+    right(&report);
+    assert_eq!((report.faults_as_recorded, report.dma.count), (100, 300));
+    assert!(report.disturbed.is_some_and(|disturbed| disturbed.episodes > 0 && disturbed.cuts > 0));
 }
 
 #[test]
