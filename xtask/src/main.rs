@@ -16,6 +16,7 @@ mod kernel_selftest;
 mod kernel_source;
 mod msrv;
 mod sequences;
+mod soak;
 mod uapi_check;
 mod workspace;
 
@@ -67,6 +68,13 @@ enum Chore {
     /// failure point in turn, devices that come and go, several threads. Every round has a new seed; a sequence that fails is
     /// shrunk and printed, with what brings it back.
     Sequences(sequences::Arguments),
+
+    /// Replay traces of real drivers while everything else happens beside them, for minutes or hours
+    ///
+    /// Each round replays one trace, on tables, in a mode and with threads drawn at random, while further devices on tables of
+    /// other formats come and go, parts are cut out of mappings, and memory is revoked and dropped. Every byte of every DMA is
+    /// checked, DMA to what is gone has to fault, and at the end everything counts to zero.
+    Soak(soak::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -78,6 +86,7 @@ fn main() -> anyhow::Result<()> {
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::GenericPt(arguments) => generic_pt::run(&arguments),
         Chore::Sequences(arguments) => sequences::run(&arguments),
+        Chore::Soak(arguments) => soak::run(&arguments),
     }
 }
 

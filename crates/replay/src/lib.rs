@@ -29,11 +29,15 @@
 
 mod live;
 mod player;
+mod random;
 mod statistics;
 pub mod trace;
 
 pub use live::Misfit;
-pub use player::{LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, PlayError, Speed, play};
+pub use player::{
+    Disturbance, Disturbed, LONGEST_PAUSE, MOST_DEVICES, MOST_LIVE, Mode, Options, Peer, PlayError, Speed,
+    play,
+};
 pub use statistics::{
     BriefLatency, Course, HistogramBin, Latency, LatencyStep, LeafCount, Live, LiveStep, Note, Noted, Report,
 };

@@ -81,6 +81,15 @@ pub enum Misfit {
         /// Its length.
         bytes: u64,
     },
+    /// Addresses that not every kind of table has, in a replay that is [disturbed](crate::Disturbance). The event is left out.
+    #[error("{pages}, which is not for a trace that is disturbed: left out")]
+    NotForAll {
+        /// The pages of the event.
+        pages: IovaRange,
+    },
+    /// An attach, detach or DMA of a device whose first line was a map or unmap: its DMA is not the recording's. It is left out.
+    #[error("an attach, detach or DMA of a device that began with a map or unmap: left out")]
+    NotRecorded,
     /// A DMA that was let through when it was recorded, where it cannot be. It is left out.
     #[error("a DMA of {range} that was let through, where not all is mapped for it: left out")]
     DmaNotMapped {
@@ -116,6 +125,8 @@ impl Misfit {
             Misfit::Hole { .. } => "unmap over a hole",
             Misfit::Part { .. } => "unmap of a part",
             Misfit::LongerThanMemory { .. } => "longer than memory",
+            Misfit::NotForAll { .. } => "not for all tables",
+            Misfit::NotRecorded => "DMA not recorded from the start",
             Misfit::DmaNotMapped { .. } => "DMA let through unmapped",
             Misfit::DmaMapped { .. } => "DMA refused though mapped",
             Misfit::TooManyMappings { .. } => "too many mappings",

@@ -10,29 +10,37 @@
 //! DMA through it and checks every byte, so that the mapping has stood while everything in between went on beside it; it unmaps,
 //! and looks whether the device is still let through.
 //!
-//! A device whose first line is neither map nor unmap was recorded with its DMA (`ioasid record`): then that DMA is made, just so, and no other.
-//! It comes after every change of its device before it and before every change after it, so that what was let through is let through
-//! again, and what was refused is refused.
+//! A device whose first line is neither map nor unmap was recorded with its DMA (`ioasid record`): then that DMA is made, just so,
+//! and no other. It comes after every change of its device before it and before every change after it, so that what was let through
+//! is let through again, and what was refused is refused.
 //!
 //! Nothing grows with the length of the trace: queues are bounded, and so are [mappings](MOST_LIVE) and [devices](MOST_DEVICES).
 
 use crate::live::{Latest, Live, Mapping, Meets, Misfit, Step};
 use crate::statistics::{LeafCount, LiveCourse, Report};
 use crate::trace::{DeviceAddress, Event, Malformed, Operation, Outcome, Trace, TraceError};
+pub use disturbance::{Disturbance, Disturbed};
+use disturbance::{Disturbers, Scenery};
 use ioasid::{Account, AttachError, RegisterError, Rid};
 use ioasid_soft::iommu::TableKind;
-use scene::{GuestMemory, Scene};
+pub use peer::Peer;
+use scene::{Counts, GuestMemory, Scene, Tables};
+use space::SpaceScene;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 use transfer::{Dma, Ends};
 use worker::{Findings, Task, Work, Worker, Workers};
 
+mod disturbance;
+mod peer;
 mod scene;
+mod space;
 mod transfer;
 mod worker;
 
@@ -119,14 +127,18 @@ impl fmt::Display for Mode {
 pub struct Options {
     /// What the devices walk.
     pub table: TableKind,
+    /// What the trace is carried out by in place of our spaces. No peer has tables to choose from, and none defers its unmaps.
+    pub peer: Option<Peer>,
     /// How unmaps are made.
     pub mode: Mode,
     /// How many threads do the work, 1 to 256. One more reads.
     pub threads: usize,
     /// When events are carried out.
     pub speed: Speed,
-    /// Stop at the first malformed line or misfit.
+    /// Stop at the first malformed line or misfit, at once: what was read before it and is not done yet is not done any more.
     pub strict_input: bool,
+    /// What is thrown in meanwhile, at our spaces alone, and not at those of devices whose DMA was recorded.
+    pub disturbance: Option<Disturbance>,
     /// How many bytes of memory stand for the guest's: whole pages. Physical addresses beyond begin again at its start; only what
     /// DMA touches takes memory of the machine.
     pub memory: u64,
@@ -137,10 +149,12 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             table: TableKind::default(),
+            peer: None,
             mode: Mode::default(),
             threads: 1,
             speed: Speed::default(),
             strict_input: false,
+            disturbance: None,
             memory: 8 << 30,
         }
     }
@@ -197,7 +211,7 @@ pub enum PlayError {
 
 /// A device as the reader knows it.
 struct Known {
-    scene: Arc<Scene>,
+    scene: Arc<dyn Scene>,
     live: Live,
     /// Its first line is neither map nor unmap: its DMA was recorded.
     as_recorded: bool,
@@ -213,6 +227,8 @@ struct Known {
 struct Reader<'a> {
     options: &'a Options,
     workers: Workers<'a>,
+    scenery: &'a Scenery,
+    disturbers: Disturbers<'a>,
     memory: Arc<GuestMemory>,
     devices: BTreeMap<DeviceAddress, Known>,
     live: crate::statistics::Live,
@@ -244,19 +260,36 @@ pub fn play<R: Read>(
     if options.memory < 1 << 20 || options.memory % crate::trace::PAGE != 0 {
         return Err(PlayError::Options("the guest's memory must be a MiB at least, and a multiple of 4 KiB"));
     }
+    if options.peer.is_some() && options.mode != Mode::Strict {
+        return Err(PlayError::Options("the peers unmap strictly and in no other way"));
+    }
+    if let Some(disturbance) = options.disturbance {
+        if options.peer.is_some() {
+            return Err(PlayError::Options("only our own spaces can be disturbed"));
+        }
+        if !(1..=Disturbance::MOST_THREADS).contains(&disturbance.threads) {
+            return Err(PlayError::Options("there must be 1 to 16 threads that disturb"));
+        }
+    }
     let account = Account::new("replay", None);
+    let scenery = Scenery::default();
+    let abandoned = AtomicBool::new(false);
     let memory = Arc::new(GuestMemory::new(options.memory, &account)?);
     let workers: Vec<Worker> = (0..options.threads).map(|_| Worker::default()).collect();
     let (mut report, findings) = thread::scope(|scope| {
-        let (queues, threads) = Workers::start(scope, &workers, options.mode)?;
+        let (queues, threads) = Workers::start(scope, &workers, &memory, &abandoned, options)?;
+        let disturbers = Disturbers::start(scope, options.disturbance, &scenery, &account);
+        let disturbers = disturbers.map_err(PlayError::NoThread)?;
         let mut reader = Reader {
             options,
             workers: queues,
+            scenery: &scenery,
+            disturbers,
             memory: memory.clone(),
             devices: BTreeMap::new(),
             live: Default::default(),
             described: 0,
-            report: Report::new(options.table, options.mode.name(), options.threads),
+            report: Report::new(options),
             time: 0,
             due: Duration::ZERO,
             first: None,
@@ -267,6 +300,9 @@ pub fn play<R: Read>(
         let ended = reader.read(trace, observe).and_then(|()| reader.finish(began));
         let Reader { mut report, workers, course, .. } = reader;
         course.report(&mut report.course);
+        if ended.is_err() {
+            workers.abandon(&threads);
+        }
         drop(workers);
         let mut findings = Findings::new();
         for thread in threads {
@@ -278,6 +314,7 @@ pub fn play<R: Read>(
         ended.map(|()| (report, findings))
     })?;
     findings.report(&mut report);
+    drop(scenery);
     drop(memory);
     report.left_charged_pages = account.charged_pages();
     Ok(report)
@@ -329,6 +366,19 @@ impl<'a> Reader<'a> {
         self.due
     }
 
+    /// What a new device is replayed on. If its DMA was recorded, its space is not disturbed.
+    fn scene(&self, device: DeviceAddress, as_recorded: bool) -> Result<Arc<dyn Scene>, PlayError> {
+        if let Some(peer) = self.options.peer {
+            return Ok(peer.scene(&self.memory));
+        }
+        // There are at most 1024.
+        let rid = Rid(self.devices.len() as u16 + 1);
+        let scene = SpaceScene::new(&self.memory, rid, self.options.table)
+            .map_err(|error| PlayError::Attach { device, error })?;
+        scene.space().filter(|_| !as_recorded).into_iter().for_each(|space| self.scenery.add(space));
+        Ok(Arc::new(scene))
+    }
+
     /// How much later than the first event one of this time was recorded. What is out of order is with the latest before it.
     fn recorded(&mut self, time: u64) -> u64 {
         let first = *self.first.get_or_insert(time);
@@ -344,13 +394,11 @@ impl<'a> Reader<'a> {
             if self.devices.len() >= MOST_DEVICES {
                 return self.misfit(line, Misfit::TooManyDevices { most: MOST_DEVICES });
             }
-            let rid = Rid(self.devices.len() as u16 + 1);
-            let scene = Scene::new(&self.memory, rid, self.options.table)
-                .map_err(|error| PlayError::Attach { device: event.device, error })?;
+            let as_recorded = event.operation.is_recorded();
             let known = Known {
-                scene: Arc::new(scene),
+                scene: self.scene(event.device, as_recorded)?,
                 live: Live::default(),
-                as_recorded: !matches!(event.operation, Operation::Map { .. } | Operation::Unmap),
+                as_recorded,
                 attached: true,
                 changes: Latest::default(),
                 dma: Latest::default(),
@@ -359,6 +407,12 @@ impl<'a> Reader<'a> {
             self.report.devices = self.devices.len();
         }
         let Some(known) = self.devices.get_mut(&event.device) else { return Ok(()) };
+        if !known.as_recorded && event.operation.is_recorded() {
+            return self.misfit(line, Misfit::NotRecorded);
+        }
+        if !known.as_recorded && self.options.disturbance.is_some() && !Disturbance::leaves(&pages) {
+            return self.misfit(line, Misfit::NotForAll { pages });
+        }
         let (scene, transfer) = (known.scene.clone(), !known.as_recorded);
         let (mut after, work) = match event.operation {
             Operation::Map { physical } => {
@@ -461,17 +515,17 @@ impl<'a> Reader<'a> {
     fn describe(&mut self) {
         self.workers.wait_for_all();
         self.described = self.live.mappings;
+        let tables: Option<Vec<Tables>> = self.devices.values().map(|known| known.scene.tables()).collect();
+        let Some(tables) = tables else { return };
         let mut leaves = BTreeMap::<u64, u64>::new();
-        self.report.table_bytes = 0;
-        for known in self.devices.values() {
-            for (size, count) in known.scene.leaves_by_size() {
-                *leaves.entry(size.bytes()).or_default() += count;
-            }
-            let bytes = known.scene.table_bytes();
-            self.report.table_bytes = self.report.table_bytes.saturating_add(bytes);
+        for LeafCount { leaf_bytes, count } in tables.iter().flat_map(|tables| &tables.leaves) {
+            *leaves.entry(*leaf_bytes).or_default() += count;
         }
         let counts = leaves.into_iter().filter(|(_, count)| *count > 0);
-        self.report.leaves = counts.map(|(leaf_bytes, count)| LeafCount { leaf_bytes, count }).collect();
+        self.report.leaves =
+            Some(counts.map(|(leaf_bytes, count)| LeafCount { leaf_bytes, count }).collect());
+        let bytes = tables.iter().map(|tables| tables.bytes).fold(0, u64::saturating_add);
+        self.report.table_bytes = Some(bytes);
     }
 
     /// Has what is live used once more, stops the clock, and then unmaps everything.
@@ -491,22 +545,25 @@ impl<'a> Reader<'a> {
         let elapsed = began.elapsed().as_secs_f64();
         self.report.elapsed_seconds = elapsed;
         self.report.events_per_second = if elapsed > 0.0 { self.report.events as f64 / elapsed } else { 0.0 };
-        for known in self.devices.values() {
-            self.report.faults = self.report.faults.saturating_add(known.scene.faults());
-        }
+        let counts: Option<Vec<Counts>> = self.devices.values().map(|known| known.scene.counts()).collect();
+        let counts = counts.filter(|_| self.options.peer.is_none());
+        let sum = |which: fn(&Counts) -> u64| {
+            counts.as_ref().map(|counts| counts.iter().map(which).fold(0, u64::saturating_add))
+        };
+        self.report.faults = sum(|counts| counts.faults);
+        self.report.iotlb_walks = sum(|counts| counts.walks);
+        let disturbed = self.disturbers.end();
+        self.report.disturbed = self.options.disturbance.map(|_| disturbed);
         let refused = self.workers.refused();
         for (device, known) in std::mem::take(&mut self.devices) {
             let expected = known.live.mappings().filter(|mapping| !refused.contains(&mapping.line));
             let expected = expected.map(Mapping::page_bytes).fold(0, u64::saturating_add);
-            let found = known.scene.unmap_all();
-            if found != Ok(expected) {
-                let what = match found {
-                    Ok(bytes) => format!("{bytes} bytes mapped"),
-                    Err(error) => error,
-                };
-                let wrong = &mut self.report.wrong_unmaps;
-                wrong.note(0, || format!("at the end, device {device}: {what}, not {expected}"));
-            }
+            let what = match known.scene.clear() {
+                Ok(found) if found.is_none_or(|found| found == expected) => continue,
+                Ok(found) => format!("{} bytes mapped, not {expected}", found.unwrap_or_default()),
+                Err(error) => error,
+            };
+            self.report.wrong_unmaps.note(0, || format!("at the end, device {device}: {what}"));
         }
         Ok(())
     }

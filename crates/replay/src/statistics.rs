@@ -1,7 +1,7 @@
 //! What came of a replay.
 
+use crate::player::{Disturbed, Options};
 use hdrhistogram::Histogram;
-use ioasid_soft::iommu::TableKind;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -131,8 +131,10 @@ pub struct LeafCount {
 /// What came of a replay.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
-    /// The table that the devices walked.
+    /// The table that the devices walked, or the peer that did it all.
     pub table: &'static str,
+    /// Whether it was a peer. Then what it does not have is `None` below.
+    pub peer: bool,
     /// `strict` or `deferred`.
     pub mode: &'static str,
     /// How many threads did the work.
@@ -171,9 +173,14 @@ pub struct Report {
     /// What was live when the trace ended.
     pub live_at_end: Live,
     /// The leaves in the devices' tables when there were the most mappings, or nearly (8 of 9 at least).
-    pub leaves: Vec<LeafCount>,
+    pub leaves: Option<Vec<LeafCount>>,
     /// The bytes of all page tables at the same moment, of the native ones and those derived from them.
-    pub table_bytes: u64,
+    pub table_bytes: Option<u64>,
+    /// Misses of the IOTLBs: translations for DMA that began at the root of a table.
+    pub iotlb_walks: Option<u64>,
+    /// What part of the DMA transfers found its way remembered, 0 to 1. A transfer may miss twice, where it goes over the border
+    /// between two tables.
+    pub iotlb_hit_rate: Option<f64>,
 
     /// What was live and how long calls took, over the time of the recording.
     pub course: Course,
@@ -195,16 +202,26 @@ pub struct Report {
     /// DMA that was refused as it had been when it was recorded.
     pub faults_as_recorded: u64,
     /// Faults that the IOMMU wrote down, other than these.
-    pub faults: u64,
+    pub faults: Option<u64>,
     /// Pages still charged after everything was unmapped and released.
     pub left_charged_pages: u64,
+    /// What was thrown in, if [anything was to be](crate::Options::disturbance).
+    pub disturbed: Option<Disturbed>,
     /// Why the rest of the trace could not be read, if so.
     pub unreadable: Option<String>,
 }
 
 impl Report {
-    pub(crate) fn new(table: TableKind, mode: &'static str, threads: usize) -> Report {
-        Report { table: table.name(), mode, threads, ..Report::default() }
+    pub(crate) fn new(options: &Options) -> Report {
+        let Options { table, peer, mode, threads, .. } = options;
+        let name = peer.map_or(table.name(), |peer| peer.name());
+        Report {
+            table: name,
+            peer: peer.is_some(),
+            mode: mode.name(),
+            threads: *threads,
+            ..Report::default()
+        }
     }
 
     /// Whether the trace was read to its end, and everything that could be carried out went as it should. Malformed lines and
@@ -213,9 +230,10 @@ impl Report {
         self.refused.count == 0
             && self.wrong_dma.count == 0
             && self.wrong_unmaps.count == 0
-            && self.faults == 0
+            && self.faults.is_none_or(|faults| faults == 0)
             && self.left_charged_pages == 0
             && self.unreadable.is_none()
+            && self.disturbed.as_ref().is_none_or(|disturbed| disturbed.wrong.count == 0)
     }
 }
 

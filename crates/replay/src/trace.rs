@@ -76,6 +76,13 @@ pub enum Operation {
     Write(Outcome),
 }
 
+impl Operation {
+    /// Whether only `ioasid record` writes such lines: attaches, detaches and DMA.
+    pub fn is_recorded(self) -> bool {
+        !matches!(self, Operation::Map { .. } | Operation::Unmap)
+    }
+}
+
 /// What became of a DMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

@@ -3,25 +3,23 @@
 //! Prints a line `op,who,value` for each thing measured: nanoseconds, unless the operation's name says otherwise.
 //! `ioasid` is ours. The others stand for what programs use today:
 //!
-//! - `vm-memory`: the IOTLB of rust-vmm's vm-memory behind a lock, as its users hold it;
-//! - `btree`: a `BTreeMap` of mappings behind a readers-writer lock, which is what most VMMs write for themselves;
+//! - `vm-memory` and `btree`: the peers of [`ioasid_peers`], behind a readers-writer lock where their users share them;
 //! - `array`: a two-level array of output addresses without permissions, the shape of SPDK's memory map.
 //!
 //! Nobody's memory is touched except where a copy is measured: the cost of the books is all there is.
 
 use ioasid::pagetable::{Attributes, Gather, HeapTables, Native, Oa, Radix, VtdSecondStage};
 use ioasid::{Account, Backing, Bus, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch};
+use ioasid_peers::{BTree, Books, Mapping, VmMemory};
 use ioasid_soft::dma::DmaPort;
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
-use vm_memory::{GuestAddress, Permissions as Access, iommu::Iotlb};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -174,12 +172,9 @@ fn behind(page: u64) -> u64 {
     page ^ 1
 }
 
-/// A mapping as a VMM would write it down.
-#[derive(Clone, Copy)]
-struct Mapping {
-    length: u64,
-    output: u64,
-    writable: bool,
+/// A page as a peer writes it down.
+fn page_to(output: u64) -> Mapping {
+    Mapping { length: PAGE, output, read: true, write: true }
 }
 
 // ------------------------------------------------------------------------------------------------- translating
@@ -211,6 +206,17 @@ fn translate_rows(who: &str, mut translate: impl FnMut(u64) -> u64) {
     row("translate_hot", who, median(5, LOOK_UPS, || translations::<false>(3, &mut translate)));
 }
 
+fn translate_by<B: Books>() {
+    let mut books = B::default();
+    for page in 0..PAGES {
+        books.map(BASE + page * PAGE, page_to(behind(page) * PAGE)).unwrap();
+    }
+    let books = RwLock::new(books);
+    translate_rows(B::NAME, |iova| {
+        books.read().unwrap().translate(iova, 8, true).map_or(0, |piece| piece.output)
+    });
+}
+
 fn translating() {
     {
         let scene = Scene::new(PAGES * PAGE, &[TableKind::Native]);
@@ -223,33 +229,8 @@ fn translating() {
             port.translate(&section, iova, RW).map_or(0, |found| found.oa.get())
         });
     }
-    {
-        let mut iotlb = Iotlb::new();
-        for page in 0..PAGES {
-            let (iova, output) = (GuestAddress(BASE + page * PAGE), GuestAddress(behind(page) * PAGE));
-            iotlb.set_mapping(iova, output, PAGE as usize, Access::ReadWrite).unwrap();
-        }
-        let iotlb = RwLock::new(iotlb);
-        translate_rows("vm-memory", |iova| {
-            let found = Iotlb::lookup(iotlb.read().unwrap(), GuestAddress(iova), 8, Access::Write);
-            found.ok().and_then(|mut pieces| pieces.next()).map_or(0, |piece| piece.base.0)
-        });
-    }
-    {
-        let mapping = |page| Mapping { length: PAGE, output: behind(page) * PAGE, writable: true };
-        let map: BTreeMap<u64, Mapping> =
-            (0..PAGES).map(|page| (BASE + page * PAGE, mapping(page))).collect();
-        let map = RwLock::new(map);
-        translate_rows("btree", |iova| {
-            let map = map.read().unwrap();
-            match map.range(..=iova).next_back() {
-                Some((first, found)) if iova - first < found.length && found.writable => {
-                    found.output + (iova - first)
-                }
-                _ => 0,
-            }
-        });
-    }
+    translate_by::<VmMemory>();
+    translate_by::<BTree>();
     {
         // 1 GiB for each entry of the first level.
         let mut array: Vec<Option<Box<[u64]>>> = (0..1 << 18).map(|_| None).collect();
@@ -413,11 +394,10 @@ fn registering() {
             }
         });
         row(op, "ioasid", time.as_nanos() as f64 / PAGES as f64);
-        let mut map = BTreeMap::new();
+        let mut books = BTree::default();
         let time = timed(|| {
             for &page in order {
-                let mapping = Mapping { length: PAGE, output: 2 * page * PAGE, writable: true };
-                map.insert(BASE + page * PAGE, mapping);
+                books.map(BASE + page * PAGE, page_to(2 * page * PAGE)).unwrap();
             }
         });
         row(op, "btree", time.as_nanos() as f64 / PAGES as f64);
@@ -426,7 +406,8 @@ fn registering() {
         row(release, "ioasid", time.as_nanos() as f64 / PAGES as f64);
         let time = timed(|| {
             for &page in order {
-                black_box(map.remove(&(BASE + page * PAGE)));
+                let iova = BASE + page * PAGE;
+                black_box(books.unmap(iova, iova + (PAGE - 1)));
             }
         });
         row(release, "btree", time.as_nanos() as f64 / PAGES as f64);

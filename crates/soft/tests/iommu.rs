@@ -98,6 +98,30 @@ fn permissions_blocking_and_the_ends_of_the_address_space() {
     assert_eq!(port.read(0x1000, &mut byte).unwrap_err().reason, DmaFaultReason::Blocked);
 }
 
+/// The IOTLB remembers the way to a GiB, on every kind of table, and a fault is no miss.
+#[test]
+fn walks_from_the_root_are_counted() {
+    const GIB: u64 = 1 << 30;
+    for kind in TableKind::ALL {
+        let machine = Machine::new();
+        let space = Space::new(&machine.bus);
+        let memory = machine.memory(MIB);
+        let (device, port) = machine.device(0x8, kind);
+        device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
+        for gib in 1..=3 {
+            space.map(Iova::new(gib * GIB), &memory, 0, 0x3000, Permissions::READ_WRITE).unwrap();
+        }
+        for _ in 0..10 {
+            for (gib, page) in [(1, 0), (1, 1), (2, 0), (3, 2), (3, 0)] {
+                port.write(gib * GIB + page * 0x1000, &[1; 100]).unwrap();
+            }
+            assert!(port.write(4 * GIB, &[1]).is_err());
+        }
+        let statistics = port.statistics();
+        assert_eq!((statistics.walks, statistics.faults), (3, 10), "{kind}");
+    }
+}
+
 #[test]
 fn the_interrupt_window_and_the_width_of_the_table_are_reserved() {
     let machine = Machine::new();

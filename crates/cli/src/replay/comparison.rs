@@ -41,7 +41,7 @@ pub(super) fn describe(rows: &[Row<'_>], palette: Palette) -> String {
             percentiles(&report.map),
             percentiles(&report.unmap),
             percentiles(&report.dma),
-            about(report.table_bytes),
+            report.table_bytes.map_or("-".to_owned(), about),
             if report.is_right() { String::new() } else { palette.paint(Tone::Bad, "  WRONG", 0) },
         );
     }
@@ -76,10 +76,10 @@ mod tests {
             map: latency(301, 12_300),
             unmap: latency(702, 1_000_000),
             dma: Latency::default(),
-            table_bytes: 84 << 10,
+            table_bytes: Some(84 << 10),
             ..Report::default()
         };
-        let bad = Report { faults: 1, ..good.clone() };
+        let bad = Report { faults: Some(1), ..good.clone() };
         let row = |label: &str, report| Row { trace: "a.csv", label: label.to_owned(), report };
         let text =
             describe(&[row("native strict", &good), row("a name that is longer", &bad)], Palette::NONE);

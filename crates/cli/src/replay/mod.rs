@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use ioasid_replay::trace::Trace;
-use ioasid_replay::{Mode, Options, Report, Speed, play};
+use ioasid_replay::{Mode, Options, Peer, Report, Speed, play};
 use ioasid_soft::iommu::TableKind;
 use serde::Serialize;
 
@@ -43,6 +43,10 @@ pub(crate) struct Arguments {
     #[arg(long = "table", value_name = "KIND")]
     tables: Vec<TableKind>,
 
+    /// The same once more with what programs use in place of a space: btree, vm-memory; repeatable. Always strict
+    #[arg(long, value_name = "PEER")]
+    against: Vec<Peer>,
+
     /// strict: an unmap returns when no device uses the memory any more; deferred: a flush waits for many; once for each mode to
     /// be tried [default: strict; with --compare, both]
     #[arg(long = "mode", value_name = "MODE")]
@@ -68,7 +72,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     strict_input: bool,
 
-    /// Print JSON: a list with an object for each trace, table and mode
+    /// Print JSON: a list with an object for each trace, table and mode, and peer
     #[arg(long)]
     json: bool,
 
@@ -78,9 +82,16 @@ pub(crate) struct Arguments {
     plot: Option<PlotPath>,
 }
 
+/// What carries a trace out.
+#[derive(Debug, Clone, Copy)]
+enum Choice {
+    Space(TableKind, Mode),
+    Peer(Peer),
+}
+
 impl Arguments {
-    /// Every table in every mode.
-    fn choices(&self) -> Vec<(TableKind, Mode)> {
+    /// Every table in every mode, and then the peers.
+    fn choices(&self) -> Vec<Choice> {
         let or = |chosen: &[TableKind], others: &[TableKind]| {
             if chosen.is_empty() { others.to_vec() } else { chosen.to_vec() }
         };
@@ -90,7 +101,26 @@ impl Arguments {
             ([], false) => [Mode::Strict].as_slice(),
             (modes, _) => modes,
         };
-        tables.into_iter().flat_map(|table| modes.iter().map(move |mode| (table, *mode))).collect()
+        let spaces =
+            tables.into_iter().flat_map(|table| modes.iter().map(move |mode| Choice::Space(table, *mode)));
+        spaces.chain(self.against.iter().copied().map(Choice::Peer)).collect()
+    }
+
+    fn options(&self, choice: Choice) -> Options {
+        let (table, peer, mode) = match choice {
+            Choice::Space(table, mode) => (table, None, mode),
+            Choice::Peer(peer) => (TableKind::default(), Some(peer), Mode::Strict),
+        };
+        Options {
+            table,
+            peer,
+            mode,
+            threads: self.threads,
+            speed: self.speed,
+            strict_input: self.strict_input,
+            disturbance: None,
+            memory: self.memory.0,
+        }
     }
 }
 
@@ -104,6 +134,11 @@ What is printed:
   p50, p99, p99.9 of each map, unmap and DMA, with two readings of the clock (some 50 ns)
   live mappings   the most there were at any time, the most bytes, and what was left at the end of the trace
   leaves, tables  what the devices' page tables look like when the most is mapped
+  IOTLB           how much of the DMA found its way remembered, and did not begin at the root of the table
+
+With --against, a peer keeps the mappings in place of our spaces: a BTreeMap behind a readers-writer lock, or the IOTLB of rust-vmm's
+vm-memory behind one. It maps, unmaps and moves the same, on as many threads, with the same bytes checked. A peer has no tables, and
+does not defer its unmaps.
 
 Lines that are no events, unmaps of what is not mapped and maps of what is: these are named, counted and left out.
 
@@ -116,6 +151,7 @@ Examples:
   ioasid replay --compare --plot tables.svg traces/*.zst
   ioasid replay --compare --table native --table vtd --mode strict traces/nvme-rand4k-strict.csv.zst
   ioasid replay --table native --table vtd --table amdv1 --mode deferred --threads 2 traces/*.zst
+  ioasid replay --compare --table native --against btree --against vm-memory --threads 2 traces/*.zst
   zstdcat my-vmm.csv.zst | ioasid replay --strict-input -
   ioasid replay --json traces/*.zst | jq -r '.[] | [.trace, .map.p99_nanoseconds] | @tsv'
 
@@ -151,10 +187,12 @@ pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     };
     let from_input = arguments.traces.iter().filter(|trace| is_standard_input(trace)).count();
     if from_input > 1 || from_input == 1 && choices.len() > 1 {
-        return misuse("standard input can be read once; name a file, or one table and mode");
+        return misuse("standard input can be read once; name a file, or one table and mode and no peer");
     }
     if arguments.plot.is_some() && !arguments.compare && choices.len() * arguments.traces.len() > 1 {
-        return misuse("--plot draws one replay: name one trace, table and mode, or add --compare");
+        return misuse(
+            "--plot draws one replay: name one trace, table and mode and no peer, or add --compare",
+        );
     }
     let plot = arguments.plot.as_ref().map(PlotFile::open).transpose()?;
     let mut output = io::stdout();
@@ -163,9 +201,9 @@ pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut all: Vec<Replayed> = Vec::new();
     for trace in &arguments.traces {
         let first = all.len();
-        for (table, mode) in &choices {
+        for choice in &choices {
             let report =
-                replay_one(trace, *table, *mode, arguments).with_context(|| trace.display().to_string())?;
+                replay_one(trace, *choice, arguments).with_context(|| trace.display().to_string())?;
             let separator = if all.is_empty() { "" } else { "\n" };
             let replayed = Replayed { trace: trace.display().to_string(), report };
             // Of what is compared, only what went wrong is told at length.
@@ -211,15 +249,8 @@ fn is_standard_input(trace: &Path) -> bool {
     trace.as_os_str() == "-"
 }
 
-fn replay_one(trace: &Path, table: TableKind, mode: Mode, arguments: &Arguments) -> anyhow::Result<Report> {
-    let options = Options {
-        table,
-        mode,
-        threads: arguments.threads,
-        speed: arguments.speed,
-        strict_input: arguments.strict_input,
-        memory: arguments.memory.0,
-    };
+fn replay_one(trace: &Path, choice: Choice, arguments: &Arguments) -> anyhow::Result<Report> {
+    let options = arguments.options(choice);
     let (source, length): (Box<dyn Read>, Option<u64>) = if is_standard_input(trace) {
         (Box::new(io::stdin().lock()), None)
     } else {
@@ -227,7 +258,8 @@ fn replay_one(trace: &Path, table: TableKind, mode: Mode, arguments: &Arguments)
         let length = file.metadata().ok().filter(|metadata| metadata.is_file()).map(|file| file.len());
         (Box::new(file), length)
     };
-    let bar = progress(length)?.with_message(format!("{table} {mode}"));
+    let name = options.peer.map_or(options.table.name(), Peer::name);
+    let bar = progress(length)?.with_message(format!("{name} {}", options.mode));
     let trace = Trace::new(bar.wrap_read(source))?;
     let report = play(trace, &options, &mut |events| bar.set_prefix(events.to_string()));
     bar.finish_and_clear();

@@ -40,22 +40,26 @@ pub(super) fn describe(trace: &str, report: &Report, palette: Palette) -> String
         report.live_at_end.mappings
     );
     row(&mut text, "live mappings", &peak);
-    let leaves: Vec<String> = report
-        .leaves
-        .iter()
-        .map(|leaves| format!("{} of {}", leaves.count, Bytes(leaves.leaf_bytes)))
-        .collect();
-    row(&mut text, "leaves", &if leaves.is_empty() { "none".to_owned() } else { leaves.join(", ") });
-    row(&mut text, "tables", &about(report.table_bytes));
+    if let (Some(leaves), Some(bytes)) = (&report.leaves, report.table_bytes) {
+        let leaves: Vec<String> =
+            leaves.iter().map(|leaves| format!("{} of {}", leaves.count, Bytes(leaves.leaf_bytes))).collect();
+        row(&mut text, "leaves", &if leaves.is_empty() { "none".to_owned() } else { leaves.join(", ") });
+        row(&mut text, "tables", &about(bytes));
+    }
+    if let (Some(rate), Some(walks)) = (report.iotlb_hit_rate, report.iotlb_walks) {
+        let walks = counted(walks, "walk");
+        row(&mut text, "IOTLB", &format!("{} of the DMA hit, {walks} from the root", percent(rate)));
+    }
     findings(&mut text, report, palette);
     text
 }
 
 /// What it was replayed on, and how.
 pub(super) fn setting(report: &Report) -> String {
-    let Report { table, mode, threads, devices, .. } = report;
+    let Report { table, peer, mode, threads, devices, .. } = report;
+    let what = if *peer { "in place of a space" } else { "table" };
     let (threads, devices) = (counted(*threads as u64, "thread"), counted(*devices as u64, "device"));
-    format!("{table} table, {mode}, {threads}, {devices}")
+    format!("{table} {what}, {mode}, {threads}, {devices}")
 }
 
 /// What the lines were like, and what went wrong.
@@ -88,8 +92,8 @@ fn findings(text: &mut String, report: &Report, palette: Palette) {
         }
     }
     let mut wrong = |what: &str| row(text, "WRONG", &palette.paint(Tone::Bad, what, 0));
-    if report.faults > 0 {
-        wrong(&counted(report.faults, "fault"));
+    if let Some(faults) = report.faults.filter(|faults| *faults > 0) {
+        wrong(&counted(faults, "fault"));
     }
     if report.left_charged_pages > 0 {
         wrong(&format!("{} still charged at the end", counted(report.left_charged_pages, "page")));
@@ -133,6 +137,11 @@ fn line(text: &mut String, line: &str) {
     let _ = writeln!(text, "{}", line.trim_end());
 }
 
+/// A part of all, never rounded up to all of it.
+fn percent(part: f64) -> String {
+    format!("{:.2} %", (part * 10_000.0).floor() / 100.0)
+}
+
 /// `1 thread`, `2 threads`.
 pub(super) fn counted(count: u64, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
@@ -163,6 +172,7 @@ mod tests {
             "1 at most (64.0 KiB at most), 0 at the end",
             "every line is an event that fits",
             "all right; no faults",
+            "0.00 % of the DMA hit, 1 walk from the root",
         ] {
             assert!(text.contains(words), "{words}: {text}");
         }

@@ -351,6 +351,15 @@ fn a_trace_is_replayed_on_several_tables(command: &Command<'_>) -> Outcome {
     if !right || replayed[1]["table"] != "sv48" || replayed[0]["trace"] != path.as_str() {
         return Err(replayed.to_string());
     }
+    let against = ["replay", "--against", "btree", "--against", "vm-memory", "--mode", "deferred", &path];
+    let ended = command.run(&against).exits(0)?.prints("good.csv: native table, deferred, 1 thread")?;
+    let ended = ended.prints("good.csv: btree in place of a space, strict")?;
+    ended.prints("good.csv: vm-memory in place of a space, strict")?;
+    let replayed = command.run(&[&against[..], &["--json"]].concat()).exits(0)?.json()?;
+    let (ours, peer) = (&replayed[0], &replayed[2]);
+    if ours["iotlb_walks"] != 1 || !peer["iotlb_hit_rate"].is_null() || peer["dma_bytes"] != 3044 {
+        return Err(replayed.to_string());
+    }
     command
         .run(&["run", "--", "sh", "-c", "\"$IOASID\" replay --json - < \"$0\"", &path])
         .exits(0)?
@@ -410,6 +419,8 @@ fn what_is_wrong_with_a_trace_is_said(command: &Command<'_>) -> Outcome {
     command.run(&["replay", &refused]).exits(1)?.prints("WRONG          maps or unmaps refused: 1")?;
     command.run(&["replay"]).exits(2)?;
     command.run(&["replay", "--table", "arm", &path]).exits(2)?.complains("amdv1")?;
+    command.run(&["replay", "--against", "array", &path]).exits(2)?.complains("btree or vm-memory")?;
+    command.run(&["replay", "--against", "btree", "-"]).exits(2)?.complains("read once")?;
     command.run(&["replay", "--mode", "lazy", &path]).exits(2)?.complains("strict or deferred")?;
     command.run(&["replay", "--threads", "0", &path]).exits(2)?.complains("1..=256")?;
     command.run(&["replay", "--table", "vtd", "--table", "vtd57", "-"]).exits(2)?.complains("read once")?;

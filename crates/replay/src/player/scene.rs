@@ -1,14 +1,18 @@
-//! What a trace is replayed on: memory that stands for the guest's, and for each device a space, a table and a port.
+//! What a trace is replayed on: memory that stands for the guest's, and for each device something that keeps its mappings and does
+//! its DMA.
+//!
+//! That is a [`Scene`]. [Ours](super::space) is a space with a software device on it; [others](super::peer) are what ours is compared
+//! with. The player knows no more of them than stands here, so that all are asked the same, in the same order, with the same
+//! bytes.
 
-use super::PlayError;
+use super::{Mode, PlayError};
 use crate::live::Mapping;
+use crate::statistics::LeafCount;
 use crate::trace::PAGE;
-use ioasid::{
-    Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, PageSize, Permissions,
-    Rid, Space, Table, UnmapError, Unmapped, epoch,
-};
-use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
+use ioasid::{Account, Backing, Bus, IovaRange, Memory, Space};
+use ioasid_soft::dma::DmaPort;
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Parts of the memory have a lock each, in turn.
@@ -21,7 +25,7 @@ const PART_BITS: u32 = 21;
 pub(super) struct GuestMemory {
     pub(super) bus: Arc<Bus>,
     pub(super) backing: Arc<Backing>,
-    registered: Arc<Memory>,
+    pub(super) registered: Arc<Memory>,
     length: u64,
     /// Several mappings may lead to the same memory. Whoever writes bytes and looks for them holds the locks of the parts they
     /// lie in.
@@ -72,81 +76,54 @@ impl GuestMemory {
     }
 }
 
-/// A device and its space.
-#[derive(Debug)]
-pub(super) struct Scene {
-    // First the device is detached, then its table goes, then the space.
-    device: Device,
-    table: Arc<Table>,
-    space: Arc<Space>,
-    pub(super) port: Arc<Port>,
-    pub(super) memory: Arc<GuestMemory>,
+/// What a device's tables look like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Tables {
+    /// The leaves that the device finds.
+    pub(super) leaves: Vec<LeafCount>,
+    /// Bytes of all tables.
+    pub(super) bytes: u64,
 }
 
-impl Scene {
-    pub(super) fn new(memory: &Arc<GuestMemory>, rid: Rid, kind: TableKind) -> Result<Scene, AttachError> {
-        let space = Space::new(&memory.bus);
-        // An IOMMU of its own, so that no two devices can be taken for each other.
-        let iommu = SoftIommu::new();
-        let no_device = || AttachError::NoDevice(rid);
-        let port = iommu.add_device(rid, kind).map_err(|_| no_device())?;
-        let device = Device::new(iommu, rid).map_err(|_| no_device())?;
-        let table = Table::for_device(&space, &device)?;
-        device.attach(&table)?;
-        Ok(Scene { device, table, space, port, memory: memory.clone() })
-    }
+/// What an IOMMU has counted of a device's DMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) faults: u64,
+    /// Translations that no remembered way led to.
+    pub(super) walks: u64,
+}
 
-    /// Lets the device's DMA go through the space. It does so from the start.
-    pub(super) fn attach(&self) -> Result<(), AttachError> {
-        self.device.attach(&self.table)
-    }
+/// What keeps the mappings of one device of the trace, and does its DMA: all of a transfer or, with a fault, nothing.
+///
+/// The device is attached from the start. Several threads use it at the same time; what they map and unmap does not overlap.
+/// Whatever else than DMA is refused is said in words, for the report.
+pub(super) trait Scene: DmaPort + fmt::Debug {
+    /// The space, if it is one of ours.
+    fn space(&self) -> Option<&Arc<Space>>;
 
-    /// Blocks the device's DMA.
-    pub(super) fn detach(&self) {
-        self.device.detach();
-    }
+    /// Lets the device's DMA through to what is mapped.
+    fn attach(&self) -> Result<(), String>;
 
-    pub(super) fn map(&self, mapping: &Mapping) -> Result<(), MapError> {
-        let (iova, bytes) = (Iova::new(mapping.pages.first()), mapping.page_bytes());
-        let permissions = mapping.direction.permissions();
-        self.space.map(iova, &self.memory.registered, mapping.memory, bytes, permissions)
-    }
+    /// Blocks the device's DMA: when it returns the device reaches nothing.
+    fn detach(&self);
 
-    pub(super) fn unmap(&self, pages: IovaRange) -> Result<Unmapped, UnmapError> {
-        self.space.unmap(pages)
-    }
+    /// Makes a mapping.
+    fn map(&self, mapping: &Mapping) -> Result<(), String>;
 
-    pub(super) fn unmap_deferred(&self, pages: IovaRange) -> Result<Unmapped, UnmapError> {
-        self.space.unmap_deferred(pages)
-    }
+    /// Removes the mappings that lie in a range. How many bytes went, if that is known. When it returns the device reaches none
+    /// of them.
+    fn unmap(&self, pages: IovaRange, mode: Mode) -> Result<Option<u64>, String>;
 
     /// Whether the device is let through to an address, to read or to write.
-    pub(super) fn reaches(&self, iova: u64) -> bool {
-        let section = epoch::dma();
-        [Permissions::READ, Permissions::WRITE]
-            .into_iter()
-            .any(|wanted| self.port.translate(&section, iova, wanted).is_ok())
-    }
+    fn reaches(&self, iova: u64) -> bool;
 
-    /// The leaves that the device finds.
-    pub(super) fn leaves_by_size(&self) -> Vec<(PageSize, u64)> {
-        self.table.leaves_by_size().unwrap_or_default()
-    }
+    /// What its tables look like now, if it has any.
+    fn tables(&self) -> Option<Tables>;
 
-    /// Bytes of all tables of the space.
-    pub(super) fn table_bytes(&self) -> u64 {
-        let statistics = self.space.statistics();
-        statistics.native_table_bytes.saturating_add(statistics.derived_table_bytes)
-    }
+    /// What was counted so far, if anybody counts.
+    fn counts(&self) -> Option<Counts>;
 
-    pub(super) fn faults(&self) -> u64 {
-        self.port.statistics().faults
-    }
-
-    /// Unmaps whatever there is, and says how many bytes that were.
-    pub(super) fn unmap_all(&self) -> Result<u64, String> {
-        self.device.detach();
-        let unmapped = self.space.unmap(IovaRange::ALL).map_err(|error| error.to_string())?;
-        Ok(unmapped.bytes())
-    }
+    /// Takes the device away and unmaps whatever there is. How many bytes that were, if that is known; or what is left that
+    /// should not be.
+    fn clear(&self) -> Result<Option<u64>, String>;
 }

@@ -4,11 +4,12 @@
 //! wrong translation, or what it writes to a wrong place, is therefore noticed wherever the place is. The processor's side
 //! goes past all tables, directly to the memory.
 
-use super::scene::Scene;
+use super::scene::{GuestMemory, Scene};
 use super::worker::Findings;
 use crate::live::Mapping;
 use crate::statistics::Call;
-use ioasid_soft::dma::DmaPort;
+use ioasid_soft::dma::DmaFaultReason;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// So many bytes at most are moved in one piece. A mapping of more than two of these is used at both ends.
@@ -56,9 +57,10 @@ fn fill_places(bytes: &mut [u8], line: u64, write: bool, pieces: &[(u64, u64)]) 
     }
 }
 
-/// Two buffers of a worker: what should be there, and what is.
-#[derive(Debug, Default)]
+/// The memory, and two buffers of a worker: what should be there, and what is.
+#[derive(Debug)]
 pub(super) struct Buffers {
+    memory: Arc<GuestMemory>,
     expected: Vec<u8>,
     found: Vec<u8>,
 }
@@ -88,8 +90,12 @@ fn each_piece<E>(
 }
 
 impl Buffers {
+    pub(super) fn new(memory: &Arc<GuestMemory>) -> Buffers {
+        Buffers { memory: memory.clone(), expected: Vec::new(), found: Vec::new() }
+    }
+
     /// Has the device use the mapping, in each direction that it may, and writes down how long that took and what was wrong.
-    pub(super) fn transfer(&mut self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+    pub(super) fn transfer(&mut self, scene: &dyn Scene, mapping: &Mapping, findings: &mut Findings) {
         let bytes = mapping.bytes;
         let first = bytes.min(PIECE);
         // Up to two pieces that together are everything, or the two ends.
@@ -112,20 +118,20 @@ impl Buffers {
     }
 
     /// Makes a DMA that was recorded, and looks whether it ends as it did.
-    pub(super) fn dma(&mut self, scene: &Scene, dma: &Dma, findings: &mut Findings) {
+    pub(super) fn dma(&mut self, scene: &dyn Scene, dma: &Dma, findings: &mut Findings) {
         if let Err(what) = self.try_dma(scene, dma, findings) {
             findings.wrong_dma.note(dma.line, || what);
         }
     }
 
-    fn try_dma(&mut self, scene: &Scene, dma: &Dma, findings: &mut Findings) -> Result<(), String> {
+    fn try_dma(&mut self, scene: &dyn Scene, dma: &Dma, findings: &mut Findings) -> Result<(), String> {
         let Dma { line, iova, bytes, write, ref ends } = *dma;
         let size = bytes as usize;
         self.expected.resize(size, 0);
         self.found.resize(size, 0);
         let pieces = if let Ends::Done(pieces) = ends { pieces.as_slice() } else { &[] };
         fill_places(&mut self.expected, line, write, pieces);
-        let memory = &scene.memory;
+        let memory = &self.memory;
         let gone = |error: ioasid::MemoryGone| error.to_string();
         let _nobody_else = memory.lock_all(pieces);
         if !write {
@@ -134,20 +140,20 @@ impl Buffers {
         }
         let began = Instant::now();
         let result = match write {
-            true => scene.port.write(iova, &self.expected),
-            false => scene.port.read(iova, &mut self.found),
+            true => scene.write(iova, &self.expected),
+            false => scene.read(iova, &mut self.found),
         };
         let time = began.elapsed();
         match (result, ends) {
             (Ok(()), Ends::Fault) => {
                 return Err(format!("a DMA at {iova:#x} was refused, and is let through"));
             }
-            (Err(_), Ends::Fault | Ends::Either) => {
+            (Err(fault), Ends::Fault | Ends::Either) if fault.reason != DmaFaultReason::MemoryGone => {
                 findings.faults_as_recorded += 1;
                 return Ok(());
             }
             (Ok(()), Ends::Either) => return Ok(()),
-            (Err(fault), Ends::Done(_)) => return Err(fault.to_string()),
+            (Err(fault), _) => return Err(fault.to_string()),
             (Ok(()), Ends::Done(_)) => {}
         }
         findings.record(Call::Dma, time);
@@ -168,7 +174,7 @@ impl Buffers {
     /// Moves one piece: `write` means to memory.
     fn piece(
         &mut self,
-        scene: &Scene,
+        scene: &dyn Scene,
         mapping: &Mapping,
         offset: u64,
         length: u64,
@@ -182,19 +188,19 @@ impl Buffers {
         fill(&mut self.expected, mapping.line, offset, write);
         let iova = mapping.iova + offset;
         let place = mapping.memory + (iova - mapping.pages.first());
-        let memory = &scene.memory;
+        let memory = &self.memory;
         let _nobody_else = memory.lock(place, length);
         let gone = |error: ioasid::MemoryGone| error.to_string();
         if write {
             let began = Instant::now();
-            let written = scene.port.write(iova, &self.expected);
+            let written = scene.write(iova, &self.expected);
             findings.record(Call::Dma, began.elapsed());
             written.map_err(|fault| fault.to_string())?;
             memory.backing.read(place, &mut self.found).map_err(gone)?;
         } else {
             memory.backing.write(place, &self.expected).map_err(gone)?;
             let began = Instant::now();
-            let read = scene.port.read(iova, &mut self.found);
+            let read = scene.read(iova, &mut self.found);
             findings.record(Call::Dma, began.elapsed());
             read.map_err(|fault| fault.to_string())?;
         }

@@ -3,9 +3,10 @@
 //! A worker takes tasks from a bounded queue and counts, for all to see, how many it has done. That count is all there is between
 //! workers: a task that comes after a step of another worker waits until that worker has done so many.
 
-use super::scene::Scene;
+use super::disturbance::cut_and_mend;
+use super::scene::{GuestMemory, Scene};
 use super::transfer::{Buffers, Dma};
-use super::{Mode, PlayError};
+use super::{Disturbance, Disturbed, Mode, Options, PlayError};
 use crate::live::{Mapping, Step};
 use crate::statistics::{Call, LatencyCourse, Noted, Report, Times, histogram};
 use ioasid::IovaRange;
@@ -37,30 +38,30 @@ pub(super) struct Task {
 #[derive(Debug)]
 pub(super) enum Work {
     Map {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
         mapping: Mapping,
     },
-    /// With a DMA for each mapping before, or without.
+    /// With a DMA for each mapping before (and, if that is asked for, a disturbance), or without.
     Unmap {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
         line: u64,
         pages: IovaRange,
         mappings: Vec<Mapping>,
         transfer: bool,
     },
     Transfer {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
         mapping: Mapping,
     },
     Attach {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
         line: u64,
     },
     Detach {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
     },
     Dma {
-        scene: Arc<Scene>,
+        scene: Arc<dyn Scene>,
         dma: Dma,
     },
 }
@@ -107,6 +108,8 @@ impl Worker {
 pub(super) struct Workers<'a> {
     workers: &'a [Worker],
     queues: Vec<Queue>,
+    /// What was handed out is not to be done any more.
+    abandoned: &'a AtomicBool,
 }
 
 /// What one worker has been given.
@@ -123,26 +126,37 @@ impl<'a> Workers<'a> {
     pub(super) fn start<'scope>(
         scope: &'scope Scope<'scope, '_>,
         workers: &'a [Worker],
-        mode: Mode,
+        memory: &'scope Arc<GuestMemory>,
+        abandoned: &'a AtomicBool,
+        options: &Options,
     ) -> Result<(Workers<'a>, Vec<ScopedJoinHandle<'scope, Findings>>), PlayError>
     where
         'a: 'scope,
     {
         let began = Instant::now();
+        let (mode, disturbance) = (options.mode, options.disturbance);
         let (mut queues, mut threads) = (Vec::new(), Vec::new());
         for number in 0..workers.len() {
             let (sender, receiver) = sync_channel(BATCHES);
             let builder = thread::Builder::new().name(format!("replay {number}"));
             let thread = builder
                 .spawn_scoped(scope, move || {
-                    let worker = Working { workers, own: &workers[number], mode, began };
+                    let worker = Working {
+                        workers,
+                        own: &workers[number],
+                        memory,
+                        abandoned,
+                        mode,
+                        disturbance,
+                        began,
+                    };
                     worker.work(&receiver)
                 })
                 .map_err(PlayError::NoThread)?;
             queues.push(Queue { sender, batch: Vec::with_capacity(BATCH), count: 0 });
             threads.push(thread);
         }
-        Ok((Workers { workers, queues }, threads))
+        Ok((Workers { workers, queues, abandoned }, threads))
     }
 
     /// The step that the next task of a worker will be.
@@ -173,6 +187,12 @@ impl<'a> Workers<'a> {
                 let _ = queue.sender.send(batch);
             }
         }
+    }
+
+    /// Has the workers end at once, whatever is still to be done and whenever that would be.
+    pub(super) fn abandon(&self, threads: &[ScopedJoinHandle<'_, Findings>]) {
+        self.abandoned.store(true, Ordering::Release);
+        threads.iter().for_each(|thread| thread.thread().unpark());
     }
 
     /// Returns when everything that was handed out is done.
@@ -209,6 +229,7 @@ pub(super) struct Findings {
     refused: Noted,
     pub(super) wrong_dma: Noted,
     wrong_unmaps: Noted,
+    disturbed: Disturbed,
 }
 
 impl Findings {
@@ -224,6 +245,7 @@ impl Findings {
             refused: Noted::default(),
             wrong_dma: Noted::default(),
             wrong_unmaps: Noted::default(),
+            disturbed: Disturbed::default(),
         }
     }
 
@@ -248,6 +270,7 @@ impl Findings {
         self.refused.add(other.refused);
         self.wrong_dma.add(other.wrong_dma);
         self.wrong_unmaps.add(other.wrong_unmaps);
+        self.disturbed.add(other.disturbed);
     }
 
     pub(super) fn report(self, report: &mut Report) {
@@ -255,8 +278,10 @@ impl Findings {
         report.unmap = self.unmap.summary();
         report.dma = self.dma.summary();
         report.dma_bytes = self.dma_bytes;
+        let rate = |walks: u64| 1.0 - walks.min(report.dma.count) as f64 / report.dma.count as f64;
+        report.iotlb_hit_rate = report.iotlb_walks.filter(|_| report.dma.count > 0).map(rate);
         report.faults_as_recorded = self.faults_as_recorded;
-        report.faults = report.faults.saturating_sub(self.faults_as_recorded);
+        report.faults = report.faults.map(|faults| faults.saturating_sub(self.faults_as_recorded));
         report.histogram = histogram(&self.map, &self.unmap, &self.dma);
         self.course.report(&mut report.course);
         let seconds = report.map.total_seconds + report.unmap.total_seconds;
@@ -265,6 +290,9 @@ impl Findings {
         report.refused.add(self.refused);
         report.wrong_dma.add(self.wrong_dma);
         report.wrong_unmaps.add(self.wrong_unmaps);
+        if let Some(disturbed) = &mut report.disturbed {
+            disturbed.add(self.disturbed);
+        }
     }
 }
 
@@ -272,7 +300,10 @@ impl Findings {
 struct Working<'a> {
     workers: &'a [Worker],
     own: &'a Worker,
+    memory: &'a Arc<GuestMemory>,
+    abandoned: &'a AtomicBool,
     mode: Mode,
+    disturbance: Option<Disturbance>,
     began: Instant,
 }
 
@@ -289,22 +320,21 @@ impl Working<'_> {
     fn work(&self, tasks: &Receiver<Vec<Task>>) -> Findings {
         let _ending = Ending(self.own);
         let mut findings = Findings::new();
-        let mut buffers = Buffers::default();
+        let mut buffers = Buffers::new(self.memory);
         let mut done = 0;
         for task in tasks.iter().flatten() {
             for step in &task.after {
                 self.workers[step.worker].wait_for(step.number);
             }
-            let early = task.due.saturating_sub(self.began.elapsed());
-            if !early.is_zero() {
-                thread::sleep(early);
+            if !self.wait_until(task.due) {
+                break;
             }
             findings.recorded = task.recorded;
             match task.work {
-                Work::Map { scene, mapping } => self.map(&scene, &mapping, &mut findings),
+                Work::Map { scene, mapping } => self.map(&*scene, &mapping, &mut findings),
                 Work::Unmap { scene, line, pages, mappings, transfer } => {
                     let buffers = transfer.then_some(&mut buffers);
-                    self.unmap(&scene, line, pages, &mappings, buffers, &mut findings);
+                    self.unmap(&*scene, line, pages, &mappings, buffers, &mut findings);
                 }
                 Work::Attach { scene, line } => {
                     if let Err(error) = scene.attach() {
@@ -312,10 +342,10 @@ impl Working<'_> {
                     }
                 }
                 Work::Detach { scene } => scene.detach(),
-                Work::Dma { scene, dma } => buffers.dma(&scene, &dma, &mut findings),
+                Work::Dma { scene, dma } => buffers.dma(&*scene, &dma, &mut findings),
                 Work::Transfer { scene, mapping } => {
                     if !self.own.refused().contains(&mapping.line) {
-                        buffers.transfer(&scene, &mapping, &mut findings);
+                        buffers.transfer(&*scene, &mapping, &mut findings);
                     }
                 }
             }
@@ -325,7 +355,20 @@ impl Working<'_> {
         findings
     }
 
-    fn map(&self, scene: &Scene, mapping: &Mapping, findings: &mut Findings) {
+    /// Returns when it is time: false if there is nothing more to be done.
+    fn wait_until(&self, due: Duration) -> bool {
+        while !self.abandoned.load(Ordering::Acquire) {
+            let early = due.saturating_sub(self.began.elapsed());
+            if early.is_zero() {
+                return true;
+            }
+            // Whoever abandons it all wakes us.
+            thread::park_timeout(early);
+        }
+        false
+    }
+
+    fn map(&self, scene: &dyn Scene, mapping: &Mapping, findings: &mut Findings) {
         let began = Instant::now();
         let mapped = scene.map(mapping);
         let time = began.elapsed();
@@ -341,7 +384,7 @@ impl Working<'_> {
 
     fn unmap(
         &self,
-        scene: &Scene,
+        scene: &dyn Scene,
         line: u64,
         pages: IovaRange,
         mappings: &[Mapping],
@@ -352,22 +395,21 @@ impl Working<'_> {
         for mapping in mappings {
             if !self.workers[mapping.step.worker].take_refused(mapping) {
                 if let Some(buffers) = &mut buffers {
+                    if let Some(Disturbance { seed, .. }) = self.disturbance {
+                        cut_and_mend(scene, self.memory, mapping, seed, &mut findings.disturbed);
+                    }
                     buffers.transfer(scene, mapping, findings);
                 }
                 expected = expected.saturating_add(mapping.page_bytes());
             }
         }
         let began = Instant::now();
-        let unmapped = match self.mode {
-            Mode::Strict => scene.unmap(pages),
-            Mode::Deferred => scene.unmap_deferred(pages),
-        };
+        let unmapped = scene.unmap(pages, self.mode);
         let time = began.elapsed();
         match unmapped {
             Ok(unmapped) => {
                 findings.record(Call::Unmap, time);
-                if unmapped.bytes() != expected {
-                    let found = unmapped.bytes();
+                if let Some(found) = unmapped.filter(|found| *found != expected) {
                     let what = || format!("unmap of {pages}: {found} bytes went, not {expected}");
                     findings.wrong_unmaps.note(line, what);
                 }
@@ -385,7 +427,7 @@ impl Working<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::player::scene::GuestMemory;
+    use crate::player::space::SpaceScene;
     use crate::trace::Direction;
     use ioasid::{Account, Rid};
     use ioasid_soft::iommu::TableKind;
@@ -396,12 +438,21 @@ mod tests {
         Mapping { line, pages, memory: memory * 4096, iova: pages.first() + 5, bytes: 8000, direction, step }
     }
 
-    fn with_worker(work: impl FnOnce(&Working<'_>, &Scene, &mut Findings)) -> Findings {
+    fn with_worker(work: impl FnOnce(&Working<'_>, &dyn Scene, &mut Findings)) -> Findings {
         let memory = Arc::new(GuestMemory::new(1 << 20, &Account::new("test", None)).unwrap());
-        let scene = Scene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
+        let scene = SpaceScene::new(&memory, Rid(1), TableKind::VtdSecondStage).unwrap();
         let worker = Worker::default();
         let workers = std::slice::from_ref(&worker);
-        let working = Working { workers, own: &worker, mode: Mode::Strict, began: Instant::now() };
+        let abandoned = AtomicBool::new(false);
+        let working = Working {
+            workers,
+            own: &worker,
+            memory: &memory,
+            abandoned: &abandoned,
+            mode: Mode::Strict,
+            disturbance: None,
+            began: Instant::now(),
+        };
         let mut findings = Findings::new();
         work(&working, &scene, &mut findings);
         findings
@@ -414,9 +465,9 @@ mod tests {
             let findings = with_worker(|worker, scene, findings| {
                 worker.map(scene, &mapping(2, 7, 16, direction), findings);
                 // Other bytes, which are there when the wrong place is looked for.
-                Buffers::default().transfer(scene, &mapping(1, 7, 16, direction), findings);
+                Buffers::new(worker.memory).transfer(scene, &mapping(1, 7, 16, direction), findings);
                 assert_eq!(findings.wrong_dma.count, 0);
-                Buffers::default().transfer(scene, &mapping(2, 7, 17, direction), findings);
+                Buffers::new(worker.memory).transfer(scene, &mapping(2, 7, 17, direction), findings);
             });
             assert_eq!(findings.wrong_dma.count, 1);
             assert!(findings.wrong_dma.first[0].what.contains("at 0x700"), "{:?}", findings.wrong_dma);
@@ -429,10 +480,10 @@ mod tests {
         let findings = with_worker(|worker, scene, findings| {
             worker.map(scene, &mapping(2, 7, 16, Direction::ToDevice), findings);
             let known = mapping(2, 7, 16, both);
-            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::default()), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
             assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (1, 0));
-            worker.unmap(scene, 4, known.pages, &[known], Some(&mut Buffers::default()), findings);
-            assert_eq!(scene.faults(), 2);
+            worker.unmap(scene, 4, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
+            assert_eq!(scene.counts().map(|counts| counts.faults), Some(2));
         });
         assert_eq!((findings.wrong_dma.count, findings.wrong_unmaps.count), (2, 1));
         assert!(findings.wrong_unmaps.first[0].what.contains("0 bytes went, not 8192"));
@@ -444,7 +495,7 @@ mod tests {
             let known = mapping(2, 7, 16, Direction::FromDevice);
             worker.map(scene, &known, findings);
             assert!(scene.reaches(known.pages.first()) && scene.reaches(known.pages.last()));
-            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::default()), findings);
+            worker.unmap(scene, 3, known.pages, &[known], Some(&mut Buffers::new(worker.memory)), findings);
             assert!(!scene.reaches(known.pages.first()) && !scene.reaches(known.pages.last()));
         });
         assert_eq!(findings.wrong_unmaps.count, 0);

@@ -16,7 +16,8 @@
 //! when the first array has nothing. A set is filled from its first way on, so that where there is no crowd the first is
 //! always the right one; in a crowd they are replaced in turn. All of it is 2 KiB a device.
 //!
-//! Threads of one device share it without a lock (see [`SharedWalk`]).
+//! Threads of one device share it without a lock (see [`SharedWalk`]). That is also why hits are not counted: it would be one
+//! cache line, written at each DMA, for all of them. [Walks from the root](Iotlb::walks) are rare and slow, and are.
 
 use ioasid::epoch::DmaSection;
 use ioasid::pagetable::{Format, Radix};
@@ -121,6 +122,8 @@ pub(super) struct Iotlb {
     large: Ways,
     /// Counts what was replaced; its low bits say which way is next.
     replaced: AtomicUsize,
+    /// Counts the walks that found something.
+    walks: AtomicU64,
 }
 
 impl Iotlb {
@@ -129,6 +132,7 @@ impl Iotlb {
             small: Box::new([const { [const { SharedWalk::new() }; WAYS] }; SETS]),
             large: [const { SharedWalk::new() }; WAYS],
             replaced: AtomicUsize::new(0),
+            walks: AtomicU64::new(0),
         }
     }
 
@@ -154,10 +158,16 @@ impl Iotlb {
         }
     }
 
+    /// How many translations there were to which no way was remembered, those at which nothing was mapped not counted.
+    pub(super) fn walks(&self) -> u64 {
+        self.walks.load(Ordering::Relaxed)
+    }
+
     /// Translates an address from the root, and remembers the way.
     pub(super) fn walk(&self, iova: u64, table: &impl WalkedTable) -> Result<Leaf, WalkFault> {
         let mut walk = CachedWalk::new();
         let leaf = table.walk(iova, &mut walk)?;
+        self.walks.fetch_add(1, Ordering::Relaxed);
         let ways = if walk.level().is_some_and(|level| level <= 2) { self.set(iova) } else { &self.large };
         let way = ways.iter().find(|way| table.is_forgotten(way)).unwrap_or_else(|| {
             // Two threads may come to the same number: then one of them finds its way a second time later.

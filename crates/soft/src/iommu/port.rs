@@ -60,6 +60,9 @@ pub struct PortStatistics {
     pub faults: u64,
     /// The latest of them.
     pub last_fault: Option<DmaFault>,
+    /// Misses of the IOTLB: translations of mapped addresses that began at the root of the table. Hits are not counted, since
+    /// all threads of the device would share the counter; who makes the DMA knows how many there were.
+    pub walks: u64,
 }
 
 /// Which way the bytes go.
@@ -143,7 +146,7 @@ impl Port {
     /// What became of its DMA so far.
     pub fn statistics(&self) -> PortStatistics {
         let (faults, last_fault) = self.faults.total_and_latest();
-        PortStatistics { faults, last_fault }
+        PortStatistics { faults, last_fault, walks: self.iotlb.walks() }
     }
 
     /// Takes the faults that were written down since this was called last.

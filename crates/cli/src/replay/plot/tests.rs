@@ -150,8 +150,14 @@ fn numbers_without_measure_are_drawn() {
         ..Course::default()
     };
     let (map, dma) = (extreme(0), extreme(u64::MAX));
-    let report =
-        Report { course, histogram: vec![bin], map, dma, events_per_second: f64::MAX, ..Report::default() };
+    let report = Report {
+        course,
+        histogram: vec![bin],
+        map,
+        dma,
+        events_per_second: u64::MAX as f64 * 1e9,
+        ..Report::default()
+    };
     texts(&draw_detail("extreme", &report).unwrap());
     texts(&draw_sides("extreme", &[Row { trace: "t", label: "l".repeat(999), report: &report }]).unwrap());
 }
