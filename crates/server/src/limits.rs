@@ -1,7 +1,8 @@
 //! How much clients may make the server hold.
 //!
-//! Everything that a client can have many of is taken from a [`Budget`]: open files, objects, and areas (with the
-//! ranges of a list of allowed IOVAs). A budget may be part of a larger one, and what is taken is taken from both or from
+//! Everything that a client can have many of is taken from a [`Budget`]: open files, objects, and areas, with what
+//! costs no more than areas do: the ranges of a list of allowed IOVAs, and with test devices reserved ranges and the pieces
+//! that pins have. What is left of an area that was cut is an area. A budget may be part of a larger one, and what is taken is taken from both or from
 //! neither: each client has its own, which is part of the server's. A client that uses up its own is refused, and
 //! nobody else notices; the server's bounds the memory that all of them together can make it use.
 //!
@@ -71,6 +72,11 @@ impl Taken {
     pub(crate) fn some(budget: &Arc<Budget>, count: usize) -> Result<Self, Errno> {
         budget.take(count)?;
         Ok(Self { budget: Arc::clone(budget), count })
+    }
+
+    /// Leaves it taken. Somebody else gives it back.
+    pub(crate) fn keep(mut self) {
+        self.count = 0;
     }
 }
 

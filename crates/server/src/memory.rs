@@ -22,7 +22,7 @@ use std::fmt;
 use std::hash::Hash;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, RegisterError};
 use rustix::fs::{Mode, OFlags};
@@ -401,8 +401,9 @@ pub(crate) struct MemoryRegistry {
     files: Arc<Files>,
     dma_bufs: Arc<DmaBufs>,
     accounts: WeakMap<AccountKey, ChargedAccount>,
-    /// Accounts of users stay, so that their peaks can be read after everything was unmapped.
-    users: Mutex<HashMap<AccountKey, Arc<ChargedAccount>>>,
+    /// Accounts of users stay, so that their peaks can be read after everything was unmapped. Every map asks for one, and
+    /// nearly always it is there.
+    users: RwLock<HashMap<AccountKey, Arc<ChargedAccount>>>,
 }
 
 impl fmt::Debug for MemoryRegistry {
@@ -420,7 +421,7 @@ impl MemoryRegistry {
             files,
             dma_bufs: Arc::default(),
             accounts: WeakMap::default(),
-            users: Mutex::default(),
+            users: RwLock::default(),
         }
     }
 
@@ -466,7 +467,10 @@ impl MemoryRegistry {
         name: impl FnOnce() -> String,
         limit_pages: Option<u64>,
     ) -> Arc<ChargedAccount> {
-        let mut users = lock(&self.users);
+        if let Some(known) = self.users.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Arc::clone(known);
+        }
+        let mut users = self.users.write().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(users.entry(key).or_insert_with(|| ChargedAccount::new(name(), limit_pages)))
     }
 
@@ -546,29 +550,35 @@ impl MemoryRegistry {
 
     /// All accounts that are known.
     pub(crate) fn accounts(&self) -> Vec<Arc<ChargedAccount>> {
-        let mut all: Vec<_> = lock(&self.users).values().cloned().collect();
+        let users = self.users.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = users.values().cloned().collect();
+        drop(users);
         all.extend(self.accounts.values());
         all.sort_by(|a, b| a.account.name().cmp(b.account.name()));
         all
     }
 }
 
-/// Shared values by key, held alive by their users only.
+/// Shared values by key, held alive by their users only. Whoever looks for one that is there keeps nobody waiting.
 #[derive(Debug)]
 struct WeakMap<K, V> {
-    inner: Mutex<(HashMap<K, Weak<V>>, usize)>,
+    inner: RwLock<(HashMap<K, Weak<V>>, usize)>,
 }
 
 impl<K, V> Default for WeakMap<K, V> {
     fn default() -> Self {
-        Self { inner: Mutex::new((HashMap::new(), 16)) }
+        Self { inner: RwLock::new((HashMap::new(), 16)) }
     }
 }
 
 impl<K: Eq + Hash, V> WeakMap<K, V> {
     fn get_or_insert(&self, key: K, make: impl FnOnce() -> Arc<V>) -> Arc<V> {
-        let mut inner = lock(&self.inner);
+        if let Some(value) = self.read().0.get(&key).and_then(Weak::upgrade) {
+            return value;
+        }
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         let (map, sweep_at) = &mut *inner;
+        // Another thread may have been faster.
         if let Some(value) = map.get(&key).and_then(Weak::upgrade) {
             return value;
         }
@@ -583,6 +593,10 @@ impl<K: Eq + Hash, V> WeakMap<K, V> {
     }
 
     fn values(&self) -> Vec<Arc<V>> {
-        lock(&self.inner).0.values().filter_map(Weak::upgrade).collect()
+        self.read().0.values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, (HashMap<K, Weak<V>>, usize)> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 }

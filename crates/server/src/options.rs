@@ -21,10 +21,13 @@ pub struct ServerOptions {
 /// Memory that the server uses is at most, but for its own few mebibytes,
 ///
 /// ```text
-///     files.total x 4 KiB  +  objects.total x 4 KiB  +  areas.total x 1 KiB  +  page tables
+///     files.total x 4 KiB  +  objects.total x 4 KiB  +  areas.total x 1 KiB  +  page tables  +  requests x 4 MiB
 /// ```
 ///
-/// ([`Limits::FILE_BYTES`] and so on), and page tables are bounded by `ioasid_pagetable::HeapTables::set_limit`.
+/// ([`Limits::FILE_BYTES`] and so on). Page tables, with what they record of writes, are bounded by
+/// `ioasid_pagetable::HeapTables::set_limit`. Requests are those under way at the same time, whose number is the transport's to
+/// bound; most take a few hundred bytes. With [test devices](ServerOptions::test_devices) 256 MiB for dma-bufs are added. Texts of the
+/// [status](crate::Server::status) are not in this.
 ///
 /// Parses from settings `NAME=PER_CLIENT` or `NAME=PER_CLIENT:TOTAL` with commas between them.
 ///
@@ -38,11 +41,14 @@ pub struct ServerOptions {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Open files: of `/dev/iommu` and of devices. `EMFILE` for one client, `ENFILE` for all.
+    /// Open files: of `/dev/iommu` and of devices; with test devices of accesses and dma-bufs. `EMFILE` for one client, `ENFILE`
+    /// for all.
     pub files: Limit,
-    /// I/O address spaces, page tables and bound devices. `ENOMEM`.
+    /// I/O address spaces, page tables and bound devices; with test devices mock devices (two each) and accesses. `ENOMEM`.
     pub objects: Limit,
-    /// Areas, which is what one map call makes, and ranges in which automatic placement is allowed. `ENOMEM`.
+    /// Areas, which is what one map call makes or what is left of it on either side of a cut, and ranges in which automatic
+    /// placement is allowed; with test devices also reserved ranges, and the pieces of pins. Memory that is registered for a device
+    /// counts one more for each whole 64 GiB that one call has mapped. `ENOMEM`.
     pub areas: Limit,
 }
 

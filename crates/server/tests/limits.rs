@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ioasid::pagetable::HeapTables;
 use ioasid_server::{DeviceOptions, Errno, InProcess, Limit, Limits, Server, ServerOptions};
 use ioasid_uapi::iommufd as uapi;
+use ioasid_uapi::iommufd_test as test;
+use ioasid_uapi::{Command, vfio};
 use program::{BUFFER, FIXED, PAGE, Program, READ, WRITE, open};
 
 fn server_with(limits: Limits) -> Arc<Server> {
@@ -199,4 +201,108 @@ fn a_client_without_end_of_forks_is_bounded_by_the_whole() {
     assert_eq!((forks.len(), refused), (100, Errno::NFILE));
     forks.pop();
     open(&server, &InProcess::new(1000), "/dev/iommu").unwrap();
+}
+
+/// The result of a command of type 1 on an open `/dev/iommu`.
+fn type1<T: Command>(program: &Program, iommu: i32, command: T) -> Result<(), Errno> {
+    program.run(iommu, command).map(drop)
+}
+
+#[test]
+fn what_is_left_of_a_cut_area_is_an_area() {
+    let server = server_with(small());
+    let program = Program::of(&server);
+    let iommu = program.iommu();
+    let ioas_id = program.ioas(iommu);
+    program.run(iommu, uapi::VfioIoas { op: uapi::VFIO_IOAS_SET, ioas_id, ..Default::default() }).unwrap();
+    program.ioctl(iommu, vfio::SET_IOMMU, vfio::TYPE1_IOMMU.into()).unwrap();
+    let device = program.bind(iommu);
+    program.attach(&device, ioas_id).unwrap();
+    program.map_memory(1 << 40, 64 * PAGE);
+    let size = 64 * PAGE;
+    let map = vfio::Type1DmaMap { flags: 3, vaddr: 1 << 40, size, ..Default::default() };
+    type1(&program, iommu, map).unwrap();
+    let cut = |page: u64| {
+        let unmap = vfio::Type1DmaUnmap { iova: page * PAGE, size: PAGE, ..Default::default() };
+        type1(&program, iommu, unmap)
+    };
+    for number in 1..16 {
+        cut(2 * number).unwrap();
+    }
+    assert_eq!(cut(40), Err(Errno::NOMEM), "16 are left of it");
+    assert_eq!(cut(63), Ok(()), "no more than before");
+    assert_eq!(cut(3), Ok(()), "one less, since it goes completely");
+    assert_eq!(cut(40), Ok(()));
+    assert_eq!(program.unmap(iommu, ioas_id, 0, u64::MAX).map(drop), Ok(()));
+    for number in 0..16 {
+        program.map_fixed(iommu, ioas_id, BUFFER, PAGE, number * PAGE).unwrap();
+    }
+    assert_eq!(program.map_fixed(iommu, ioas_id, BUFFER, PAGE, 16 * PAGE), Err(Errno::NOMEM));
+}
+
+#[test]
+fn very_long_memory_counts_more_while_it_is_registered() {
+    let server = server_with(small());
+    let program = Program::of(&server);
+    let iommu = program.iommu();
+    let space = program.ioas(iommu);
+    let device = program.bind(iommu);
+    program.map_memory(1 << 40, 1 << 42);
+    let map = |length: u64| program.map_fixed(iommu, space, 1 << 40, length, 1 << 41);
+    map(1 << 42).unwrap();
+    assert_eq!(program.attach(&device, space), Err(Errno::NOMEM), "it would count 65");
+    program.unmap(iommu, space, 0, u64::MAX).unwrap();
+    map(15 << 36).unwrap();
+    program.attach(&device, space).unwrap();
+    assert_eq!(program.map_fixed(iommu, space, BUFFER, PAGE, 0), Err(Errno::NOMEM), "16 of 16");
+    program.detach(&device).unwrap();
+    program.map_fixed(iommu, space, BUFFER, PAGE, 0).unwrap();
+}
+
+#[test]
+fn what_test_devices_add_is_counted() {
+    let server = server_with(small());
+    let program = Program::of(&server);
+    let iommu = program.iommu();
+    let space = program.ioas(iommu);
+    let access = || {
+        let flags = test::CreateAccessFlags::NEEDS_PIN_PAGES.bits();
+        let create = test::CreateAccess { flags, ..Default::default() };
+        program.test(iommu, space, &create).map(|created| created.out_access_fd)
+    };
+    let first = access().unwrap();
+    let second = access().unwrap();
+    let mut get = test::TestCommand { size: 0, op: test::OP_DMABUF_GET, ..Default::default() };
+    get.set_payload(&test::DmabufGet { length: PAGE as u32, open_flags: 0 });
+    let get = || program.run(iommu, get).map(drop);
+    get().unwrap();
+    assert_eq!((get(), access()), (Err(Errno::MFILE), Err(Errno::MFILE)), "4 files");
+    program.close(second as i32).unwrap();
+    get().unwrap();
+
+    program.map_fixed(iommu, space, BUFFER, PAGE, 0).unwrap();
+    program.map_fixed(iommu, space, BUFFER, PAGE, PAGE).unwrap();
+    let reserve = |number: u64| {
+        let range = test::AddReserved { start: (number + 1) << 30, length: PAGE };
+        program.test(iommu, space, &range).map(drop)
+    };
+    (0..10).for_each(|number| reserve(number).unwrap());
+    let pin = || {
+        let pages = test::AccessPages { iova: 0, length: 2 * PAGE, ..Default::default() };
+        program.test(iommu, first, &pages).map(|pages| pages.out_access_pages_id)
+    };
+    let pinned = pin().unwrap();
+    pin().unwrap();
+    assert_eq!((pin(), reserve(10)), (Err(Errno::NOMEM), Err(Errno::NOMEM)), "16 areas");
+    program.test(iommu, first, &test::DestroyAccessPages { access_pages_id: pinned }).unwrap();
+    (10..12).for_each(|number| reserve(number).unwrap());
+    assert_eq!(reserve(12), Err(Errno::NOMEM));
+    program.close(first as i32).unwrap();
+    reserve(12).unwrap();
+    // All of it comes back.
+    program.destroy(iommu, space).unwrap();
+    let space = program.ioas(iommu);
+    for number in 0..16 {
+        program.map_fixed(iommu, space, BUFFER, PAGE, number * PAGE).unwrap();
+    }
 }

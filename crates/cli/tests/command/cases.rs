@@ -29,6 +29,7 @@ pub(crate) const ALL: &[Case] = cases! {
     one_device_is_enough;
     a_device_with_all_address_bits_reaches_above_4_gib;
     locked_memory_is_limited;
+    what_a_program_may_hold_is_limited;
     the_exit_status_is_the_programs;
     failures_of_its_own_have_their_statuses;
     bad_usage_is_explained;
@@ -113,6 +114,21 @@ fn locked_memory_is_limited(command: &Command<'_>) -> Outcome {
             .prints("attach vfio0: refused rightly: 1 GiB is over this user's 1 MiB")?
             .prints("charged: 640 KiB")?;
     }
+    Ok(())
+}
+
+fn what_a_program_may_hold_is_limited(command: &Command<'_>) -> Outcome {
+    let open = ["cat", "/dev/iommu"];
+    let refused = |arguments: &[&str]| {
+        let arguments = [arguments, &["--limit", "files=0", "--"], &open].concat();
+        command.run(&arguments).exits(1)?.complains("Too many open files")
+    };
+    refused(&["run"])?;
+    let file = command.writable_file("nothing.csv").map_err(|error| error.to_string())?;
+    refused(&["record", "--output", file.to_str().ok_or("the temporary directory's name is not text")?])?;
+    let narrow = command.run(&["run", "--limit", "areas=0"]).exits(1)?;
+    narrow.prints("Cannot allocate memory")?;
+    command.run(&["run", "--limit", "files=some", "--", "true"]).exits(125)?.complains("files=some")?;
     Ok(())
 }
 

@@ -70,7 +70,7 @@ impl Context {
         let charge = self.memory.charge(&*process, self.charges_processes());
         let writable = permissions.contains(Permissions::WRITE);
         let pages = self.memory.process_pages(process, address, writable, charge);
-        ioas.map(vec![whole(pages, length)], placement, permissions)
+        ioas.map(whole(pages, length), placement, permissions)
     }
 
     fn charges_processes(&self) -> bool {
@@ -192,7 +192,7 @@ impl Call<'_> {
                 if let Some(buffer) = file.dma_buf() {
                     check_length(command.length)?;
                     let slice = whole(dma_buf_pages(buffer, command.start, command.length)?, command.length);
-                    command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+                    command.iova = ioas.map(slice, placement(flags, command.iova), permissions)?;
                     drop(ioas);
                     return self.respond(&command);
                 }
@@ -207,7 +207,7 @@ impl Call<'_> {
         let writable = permissions.contains(Permissions::WRITE);
         let pages = self.context.memory.file_pages(file, command.start, writable, charge)?;
         let slice = whole(pages, command.length);
-        command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+        command.iova = ioas.map(slice, placement(flags, command.iova), permissions)?;
         drop(ioas);
         self.respond(&command)
     }
@@ -217,7 +217,7 @@ impl Call<'_> {
         let flags = map_flags(command.flags)?;
         check_bounded(&[command.length, command.src_iova, command.dst_iova])?;
         let permissions = permissions(flags)?;
-        let slices = {
+        let (slices, counted) = {
             let source = self.context.objects.hold_ioas(command.src_ioas_id)?;
             if command.length == 0 {
                 return Err(Errno::INVAL);
@@ -226,7 +226,8 @@ impl Call<'_> {
             source.slices(range)?
         };
         let destination = self.context.objects.hold_ioas(command.dst_ioas_id)?;
-        command.dst_iova = destination.map(slices, placement(flags, command.dst_iova), permissions)?;
+        command.dst_iova =
+            destination.map_all(slices, counted, placement(flags, command.dst_iova), permissions)?;
         drop(destination);
         self.respond(&command)
     }

@@ -17,7 +17,8 @@ use zerocopy::IntoBytes;
 
 use super::Call;
 
-/// How many bits of a client's bitmap are read and written at a time.
+/// How many bits of a client's bitmap are read and written at a time. Every other page may have been written, and what was
+/// is remembered while the client's memory keeps us waiting: 2 MiB for each request under way.
 const BITS_AT_A_TIME: u64 = 1 << 18;
 
 /// The longest bitmap of one call, in bytes: 32 TiB in pages of 4 KiB.

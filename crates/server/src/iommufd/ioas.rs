@@ -34,7 +34,7 @@ use ioasid::{
 use ioasid_uapi::iommufd_test::MOCK_PAGE_SIZE;
 use rustix::io::Errno;
 
-use super::areas::Areas;
+use super::areas::{Areas, Piece};
 use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
@@ -49,6 +49,9 @@ use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
 
 /// How many ranges a client may allow, and how many it may reserve for tests, in one address space.
 pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
+
+/// Registered memory remembers where each GiB of it is. Beyond the first few, so many bytes of it count as an area.
+const BYTES_COUNTED_AS_AREA: u64 = 64 << 30;
 
 /// Who reserved the ranges that the self-test's command adds.
 const SELFTEST_OWNER: ReservationOwner = ReservationOwner::User(0);
@@ -131,6 +134,8 @@ struct Area {
 struct Registered {
     memory: Arc<Memory>,
     offset: u64,
+    /// What very long memory counts beside its areas, until the last of those that share it has gone.
+    _counted: Option<Arc<Taken>>,
 }
 
 /// A piece of mapped memory: the bytes of `pages` from `offset` on.
@@ -243,7 +248,7 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
 /// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
 /// other areas, from which this one was cut off: then its part of the registration ends.
 fn give_back(area: Area) {
-    let Area { source, memory: Some(Registered { memory, offset }), .. } = area else { return };
+    let Area { source, memory: Some(Registered { memory, offset, .. }), .. } = area else { return };
     if (offset, memory.length()) == (0, source.length) {
         return;
     }
@@ -269,12 +274,13 @@ fn may_access(pages: &Pages, write: bool) -> Result<(), Errno> {
 /// Registers areas and maps them in the engine's space: all, or none.
 fn populate<'a>(
     space: &Arc<Space>,
+    budget: &Arc<Budget>,
     areas: impl Iterator<Item = (IovaRange, &'a mut Area)>,
 ) -> Result<(), Errno> {
     let mut done: Vec<(IovaRange, &mut Area)> = Vec::new();
     let mut result = Ok(());
     for (range, area) in areas {
-        match populate_one(space, range, area) {
+        match populate_one(space, budget, range, area) {
             Ok(()) => done.push((range, area)),
             Err(error) => {
                 result = Err(error);
@@ -290,14 +296,23 @@ fn populate<'a>(
     result
 }
 
-fn populate_one(space: &Arc<Space>, range: IovaRange, area: &mut Area) -> Result<(), Errno> {
+fn populate_one(
+    space: &Arc<Space>,
+    budget: &Arc<Budget>,
+    range: IovaRange,
+    area: &mut Area,
+) -> Result<(), Errno> {
     let source = &area.source;
     if source.pages.is_revoked() {
         return Ok(());
     }
+    let counted = match usize::try_from(source.length / BYTES_COUNTED_AS_AREA).unwrap_or(usize::MAX) {
+        0 => None,
+        count => Some(Arc::new(Taken::some(budget, count)?)),
+    };
     let memory = source.pages.register(source.offset, source.length)?;
     space.map(Iova::new(range.first()), &memory, 0, source.length, area.permissions).map_err(map_errno)?;
-    area.memory = Some(Registered { memory, offset: 0 });
+    area.memory = Some(Registered { memory, offset: 0, _counted: counted });
     Ok(())
 }
 
@@ -329,16 +344,32 @@ impl Ioas {
         }
     }
 
-    /// Maps `slices` one behind the other, all of them or none; returns the IOVA of the first.
+    /// Maps one slice, as [`Ioas::map_all`] does.
+    ///
+    /// # Errors
+    /// As there, and `ENOMEM`: too many areas.
+    pub(crate) fn map(
+        &self,
+        slice: Slice,
+        placement: Placement,
+        permissions: Permissions,
+    ) -> Result<u64, Errno> {
+        let counted = Taken::some(&self.budget, 1)?;
+        self.map_all(vec![slice], counted, placement, permissions)
+    }
+
+    /// Maps `slices`, which have been counted as areas, one behind the other, all of them or none; returns the IOVA of the
+    /// first.
     ///
     /// # Errors
     /// - `EINVAL`: length, IOVA or memory is not aligned as the tables need; the IOVA is reserved; the file ends before.
     /// - `EOVERFLOW`: past 2^64. `EEXIST`: something is mapped there. `ENOSPC`: there is no room.
     /// - `EPERM`: write access to memory that was mapped without.
-    /// - `EFAULT`: the memory is not there. `ENOMEM`: over the account's limit, or too many areas.
-    pub(crate) fn map(
+    /// - `EFAULT`: the memory is not there. `ENOMEM`: over the account's limit.
+    pub(crate) fn map_all(
         &self,
         slices: Vec<Slice>,
+        counted: Taken,
         placement: Placement,
         permissions: Permissions,
     ) -> Result<u64, Errno> {
@@ -374,16 +405,12 @@ impl Ioas {
             planned.push((range, Area { source, permissions, memory: None }));
         }
 
-        self.budget.take(planned.len())?;
         let watched = state.watched.clone();
         let _changing: Vec<_> = watched.iter().map(|watched| watched.changing()).collect();
         if state.tables > 0 {
-            if let Err(error) = populate(&state.space, planned.iter_mut().map(|(range, area)| (*range, area)))
-            {
-                self.budget.give_back(planned.len());
-                return Err(error);
-            }
+            populate(&state.space, &self.budget, planned.iter_mut().map(|(range, area)| (*range, area)))?;
         }
+        counted.keep();
         for (range, area) in planned {
             watched.iter().for_each(|watched| area.tell_mapped(range, watched));
             let inserted = state.areas.insert(range, area);
@@ -537,21 +564,20 @@ impl Ioas {
         watched.unmapped(state.areas.iter().map(|(range, area)| (range, area.permissions)));
     }
 
-    /// The memory under `range`.
+    /// The memory under `range`, counted as areas already: what many calls at once have in hand is bounded too.
     ///
     /// # Errors
-    /// `ENOENT` if a byte of it belongs to no area.
-    pub(crate) fn slices(&self, range: IovaRange) -> Result<Vec<Slice>, Errno> {
+    /// `ENOENT` if a byte of it belongs to no area; `ENOMEM`: too many areas.
+    pub(crate) fn slices(&self, range: IovaRange) -> Result<(Vec<Slice>, Taken), Errno> {
         let state = lock(&self.state);
         let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
-        Ok(pieces
-            .into_iter()
-            .map(|piece| Slice {
-                pages: Arc::clone(&piece.payload.source.pages),
-                offset: piece.payload.source.offset + piece.offset,
-                length: piece.range.length().unwrap_or(u64::MAX),
-            })
-            .collect())
+        let counted = Taken::some(&self.budget, pieces.len())?;
+        let slice = |piece: Piece<'_, Area>| Slice {
+            pages: Arc::clone(&piece.payload.source.pages),
+            offset: piece.payload.source.offset + piece.offset,
+            length: piece.range.length().unwrap_or(u64::MAX),
+        };
+        Ok((pieces.into_iter().map(slice).collect(), counted))
     }
 
     /// The IOVAs that nobody reserves, and the alignment of mappings in bytes.
@@ -647,7 +673,7 @@ impl Ioas {
                 return Err(Errno::ADDRINUSE);
             }
             let State { space, areas, .. } = &mut *state;
-            populate(space, areas.iter_mut())?;
+            populate(space, &self.budget, areas.iter_mut())?;
         }
         let result = self.make_table(&mut state, device, table_use, install);
         if first && state.tables == 0 {

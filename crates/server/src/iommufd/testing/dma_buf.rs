@@ -18,8 +18,8 @@ use crate::{Descriptor, File, FileKind};
 /// The longest dma-buf, in bytes.
 const LONGEST: u64 = 512 * PAGE_SIZE;
 
-/// How many dma-bufs there may be in a server.
-const MOST: usize = 512;
+/// How many dma-bufs there may be in a server: 256 MiB of memory.
+const MOST: usize = 128;
 
 /// The flag of a close-on-exec descriptor.
 const CLOSE_ON_EXEC: u32 = rustix::fs::OFlags::CLOEXEC.bits();
