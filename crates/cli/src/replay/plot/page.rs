@@ -29,7 +29,7 @@ const SAMPLE: i32 = 70;
 
 pub(super) const BLUE: RGBColor = RGBColor(0, 114, 178);
 pub(super) const VERMILION: RGBColor = RGBColor(213, 94, 0);
-pub(super) const GREEN: RGBColor = RGBColor(0, 130, 95);
+const GREEN: RGBColor = RGBColor(0, 130, 95);
 pub(super) const GREY: RGBColor = RGBColor(228, 228, 228);
 const GRID: RGBColor = RGBColor(214, 214, 214);
 const AXIS: RGBColor = RGBColor(60, 60, 60);
@@ -108,6 +108,43 @@ pub(super) fn figure(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{millimetres}mm\" height=\"{high}mm\" \
          viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n<title>{title}</title>{drawn}"
     ))
+}
+
+/// The kinds of calls, which look the same in all figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Map,
+    Unmap,
+    Dma,
+}
+
+impl Kind {
+    pub(super) const ALL: [Kind; 3] = [Kind::Map, Kind::Unmap, Kind::Dma];
+
+    /// The one of three that is this kind's.
+    pub(super) fn of<T>(self, map: T, unmap: T, dma: T) -> T {
+        match self {
+            Kind::Map => map,
+            Kind::Unmap => unmap,
+            Kind::Dma => dma,
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        self.of("map", "unmap", "DMA")
+    }
+
+    pub(super) fn color(self) -> RGBColor {
+        self.of(BLUE, VERMILION, GREEN)
+    }
+
+    pub(super) fn marker(self) -> Marker {
+        self.of(Marker::Disc, Marker::Triangle, Marker::Cross)
+    }
+
+    pub(super) fn is_dashed(self) -> bool {
+        self == Kind::Unmap
+    }
 }
 
 /// What stands in a legend before its words.
