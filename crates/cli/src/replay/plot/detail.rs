@@ -20,6 +20,8 @@ const LATENCIES: u32 = 640;
 const HISTOGRAM: u32 = 600;
 /// The axis of live mappings goes so far at least, so that its ticks are whole numbers.
 const FEWEST: u64 = 5;
+/// That of bytes goes so far at least.
+const PAGE: u64 = 4096;
 /// Of the line below the title.
 const SETTING: u32 = 62;
 
@@ -60,7 +62,7 @@ pub(super) fn live(area: &Area<'_>, report: &Report) -> Drawn {
     let (unit, times) = recorded(report);
     let course = &report.course;
     let most = course.live.iter().map(|step| step.most_mappings).max().unwrap_or(0).max(FEWEST) as f64;
-    let most_bytes = course.live.iter().map(|step| step.most_bytes).max().unwrap_or(0).max(1);
+    let most_bytes = course.live.iter().map(|step| step.most_bytes).max().unwrap_or(0).max(PAGE);
     let bytes = bytes_unit(most_bytes);
     let mappings_line = line(BLUE, 5);
     let bytes_line = line(VERMILION, 5);
