@@ -384,7 +384,7 @@ fuzz_target!(|input: &[u8]| {
     let devices = [TableKind::Native, TableKind::VtdSecondStage]
         .map(|table| DeviceOptions { table, ..DeviceOptions::default() })
         .to_vec();
-    let server = Server::new(ServerOptions { devices }).expect("a machine of two devices");
+    let server = Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
     let first = InProcess::new(1000);
     first.map_memory(BUFFER, BUFFER_SIZE);
     first.map_memory(LARGE, LARGE_SIZE);

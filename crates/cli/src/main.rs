@@ -2,7 +2,7 @@
 //!
 //! One module per subcommand: [`run`] starts a program with the software devices, [`probe`] is an ordinary program that
 //! tries what such a machine offers, [`measure`] times a few of its calls, [`doctor`] says whether `run` can work here,
-//! [`replay`] carries out what real drivers once asked of an IOMMU.
+//! [`replay`] carries out what real drivers once asked of an IOMMU, [`pasid`] gives out PASIDs.
 //! `probe` and `measure` are clients like any other; they reach `/dev/iommu` through [`client`], which knows nothing of
 //! the rest of the project but the layouts of the interface.
 
@@ -12,6 +12,7 @@ mod client;
 mod doctor;
 mod logging;
 mod measure;
+mod pasid;
 mod probe;
 mod quantity;
 mod replay;
@@ -38,6 +39,7 @@ Examples:
   ioasid run -- ./my-vmm --vfio  run any program with a working /dev/iommu and /dev/vfio
   ioasid doctor                  what this machine lacks for that, and what to do
   ioasid replay TRACE            carry out what real drivers asked of an IOMMU, and time it
+  ioasid pasid storm             many machines allocate and free PASIDs at once
 
 Environment:
   IOASID_LOG   what is logged to standard error, as in `info` or `ioasid_run=debug`; wins over -v
@@ -49,6 +51,7 @@ Environment:
 enum Command {
     Run(run::Arguments),
     Replay(replay::Arguments),
+    Pasid(pasid::Arguments),
     Probe(probe::Arguments),
     Measure(measure::Arguments),
     Doctor(doctor::Arguments),
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         (Err(error), _) => (Err(error), USAGE),
         (Ok(()), Command::Run(arguments)) => (run::run(arguments), run::OWN_FAILURE),
         (Ok(()), Command::Replay(arguments)) => (replay::replay(&arguments), FAILURE),
+        (Ok(()), Command::Pasid(arguments)) => (pasid::pasid(&arguments), FAILURE),
         (Ok(()), Command::Probe(arguments)) => (probe::probe(&arguments), FAILURE),
         (Ok(()), Command::Measure(arguments)) => (measure::measure(&arguments), FAILURE),
         (Ok(()), Command::Doctor(arguments)) => (doctor::doctor(&arguments), FAILURE),

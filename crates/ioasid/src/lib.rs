@@ -60,6 +60,7 @@ pub mod iova;
 mod ledger;
 mod mapped_in;
 mod memory;
+pub mod pasid;
 mod sleeping;
 mod slice;
 pub mod snapshot;

@@ -375,6 +375,27 @@ impl Memory {
         Ok(())
     }
 
+    /// The output address of the byte at `offset`: which byte of which object it is, whoever asks. `None` behind the end of
+    /// what is registered.
+    ///
+    /// ```
+    /// use ioasid::{Account, Backing, Bus, Memory};
+    ///
+    /// let bus = Bus::new();
+    /// let backing = Backing::anonymous(&bus, 1 << 20)?;
+    /// let account = Account::new("guest", None);
+    /// let (all, tail) = (
+    ///     Memory::register(&backing, 0, 1 << 20, &account)?,
+    ///     Memory::register(&backing, 0x8000, 0x1000, &account)?,
+    /// );
+    /// assert_eq!(all.output(0x8123), tail.output(0x123));
+    /// assert_eq!(tail.output(0x1000), None);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn output(&self, offset: u64) -> Option<Oa> {
+        self.first_output(offset, 1)
+    }
+
     /// The output address of the byte at `offset`; `None` if it and the `length` bytes from it on are not registered, or are none.
     #[inline]
     pub(crate) fn first_output(&self, offset: u64, length: u64) -> Option<Oa> {

@@ -6,16 +6,16 @@
 //! client's.
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ioasid_server::{Client, Descriptor, Process};
+use ioasid_server::{Client, Descriptor, File, Process};
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 
-use crate::files::{Inode, OpenFile, OpenFiles};
+use crate::files::{Access, Inode, OpenFile, OpenFiles};
 use crate::listener::{Listener, Notification};
 use crate::process::{Processes, Thread};
 use crate::sys::memory;
@@ -194,6 +194,12 @@ impl Client for Call<'_> {
             Resolved::Ours(open_file) => Ok(Descriptor::Ours(Arc::clone(&open_file.file))),
             Resolved::Foreign(status) => self.duplicate(fd, &status).map(Descriptor::Foreign),
         }
+    }
+
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno> {
+        let file = self.files.insert(file, "ioasid", Access::ReadWrite, OFlags::empty())?;
+        // Ours is closed when this returns, so that the client's close can be the last one.
+        self.listener.add_descriptor(self.notification.id, file.as_fd(), close_on_exec)
     }
 
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-use crate::sys::memory::{Mapping, query_mapping};
+use crate::sys::memory::{Mapping, SharedObject, query_mapping};
 
 /// A line of the maps file is a path of at most 4096 bytes, each perhaps written as four, and some numbers.
 const LINE_MAX: u64 = 32 * 1024;
@@ -37,6 +37,29 @@ pub(crate) fn check_access(maps: &Mutex<File>, address: u64, length: u64, write:
     }
     maps.seek(SeekFrom::Start(0)).map_err(|_| Errno::FAULT)?;
     check_text(BufReader::new(&mut *maps), range)
+}
+
+/// The mapping that covers `address`.
+///
+/// # Errors
+/// `EFAULT` if there is none, or if the address space is gone.
+pub(crate) fn mapping_of(maps: &Mutex<File>, address: u64) -> Result<Mapping, Errno> {
+    let mut maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
+    match query_mapping(maps.as_fd(), address) {
+        Err(Errno::NOTTY) => {}
+        other => return other.map_err(|_| Errno::FAULT),
+    }
+    maps.seek(SeekFrom::Start(0)).map_err(|_| Errno::FAULT)?;
+    let mut text = BufReader::new(&mut *maps);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let length = text.by_ref().take(LINE_MAX).read_until(b'\n', &mut line).map_err(|_| Errno::FAULT)?;
+        let mapping = (length > 0).then(|| parse(&line)).flatten().ok_or(Errno::FAULT)?;
+        if mapping.end > address {
+            return if mapping.start <= address { Ok(mapping) } else { Err(Errno::FAULT) };
+        }
+    }
 }
 
 /// The part of the range that no mapping has been found for yet.
@@ -78,13 +101,26 @@ fn check_text(mut text: impl BufRead, mut range: Range) -> Result<(), Errno> {
 /// A line like `7f0c8000-7f0ca000 rw-p 00000000 00:00 0   name`.
 fn parse(line: &[u8]) -> Option<Mapping> {
     // The name at the end may be any bytes.
-    let text = std::str::from_utf8(line.get(..line.len().min(64))?)
+    let text = std::str::from_utf8(line.get(..line.len().min(128))?)
         .or_else(|error| std::str::from_utf8(&line[..error.valid_up_to()]))
         .ok()?;
     let (range, rest) = text.split_once(' ')?;
     let (start, end) = range.split_once('-')?;
-    let permissions = rest.as_bytes();
+    let mut fields = rest.split(' ');
+    let permissions = fields.next()?.as_bytes();
+    let shared = match permissions.get(3)? {
+        b's' => {
+            let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+            let (major, minor) = fields.next()?.split_once(':')?;
+            let number = |text| u32::from_str_radix(text, 16).ok();
+            let device = rustix::fs::makedev(number(major)?, number(minor)?);
+            let inode = fields.next()?.trim_end().parse().ok()?;
+            Some(SharedObject { device, inode, offset })
+        }
+        _ => None,
+    };
     Some(Mapping {
+        shared,
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
         readable: *permissions.first()? == b'r',

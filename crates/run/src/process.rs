@@ -20,7 +20,7 @@ use std::collections::hash_map::Entry;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use ioasid_server::{LateBound, MemoryGone, Process};
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -416,4 +416,32 @@ impl Process for AddressSpace {
     fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {
         maps::check_access(&self.maps, address, length, write)
     }
+
+    fn shared_file(&self, address: u64, length: u64) -> Option<(OwnedFd, u64)> {
+        let mapping = maps::mapping_of(&self.maps, address).ok()?;
+        let object = mapping.shared?;
+        let last = address.checked_add(length.checked_sub(1)?)?;
+        // Opening a file of another file system might ask a server that keeps us waiting (FUSE); those of tmpfs that memfds
+        // and anonymous shared memory are in do not, and are one file system.
+        if last >= mapping.end || Some(object.device) != tmpfs_of_memfds() {
+            return None;
+        }
+        // Needs CAP_CHECKPOINT_RESTORE.
+        let name = format!("map_files/{:x}-{:x}", mapping.start, mapping.end);
+        let file =
+            self.group.file(&name, OFlags::RDWR).or_else(|_| self.group.file(&name, OFlags::RDONLY)).ok()?;
+        // The process may have replaced its address space or the mapping meanwhile.
+        let status = rustix::fs::fstat(&file).ok()?;
+        let same = (status.st_dev, status.st_ino) == (object.device, object.inode);
+        same.then_some((file, object.offset.checked_add(address - mapping.start)?))
+    }
+}
+
+/// The device number of the file system that memfds and anonymous shared memory are in.
+fn tmpfs_of_memfds() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    *DEVICE.get_or_init(|| {
+        let memfd = rustix::fs::memfd_create("ioasid-device", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+        rustix::fs::fstat(&memfd).ok().map(|status| status.st_dev)
+    })
 }

@@ -54,7 +54,12 @@ pub(crate) fn check_sized(
 ///
 /// # Errors
 /// `E2BIG` if not, or if the structure is absurdly long; `EFAULT`.
-fn check_tail(client: &dyn Client, address: u64, user_size: u32, known: usize) -> Result<(), Errno> {
+pub(crate) fn check_tail(
+    client: &dyn Client,
+    address: u64,
+    user_size: u32,
+    known: usize,
+) -> Result<(), Errno> {
     let user_size = u64::from(user_size);
     if user_size > LARGEST_ARGUMENT {
         return Err(Errno::TOOBIG);

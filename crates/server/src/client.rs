@@ -36,6 +36,12 @@ pub trait Client {
     /// `EBADF` if it is not open.
     fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno>;
 
+    /// Gives the program a new descriptor of `file`, which stays although the call may fail afterwards.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENFILE` or `ENOMEM`: it cannot have one; the file is closed then.
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno>;
+
     /// The address space that addresses of this call belong to: the same `Arc` as long as it is the same one.
     ///
     /// # Errors
@@ -78,4 +84,12 @@ pub trait Process: ioasid::LateBound + Debug {
     /// # Errors
     /// `EFAULT` if not.
     fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno>;
+
+    /// The file behind `[address, address + length)`, open for reading and if possible writing, and where in it the bytes
+    /// begin: if all of them are one shared mapping of memory (tmpfs, which anonymous shared memory is too) whose file can
+    /// be opened. Such memory is that file's, not the process's, and stays when the process ends. `None` otherwise; then
+    /// the bytes are reached through the process.
+    fn shared_file(&self, _address: u64, _length: u64) -> Option<(OwnedFd, u64)> {
+        None
+    }
 }

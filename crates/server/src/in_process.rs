@@ -310,6 +310,10 @@ impl Client for InProcess {
         }
     }
 
+    fn give_descriptor(&self, file: File, _close_on_exec: bool) -> Result<i32, Errno> {
+        Ok(self.insert(file))
+    }
+
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {
         Ok(Arc::clone(&self.process) as Arc<dyn Process>)
     }
@@ -358,6 +362,10 @@ impl Client for Call<'_, '_> {
 
     fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno> {
         self.program.descriptor(fd)
+    }
+
+    fn give_descriptor(&self, file: File, close_on_exec: bool) -> Result<i32, Errno> {
+        self.program.give_descriptor(file, close_on_exec)
     }
 
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {

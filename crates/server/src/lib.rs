@@ -78,6 +78,7 @@ use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
+use crate::iommufd::testing::{AccessFile, DmaBuf};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
 use crate::vfio::{DeviceFile, MachineDevice};
@@ -106,6 +107,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    test_devices: bool,
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +134,12 @@ pub enum ServerError {
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
     Place(#[from] RidTaken),
+    /// Test devices need a granule of 2 KiB, and the tables of a device cannot have that.
+    #[error("a device with table={table} cannot be in one machine with test devices; only table=native can")]
+    TableTooCoarse {
+        /// The kind of the device's table.
+        table: TableKind,
+    },
 }
 
 /// The result of a successful open.
@@ -154,6 +162,10 @@ pub struct File {
 enum FileKind {
     Iommufd(Arc<Context>),
     Device(DeviceFile),
+    /// A user of pages that the test-only command made.
+    Access(AccessFile),
+    /// Memory of an imagined driver, likewise.
+    DmaBuf(Arc<DmaBuf>),
 }
 
 impl Server {
@@ -162,9 +174,14 @@ impl Server {
     /// # Errors
     /// See [`ServerError`].
     pub fn new(options: ServerOptions) -> Result<Arc<Self>, ServerError> {
+        let mut tables = options.devices.iter().map(|device| device.table);
+        if let Some(table) = tables.find(|table| options.test_devices && *table != TableKind::Native) {
+            return Err(ServerError::TableTooCoarse { table });
+        }
         let devices = machine::devices(options.devices)?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default() }))
+        let test_devices = options.test_devices;
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -196,7 +213,7 @@ impl Server {
     fn new_context(&self) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
-        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory)));
+        let context = Arc::new(Context::new(contexts.opened, Arc::clone(&self.memory), self.test_devices));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
@@ -222,6 +239,7 @@ impl File {
         match &self.kind {
             FileKind::Iommufd(context) => context.ioctl(client, command, argument),
             FileKind::Device(device) => device.ioctl(client, command, argument),
+            FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::NOTTY),
         }
     }
 
@@ -231,7 +249,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.read_at(offset, buffer),
         }
     }
@@ -242,7 +260,7 @@ impl File {
     /// The `errno` that the client shall see; `EINVAL` for an iommufd.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, Errno> {
         match &self.kind {
-            FileKind::Iommufd(_) => Err(Errno::INVAL),
+            FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.write_at(offset, bytes),
         }
     }
@@ -251,7 +269,31 @@ impl File {
     pub(crate) fn context(&self) -> Option<Arc<Context>> {
         match &self.kind {
             FileKind::Iommufd(context) => Some(Arc::clone(context)),
-            FileKind::Device(_) => None,
+            FileKind::Device(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => None,
+        }
+    }
+
+    pub(crate) fn of_access(access: AccessFile) -> Self {
+        Self { kind: FileKind::Access(access) }
+    }
+
+    pub(crate) fn of_dma_buf(buffer: Arc<DmaBuf>) -> Self {
+        Self { kind: FileKind::DmaBuf(buffer) }
+    }
+
+    /// The access, if this is one's file.
+    pub(crate) fn access(&self) -> Option<&AccessFile> {
+        match &self.kind {
+            FileKind::Access(access) => Some(access),
+            _ => None,
+        }
+    }
+
+    /// The dma-buf, if this is one.
+    pub(crate) fn dma_buf(&self) -> Option<&Arc<DmaBuf>> {
+        match &self.kind {
+            FileKind::DmaBuf(buffer) => Some(buffer),
+            _ => None,
         }
     }
 }

@@ -20,6 +20,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -27,6 +28,7 @@ use ioasid::{Account, Backing, Bus, IovaRange, LateBound, Memory, MemoryGone, Re
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::iommufd::testing::{DmaBuf, DmaBufs};
 use crate::poison::lock;
 use crate::{AccountStatus, Process};
 
@@ -41,7 +43,8 @@ pub(crate) struct Pages {
     start: u64,
     /// Whether devices may be given write access.
     writable: bool,
-    charge: Charge,
+    /// Nobody for a dma-buf, whose memory is not the client's.
+    charge: Option<Charge>,
 }
 
 /// What the bytes belong to.
@@ -50,8 +53,14 @@ enum Source {
     Process {
         process: Arc<dyn Process>,
         backing: Arc<Backing>,
+        files: Arc<Files>,
     },
-    File(Arc<FileBacking>),
+    File(FileBacking),
+    /// A dma-buf as it was when it was mapped: revoking it ends this memory for good.
+    DmaBuf {
+        buffer: Arc<DmaBuf>,
+        backing: Arc<Backing>,
+    },
     /// A file that has no memory pages. Mapping it is accepted, as long as nothing needs the pages.
     NotMemory,
 }
@@ -85,7 +94,7 @@ impl ChargedAccount {
     }
 }
 
-/// A file with its backing: what the registry knows of it.
+/// A file with its backing.
 #[derive(Debug)]
 struct FileBacking {
     file: Arc<MappedFile>,
@@ -97,6 +106,8 @@ struct FileBacking {
 struct MappedFile {
     /// Our duplicate, open for writing if it could be had.
     fd: OwnedFd,
+    /// The backing that reaches its bytes here, and holds it.
+    backing: Mutex<Weak<Backing>>,
 }
 
 /// What identifies a file: device and inode number. Both stay true for as long as we hold a descriptor.
@@ -197,29 +208,38 @@ impl Pages {
     pub(crate) fn register(&self, offset: u64, length: u64) -> Result<Arc<Memory>, Errno> {
         let start = self.start.checked_add(offset).ok_or(Errno::OVERFLOW)?;
         let range = IovaRange::with_length(start, length).ok_or(Errno::INVAL)?;
-        let backing = match &self.source {
-            Source::Process { process, backing } => {
+        let (backing, start) = match &self.source {
+            Source::Process { process, backing, files } => {
                 process.check_access(start, length, self.writable)?;
-                backing
+                files.behind(&**process, backing, start, length)?
             }
             Source::File(mapped) => {
                 if range.last() >= mapped.file.size()? {
                     return Err(Errno::INVAL);
                 }
-                &mapped.backing
+                (Arc::clone(&mapped.backing), start)
+            }
+            Source::DmaBuf { buffer, backing } => {
+                return Memory::register(backing, start, length, buffer.account())
+                    .map_err(|error| register_errno(&error));
             }
             Source::NotMemory => return Err(Errno::INVAL),
         };
-        let _charging = lock(&self.charge.account.charging);
-        self.charge.account.account.set_limit(self.charge.limit_pages);
-        Memory::register(backing, start, length, &self.charge.account.account).map_err(|error| match error {
-            RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
-            RegisterError::OutOfBounds { .. }
-            | RegisterError::Revoked
-            | RegisterError::Residency(_)
-            | RegisterError::Unreachable(_) => Errno::FAULT,
-            RegisterError::Empty => Errno::INVAL,
-        })
+        let charge = self.charge.as_ref().ok_or(Errno::INVAL)?;
+        let _charging = lock(&charge.account.charging);
+        let account = &charge.account.account;
+        account.set_limit(charge.limit_pages);
+        Memory::register(&backing, start, length, account).map_err(|error| register_errno(&error))
+    }
+
+    /// Whether it was taken back for good, so that nothing can be registered of it any more.
+    pub(crate) fn is_revoked(&self) -> bool {
+        matches!(&self.source, Source::DmaBuf { backing, .. } if backing.is_revoked())
+    }
+
+    /// Whether software may copy to and from it: a dma-buf belongs to a driver.
+    pub(crate) fn is_accessible(&self) -> bool {
+        !matches!(self.source, Source::DmaBuf { .. })
     }
 
     /// Where the bytes come from, for people.
@@ -227,8 +247,85 @@ impl Pages {
         match &self.source {
             Source::Process { process, .. } => format!("memory of process {}", process.id()),
             Source::File(_) => "file".to_owned(),
+            Source::DmaBuf { .. } => "dma-buf".to_owned(),
             Source::NotMemory => "file without memory pages".to_owned(),
         }
+    }
+}
+
+/// `length` bytes of a dma-buf from the offset `start` on.
+///
+/// # Errors
+/// `EINVAL`: it ends before. `ENODEV`: it is taken back now.
+pub(crate) fn dma_buf_pages(buffer: &Arc<DmaBuf>, start: u64, length: u64) -> Result<Pages, Errno> {
+    if start.checked_add(length).is_none_or(|end| end > buffer.length()) {
+        return Err(Errno::INVAL);
+    }
+    let source = Source::DmaBuf { backing: buffer.backing()?, buffer: Arc::clone(buffer) };
+    Ok(Pages { source, start, writable: true, charge: None })
+}
+
+fn register_errno(error: &RegisterError) -> Errno {
+    match error {
+        RegisterError::OverLimit { .. } | RegisterError::BusFull => Errno::NOMEM,
+        RegisterError::OutOfBounds { .. }
+        | RegisterError::Revoked
+        | RegisterError::Residency(_)
+        | RegisterError::Unreachable(_) => Errno::FAULT,
+        RegisterError::Empty => Errno::INVAL,
+    }
+}
+
+/// The files that are mapped, and how they are found.
+struct Files {
+    bus: Arc<Bus>,
+    by_key: WeakMap<FileKey, MappedFile>,
+}
+
+impl fmt::Debug for Files {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Files").finish_non_exhaustive()
+    }
+}
+
+impl Files {
+    /// The backing of a file, the one that exists or a new one.
+    fn backing(&self, fd: OwnedFd) -> Result<FileBacking, Errno> {
+        let status = rustix::fs::fstat(&fd)?;
+        let make = || Arc::new(MappedFile { fd: writable(fd), backing: Mutex::default() });
+        let file = self.by_key.get_or_insert(FileKey(status.st_dev, status.st_ino), make);
+        let backing = {
+            let mut known = lock(&file.backing);
+            known.upgrade().unwrap_or_else(|| {
+                let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
+                *known = Arc::downgrade(&backing);
+                backing
+            })
+        };
+        Ok(FileBacking { file, backing })
+    }
+
+    /// What the bytes at an address of a process are now: those of a file that others can map too, or the process's own.
+    /// Returns the backing, and where in it they begin.
+    ///
+    /// # Errors
+    /// `EFAULT`: the file behind the mapping has become shorter. Those of `fstat`.
+    fn behind(
+        &self,
+        process: &dyn Process,
+        private: &Arc<Backing>,
+        start: u64,
+        length: u64,
+    ) -> Result<(Arc<Backing>, u64), Errno> {
+        let Some((fd, offset)) = process.shared_file(start, length) else {
+            return Ok((Arc::clone(private), start));
+        };
+        let mapped = self.backing(fd)?;
+        let end = offset.checked_add(length).ok_or(Errno::FAULT)?;
+        if end > mapped.file.size()?.next_multiple_of(PAGE_SIZE) {
+            return Err(Errno::FAULT);
+        }
+        Ok((mapped.backing, offset))
     }
 }
 
@@ -247,7 +344,8 @@ enum AccountKey {
 pub(crate) struct MemoryRegistry {
     bus: Arc<Bus>,
     processes: WeakMap<u64, Backing>,
-    files: WeakMap<FileKey, FileBacking>,
+    files: Arc<Files>,
+    dma_bufs: Arc<DmaBufs>,
     accounts: WeakMap<AccountKey, ChargedAccount>,
     /// Accounts of users stay, so that their peaks can be read after everything was unmapped.
     users: Mutex<HashMap<AccountKey, Arc<ChargedAccount>>>,
@@ -261,10 +359,12 @@ impl fmt::Debug for MemoryRegistry {
 
 impl MemoryRegistry {
     pub(crate) fn new(bus: Arc<Bus>) -> Self {
+        let files = Arc::new(Files { bus: Arc::clone(&bus), by_key: WeakMap::default() });
         Self {
             bus,
             processes: WeakMap::default(),
-            files: WeakMap::default(),
+            files,
+            dma_bufs: Arc::default(),
             accounts: WeakMap::default(),
             users: Mutex::default(),
         }
@@ -273,6 +373,11 @@ impl MemoryRegistry {
     /// The bus address space that all of this memory is in.
     pub(crate) fn bus(&self) -> &Arc<Bus> {
         &self.bus
+    }
+
+    /// How many dma-bufs there are.
+    pub(crate) fn dma_bufs(&self) -> &Arc<DmaBufs> {
+        &self.dma_bufs
     }
 
     /// Who pays for what `process` maps.
@@ -304,9 +409,14 @@ impl MemoryRegistry {
         writable: bool,
         charge: Charge,
     ) -> Pages {
-        let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(&process))));
-        let backing = self.processes.get_or_insert(process.identity(), make);
-        Pages { source: Source::Process { process, backing }, start, writable, charge }
+        let backing = self.private_backing(&process);
+        let files = Arc::clone(&self.files);
+        Pages { source: Source::Process { process, backing, files }, start, writable, charge: Some(charge) }
+    }
+
+    fn private_backing(&self, process: &Arc<dyn Process>) -> Arc<Backing> {
+        let make = || Backing::late_bound(&self.bus, Arc::new(ProcessMemory(Arc::clone(process))));
+        self.processes.get_or_insert(process.identity(), make)
     }
 
     /// A file from the offset `start` on. `None`: a file that is surely not made of memory.
@@ -322,22 +432,42 @@ impl MemoryRegistry {
     ) -> Result<Pages, Errno> {
         let source = match fd.filter(is_memory) {
             None => Source::NotMemory,
-            Some(fd) => {
-                let status = rustix::fs::fstat(&fd)?;
-                let make = || {
-                    let file = Arc::new(MappedFile { fd: writable(fd) });
-                    let backing = Backing::late_bound(&self.bus, Arc::clone(&file) as Arc<dyn LateBound>);
-                    Arc::new(FileBacking { file, backing })
-                };
-                Source::File(self.files.get_or_insert(FileKey(status.st_dev, status.st_ino), make))
-            }
+            Some(fd) => Source::File(self.files.backing(fd)?),
         };
-        Ok(Pages { source, start, writable: writable_by_device, charge })
+        Ok(Pages { source, start, writable: writable_by_device, charge: Some(charge) })
     }
 
-    /// The backing of a process, if any mapping uses it.
-    pub(crate) fn backing_of_process(&self, identity: u64) -> Option<Arc<Backing>> {
-        self.processes.get(&identity)
+    /// Registers memory of a process for a moment, charged to nobody, to learn which pages it is made of.
+    ///
+    /// # Errors
+    /// `EFAULT`: the process has no such memory, or may not read it.
+    pub(crate) fn identify(
+        &self,
+        process: Arc<dyn Process>,
+        start: u64,
+        length: u64,
+    ) -> Result<Arc<Memory>, Errno> {
+        process.check_access(start, length, false)?;
+        let private = self.private_backing(&process);
+        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        let nobody = Account::new("nobody", None);
+        Memory::register(&backing, start, length, &nobody).map_err(|error| register_errno(&error))
+    }
+
+    /// The fewest and the most registrations that hold a page of a process's memory.
+    ///
+    /// # Errors
+    /// As [`MemoryRegistry::identify`].
+    pub(crate) fn holds(
+        &self,
+        process: Arc<dyn Process>,
+        start: u64,
+        length: u64,
+    ) -> Result<RangeInclusive<u64>, Errno> {
+        process.check_access(start, length, false)?;
+        let private = self.private_backing(&process);
+        let (backing, start) = self.files.behind(&*process, &private, start, length)?;
+        Ok(backing.holds(start, length))
     }
 
     /// All accounts that are known.
@@ -362,10 +492,6 @@ impl<K, V> Default for WeakMap<K, V> {
 }
 
 impl<K: Eq + Hash, V> WeakMap<K, V> {
-    fn get(&self, key: &K) -> Option<Arc<V>> {
-        lock(&self.inner).0.get(key)?.upgrade()
-    }
-
     fn get_or_insert(&self, key: K, make: impl FnOnce() -> Arc<V>) -> Arc<V> {
         let mut inner = lock(&self.inner);
         let (map, sweep_at) = &mut *inner;

@@ -9,11 +9,15 @@ use ioasid_soft::iommu::{TableKind, UnknownTableKind};
 pub struct ServerOptions {
     /// One entry per device; entry `n` is `/dev/vfio/devices/vfioN`.
     pub devices: Vec<DeviceOptions>,
+    /// Whether `/dev/iommu` has the test-only command of kernels that are built for their own self-test, by which a
+    /// program makes mock devices and more. Then address spaces have a granule of 2 KiB, and devices whose tables cannot
+    /// follow that are refused, see [`ServerError::TableTooCoarse`](crate::ServerError::TableTooCoarse).
+    pub test_devices: bool,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { devices: vec![DeviceOptions::default()] }
+        Self { devices: vec![DeviceOptions::default()], test_devices: false }
     }
 }
 

@@ -31,10 +31,8 @@ use rustix::io::Errno;
 
 use crate::argument;
 use crate::iommufd::Context;
-use crate::iommufd::errno::attach_errno;
-use crate::iommufd::hwpt::Hwpt;
-use crate::iommufd::ioas::TableUse;
-use crate::iommufd::objects::{Counted, Held, HeldObject, Object, Users};
+use crate::iommufd::device::BoundDevice;
+use crate::iommufd::objects::{Counted, Object};
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
@@ -63,87 +61,15 @@ impl MachineDevice {
     ) -> Self {
         Self { number, rid, model, port, iommu, bound: AtomicBool::new(false) }
     }
-}
 
-/// A device that is bound to a context: an object of it.
-#[derive(Debug)]
-pub(crate) struct BoundDevice {
-    users: Users,
-    machine: Arc<MachineDevice>,
-    engine: Device,
-    attached: Mutex<Option<Held<Hwpt>>>,
-}
-
-impl Counted for BoundDevice {
-    fn users(&self) -> &Users {
-        &self.users
-    }
-}
-
-impl BoundDevice {
-    /// The engine's view of the device.
-    pub(crate) fn engine(&self) -> &Device {
-        &self.engine
-    }
-
-    /// What the device is attached to and how its DMA fared, for the status.
-    pub(crate) fn status(&self, id: u32) -> DeviceStatus {
-        let dma = self.machine.port.statistics();
+    /// Its file and how its DMA fared, for the status.
+    pub(crate) fn status(&self) -> DeviceStatus {
+        let dma = self.port.statistics();
         DeviceStatus {
-            id,
-            path: format!("/dev/vfio/devices/vfio{}", self.machine.number),
-            attached_to: lock(&self.attached).as_ref().map(|hwpt| hwpt.id()),
+            path: format!("/dev/vfio/devices/vfio{}", self.number),
             dma_faults: dma.faults,
             last_dma_fault: dma.last_fault.map(|fault| fault.to_string()),
-        }
-    }
-
-    /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
-    fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
-        let mut attached = lock(&self.attached);
-        let hwpt = match context.objects().hold(id)? {
-            HeldObject::Device(_) => return Err(Errno::INVAL),
-            HeldObject::Hwpt(hwpt) => {
-                let table = hwpt.table().ok_or(Errno::NOENT)?;
-                self.engine.attach(&table).map_err(|error| attach_errno(&error))?;
-                hwpt
-            }
-            HeldObject::Ioas(ioas) => {
-                let mut used = None;
-                ioas.with_table(&self.engine, TableUse::Shared, |table, existing| {
-                    let (hwpt, new) = match existing {
-                        Some(hwpt) => (hwpt, None),
-                        None => {
-                            let reservation = context.objects().reserve()?;
-                            let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
-                            let hwpt = Arc::new(Hwpt::new(reservation.id(), Arc::clone(&table), user, true));
-                            (Held::new(&hwpt).ok_or(Errno::NOENT)?, Some((reservation, hwpt)))
-                        }
-                    };
-                    self.engine.attach(&table).map_err(|error| attach_errno(&error))?;
-                    if let Some((reservation, hwpt)) = new {
-                        reservation.install(Object::Hwpt(hwpt));
-                    }
-                    let made = Arc::clone(hwpt.arc());
-                    used = Some(hwpt);
-                    Ok(made)
-                })?;
-                used.ok_or(Errno::NOENT)?
-            }
-        };
-        let number = hwpt.id();
-        if let Some(before) = attached.replace(hwpt) {
-            context.put_hwpt(before);
-        }
-        Ok(number)
-    }
-
-    /// Blocks the device's DMA and lets go of its table.
-    fn detach(&self, context: &Context) {
-        let mut attached = lock(&self.attached);
-        if let Some(hwpt) = attached.take() {
-            self.engine.detach();
-            context.put_hwpt(hwpt);
+            ..DeviceStatus::default()
         }
     }
 }
@@ -168,16 +94,16 @@ enum State {
 struct Binding {
     context: Arc<Context>,
     id: u32,
+    machine: Arc<MachineDevice>,
     bound: Arc<BoundDevice>,
 }
 
 impl Drop for Binding {
     /// The last close: the device is quiet before its tables go and before anybody else can bind it.
     fn drop(&mut self) {
-        let machine = &self.bound.machine;
+        let machine = &self.machine;
         machine.model.close();
         self.bound.detach(&self.context);
-        self.bound.engine.detach();
         self.context.objects().remove(self.id, &Object::Device(Arc::clone(&self.bound)));
         machine.bound.store(false, Ordering::Release);
     }
@@ -314,18 +240,13 @@ impl DeviceFile {
 
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
     let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).ok_or(Errno::NODEV)?;
-    let bound = Arc::new(BoundDevice {
-        users: Users::default(),
-        machine: Arc::clone(machine),
-        engine,
-        attached: Mutex::new(None),
-    });
+    let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
     // The file is a user of the object, so that DESTROY cannot take it away.
-    bound.users.acquire();
+    bound.users().acquire();
     let reservation = context.objects().reserve()?;
     let id = reservation.id();
     reservation.install(Object::Device(Arc::clone(&bound)));
-    Ok(Arc::new(Binding { context, id, bound }))
+    Ok(Arc::new(Binding { context, id, machine: Arc::clone(machine), bound }))
 }
 
 impl Binding {

@@ -503,7 +503,9 @@ fn the_tables_aperture_limits_the_space() {
 #[test]
 fn devices_with_different_tables_share_a_space() {
     let devices = ["edu", "edu:table=vtd", "edu:table=vtd"].map(|device| device.parse().unwrap()).to_vec();
-    let program = Program::of(&ioasid_server::Server::new(ioasid_server::ServerOptions { devices }).unwrap());
+    let program = Program::of(
+        &ioasid_server::Server::new(ioasid_server::ServerOptions { devices, ..Default::default() }).unwrap(),
+    );
     let iommu = program.iommu();
     let ioas = program.ioas(iommu);
     let devices = [0, 1, 2].map(|number| program.bind_device(iommu, number));

@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     #[arg(long, conflicts_with = "fixtures")]
     all: bool,
 
-    /// Command to put before the test program, split at spaces [default: the built `ioasid run --`]
+    /// Command to put before the test program, split at spaces [default: the built `ioasid run --test-devices --`]
     #[arg(long, value_name = "COMMAND")]
     run_with: Option<String>,
 
@@ -175,7 +175,7 @@ fn prefix(arguments: &Arguments) -> Result<Vec<String>> {
     let ioasid: PathBuf = workspace::target_directory()?.join("release/ioasid");
     let ioasid =
         ioasid.into_os_string().into_string().ok().context("the build directory's name is not UTF-8")?;
-    Ok(vec![ioasid, "run".to_owned(), "--".to_owned()])
+    Ok([&*ioasid, "run", "--test-devices", "--"].map(str::to_owned).to_vec())
 }
 
 #[cfg(test)]

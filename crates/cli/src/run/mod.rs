@@ -51,6 +51,12 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "BYTES")]
     table_memory: Option<Bytes>,
 
+    /// Have the test-only command of kernels built for their own iommufd self-test, with mock devices
+    ///
+    /// Then devices can have no tables but native ones [default: edu alone].
+    #[arg(long)]
+    test_devices: bool,
+
     /// At the end, print to standard error how often each call was made and how long it took
     #[arg(long)]
     summary: bool,
@@ -88,10 +94,15 @@ pub(crate) fn is_asked_for(command_line: impl IntoIterator<Item = OsString>) -> 
 /// # Errors
 /// This process could not do its part; the program may or may not have run.
 pub(crate) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let devices = if arguments.devices.is_empty() { default_devices() } else { arguments.devices };
+    let test_devices = arguments.test_devices;
+    let devices = match arguments.devices {
+        none if none.is_empty() && test_devices => ServerOptions::default().devices,
+        none if none.is_empty() => default_devices(),
+        devices => devices,
+    };
     let table_memory = arguments.table_memory.map_or_else(quarter_of_memory, |bytes| bytes.0);
     ioasid::pagetable::HeapTables::set_limit(table_memory);
-    let server = Server::new(ServerOptions { devices })
+    let server = Server::new(ServerOptions { devices, test_devices })
         .context("the machine cannot be made; ask for other devices (--device)")?;
     let (program, program_arguments) = match arguments.program.split_first() {
         Some((program, rest)) => (program.clone(), rest.to_vec()),

@@ -43,6 +43,8 @@ pub(crate) const ALL: &[Case] = cases! {
     a_replay_is_drawn;
     a_picture_that_cannot_be_written_is_known_before_the_replay;
     replays_are_compared_and_the_numbers_are_those_of_the_json;
+    pasids_are_played_with;
+    a_storm_of_pasids_adds_up;
     the_doctor_is_content;
     a_static_program if |installed| installed.static_client.is_some();
     a_python_program if |installed| installed.python.is_some();
@@ -213,7 +215,7 @@ fn pairs_are_measured(command: &Command<'_>) -> Outcome {
 }
 
 /// The first events of a trace of the project, where every user can read them.
-fn trace(command: &Command<'_>, name: &str, lines: &[&str]) -> Result<String, String> {
+fn lines(command: &Command<'_>, name: &str, lines: &[&str]) -> Result<String, String> {
     let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
     let file = command.writable_file(name).map_err(|error| error.to_string())?;
     fs::write(&file, text).map_err(|error| error.to_string())?;
@@ -225,7 +227,7 @@ const MAP: &str = "0,0,00:03.0,map,ffffa840,122595840,1522,BIDIRECTIONAL";
 const UNMAP: &str = "70,1,00:03.0,unmap,ffffa840,-,1522,BIDIRECTIONAL";
 
 fn a_trace_is_replayed_on_several_tables(command: &Command<'_>) -> Outcome {
-    let path = trace(command, "good.csv", &[HEADER, MAP, UNMAP])?;
+    let path = lines(command, "good.csv", &[HEADER, MAP, UNMAP])?;
     let two = ["replay", "--table", "vtd", "--table", "riscv", "--mode", "deferred", "--threads", "2", &path];
     let ended = command.run(&two).exits(0)?;
     let ended = ended.prints("good.csv: vtd table, deferred, 2 threads, 1 device\n  2 events in ")?;
@@ -247,16 +249,55 @@ fn a_trace_is_replayed_on_several_tables(command: &Command<'_>) -> Outcome {
     Ok(())
 }
 
+fn pasids_are_played_with(command: &Command<'_>) -> Outcome {
+    let play = [
+        "limit host 2",
+        "set guest --owner machine:7 --quota 10 --limit host",
+        "allocate guest --spid 5",
+        "bind guest 0",
+        "free guest 0 # parked",
+        "allocate guest --spid 5",
+        "allocate guest",
+        "show",
+        "unbind 0",
+        "allocate guest",
+    ];
+    let script = lines(command, "pasids", &play)?;
+    command
+        .run(&["pasid", "play", &script])
+        .exits(0)?
+        .prints("free guest 0: parked until it is let go")?
+        .prints("event 2: free 0 of machine 7, private ID 5")?
+        .prints("refused: limit \"host\" of 2 IDs is reached")?
+        .prints("0: freepending, held 1 times")?
+        .prints("unbind 0: done\n  event 4: unbind 0 of machine 7\nallocate guest: 0\n")?;
+    let script = lines(command, "pasid-nonsense", &["# nothing", "limit host", "allocate guest --first x"])?;
+    command.run(&["pasid", "play", &script]).exits(1)?.complains("line 3: ")?;
+    command.run(&["pasid", "play", "/nowhere"]).exits(1)?.complains("cannot open /nowhere")?;
+    command.run(&["pasid", "play", "--capacity", "0"]).exits(2)?;
+    Ok(())
+}
+
+fn a_storm_of_pasids_adds_up(command: &Command<'_>) -> Outcome {
+    let storm = ["pasid", "storm", "--machines", "5", "--calls", "2000", "--quota", "50"];
+    command.run(&storm).exits(0)?.prints("all right; nothing is left")?;
+    let report = command.run(&[&storm[..], &["--json"]].concat()).exits(0)?.json()?;
+    if report["calls"] != 40_000 || report["refused"] == 0 {
+        return Err(report.to_string());
+    }
+    Ok(())
+}
+
 fn what_is_wrong_with_a_trace_is_said(command: &Command<'_>) -> Outcome {
-    let path = trace(command, "bad.csv", &[HEADER, UNMAP, MAP, "70,1"])?;
+    let path = lines(command, "bad.csv", &[HEADER, UNMAP, MAP, "70,1"])?;
     let ended = command.run(&["replay", &path]).exits(0)?.prints("1 line left out: no events")?;
     ended.prints("line 4: 2 fields where there should be 8")?.prints("nothing mapped: 1")?;
     command.run(&["replay", "--strict-input", &path]).exits(1)?.complains("line 2: an unmap of")?;
-    let none = trace(command, "none.csv", &["%PDF-1.7"])?;
+    let none = lines(command, "none.csv", &["%PDF-1.7"])?;
     command.run(&["replay", &none]).exits(1)?.complains("none.csv: this is no trace: line 1")?;
     command.run(&["replay", "/nonexistent"]).exits(1)?.complains("/nonexistent: cannot open it")?;
     let refused = "0,0,00:03.0,map,fee00000,1000,4096,TO_DEVICE";
-    let refused = trace(command, "refused.csv", &[HEADER, refused])?;
+    let refused = lines(command, "refused.csv", &[HEADER, refused])?;
     command.run(&["replay", &refused]).exits(1)?.prints("WRONG          maps or unmaps refused: 1")?;
     command.run(&["replay"]).exits(2)?;
     command.run(&["replay", "--table", "arm", &path]).exits(2)?.complains("amdv1")?;

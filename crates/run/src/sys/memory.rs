@@ -51,6 +51,18 @@ pub(crate) struct Mapping {
     pub(crate) readable: bool,
     /// Whether it may be written.
     pub(crate) writable: bool,
+    /// The memory object that others can map too, if it is a shared mapping.
+    pub(crate) shared: Option<SharedObject>,
+}
+
+/// What a shared mapping shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SharedObject {
+    /// Device and inode number of the file.
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    /// Where in the file the mapping begins, in bytes.
+    pub(crate) offset: u64,
 }
 
 /// The structure of the `PROCMAP_QUERY` ioctl.
@@ -82,6 +94,7 @@ pub(crate) fn query_mapping(maps: BorrowedFd<'_>, address: u64) -> Result<Mappin
     const PROCMAP_QUERY: libc::c_ulong = 0xc068_6611;
     const READABLE: u64 = 1;
     const WRITABLE: u64 = 2;
+    const SHARED: u64 = 8;
     let mut query =
         MappingQuery { size: size_of::<MappingQuery>() as u64, address, ..MappingQuery::default() };
     // SAFETY: the structure has the size that both the ioctl's number and its first field carry.
@@ -91,5 +104,10 @@ pub(crate) fn query_mapping(maps: BorrowedFd<'_>, address: u64) -> Result<Mappin
         end: query.end,
         readable: query.mapping_flags & READABLE != 0,
         writable: query.mapping_flags & WRITABLE != 0,
+        shared: (query.mapping_flags & SHARED != 0).then_some(SharedObject {
+            device: rustix::fs::makedev(query.device_major, query.device_minor),
+            inode: query.inode,
+            offset: query.offset,
+        }),
     })
 }

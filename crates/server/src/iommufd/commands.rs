@@ -17,7 +17,7 @@ use super::hwpt::Hwpt;
 use super::ioas::{Ioas, Placement, RANGES_PER_IOAS, Slice, TableUse};
 use super::objects::{Held, HeldObject, Object};
 use crate::Descriptor;
-use crate::memory::{PAGE_SIZE, Pages};
+use crate::memory::{PAGE_SIZE, Pages, dma_buf_pages};
 use std::sync::atomic::Ordering;
 
 /// The most room for hardware information that is zeroed for a client; what exists is a few dozen bytes.
@@ -59,8 +59,9 @@ impl Call<'_> {
         match self.context.objects.retire(command.id)? {
             Object::Ioas(ioas) => ioas.clear(),
             Object::Hwpt(hwpt) => hwpt.destroy(),
-            // Its file uses a device for as long as it is bound, so it is never taken out this way.
-            Object::Device(_) => {}
+            // Its file uses a device or an access for as long as it is open, so it is never taken out this way.
+            Object::Device(_) | Object::Access(_) => {}
+            Object::TestDevice(device) => device.end(self.context),
         }
         Ok(())
     }
@@ -71,7 +72,7 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let space = Space::new(self.context.memory.bus());
+        let space = Space::with_format(self.context.memory.bus(), self.context.space_format());
         let ioas = Arc::new(Ioas::new(space, Arc::clone(&self.context.budget)));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
@@ -168,7 +169,16 @@ impl Call<'_> {
         }
         command.start.checked_add(command.length - 1).ok_or(Errno::OVERFLOW)?;
         let file = match self.client.descriptor(command.fd)? {
-            Descriptor::Ours(_) => None,
+            Descriptor::Ours(file) => {
+                if let Some(buffer) = file.dma_buf() {
+                    check_length(command.length)?;
+                    let slice = whole(dma_buf_pages(buffer, command.start, command.length)?, command.length);
+                    command.iova = ioas.map(vec![slice], placement(flags, command.iova), permissions)?;
+                    drop(ioas);
+                    return self.respond(&command);
+                }
+                None
+            }
             Descriptor::Foreign(fd) => Some(fd),
         };
         check_length(command.length)?;
@@ -286,14 +296,16 @@ impl Call<'_> {
             HeldObject::Ioas(ioas) => ioas,
             // A nested table: none of ours can be a parent.
             HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
-            HeldObject::Hwpt(_) | HeldObject::Device(_) => return Err(Errno::INVAL),
+            _ => return Err(Errno::INVAL),
         };
         // Dirty tracking, nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
-        if command.flags != 0 || command.data_len != 0 {
-            return Err(Errno::OPNOTSUPP);
-        }
+        let engine = match device.mock() {
+            Some(mock) => mock.engine(self.mock_table(mock, &ioas, &command)?),
+            None if command.flags != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
+            None => device.engine_for(&ioas),
+        };
         let reservation = self.context.objects.reserve()?;
-        let hwpt = ioas.with_table(device.engine(), TableUse::Own, |table, _| {
+        let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
             Ok(Arc::new(Hwpt::new(reservation.id(), table, user, false)))
         })?;
@@ -314,26 +326,50 @@ impl Call<'_> {
         if HwInfoFlags::from_bits(command.flags).is_none() || command.reserved != [0; 3] {
             return Err(Errno::OPNOTSUPP);
         }
-        drop(self.context.objects.hold_device(command.dev_id)?);
+        let wanted = HwInfoFlags::from_bits_truncate(command.flags).contains(HwInfoFlags::INPUT_TYPE);
+        let wanted = if wanted { command.data_type } else { uapi::HW_INFO_TYPE_NONE };
+        let device = self.context.objects.hold_device(command.dev_id)?;
         // The software IOMMU has no registers of a real one to report: no data, of type none. The client's room is
-        // zeroed, as for data that is shorter than the room.
+        // zeroed behind the data.
+        let info = match device.mock() {
+            Some(mock) => mock.hw_info(wanted)?,
+            None => HwInfo {
+                data: Vec::new(),
+                data_type: uapi::HW_INFO_TYPE_NONE,
+                capabilities: HwCapabilities::ATS_NOT_SUPPORTED,
+                max_pasid_log2: 0,
+            },
+        };
+        drop(device);
         if command.data_len > LARGEST_HW_INFO {
             return Err(Errno::TOOBIG);
         }
+        let fits = info.data.len().min(command.data_len as usize);
+        if fits > 0 {
+            self.client.write(command.data_uptr, &info.data[..fits])?;
+        }
         let zeroes = [0; PAGE_SIZE as usize];
-        let mut at = 0;
+        let mut at = fits as u32;
         while at < command.data_len {
             let part = (command.data_len - at).min(PAGE_SIZE as u32);
             let address = command.data_uptr.checked_add(u64::from(at)).ok_or(Errno::FAULT)?;
             self.client.write(address, &zeroes[..part as usize])?;
             at += part;
         }
-        command.data_type = uapi::HW_INFO_TYPE_NONE;
-        command.data_len = 0;
-        command.out_capabilities = HwCapabilities::ATS_NOT_SUPPORTED.bits();
-        command.out_max_pasid_log2 = 0;
+        command.data_type = info.data_type;
+        command.data_len = info.data.len() as u32;
+        command.out_capabilities = info.capabilities.bits();
+        command.out_max_pasid_log2 = info.max_pasid_log2;
         self.respond(&command)
     }
+}
+
+/// What GET_HW_INFO answers for a device.
+pub(crate) struct HwInfo {
+    pub(super) data: Vec<u8>,
+    pub(super) data_type: u32,
+    pub(super) capabilities: HwCapabilities,
+    pub(super) max_pasid_log2: u8,
 }
 
 /// All of `pages`, which have `length` bytes.

@@ -10,6 +10,7 @@
 //!                  │  register, map
 //!                  ▼
 //!                ioasid::Space (4 KiB granule) ──► tables   while there is a table
+//!                              (2 KiB with test devices)
 //! ```
 //!
 //! The engine's space also keeps which IOVAs are reserved and where automatic placement is allowed; areas are looked at
@@ -20,11 +21,13 @@
 //! memory.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use ioasid::{
     Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space, Table,
+    TableClass,
 };
+use ioasid_uapi::iommufd_test::MOCK_PAGE_SIZE;
 use rustix::io::Errno;
 
 use super::areas::Areas;
@@ -32,6 +35,7 @@ use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
 use super::objects::{Counted, Held, Users};
 use super::placement;
+use super::testing::{self, Access};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
@@ -64,6 +68,49 @@ impl AreaBudget {
     }
 }
 
+/// Some of the areas that a context may have, used for what costs as much as areas do.
+#[derive(Debug)]
+pub(crate) struct BudgetShare {
+    budget: Arc<AreaBudget>,
+    count: usize,
+}
+
+impl Drop for BudgetShare {
+    fn drop(&mut self) {
+        self.budget.give_back(self.count);
+    }
+}
+
+/// A piece of an area that software is going to copy.
+#[derive(Debug)]
+pub(crate) struct PieceToCopy {
+    source: Slice,
+    /// The area's memory, if it is registered, and where the piece is in it.
+    registered: Option<(Arc<Memory>, u64)>,
+}
+
+impl PieceToCopy {
+    pub(crate) fn length(&self) -> u64 {
+        self.source.length
+    }
+
+    /// Memory that holds the piece: the area's, or for as long as the caller keeps it.
+    ///
+    /// # Errors
+    /// See [`Pages::register`].
+    pub(crate) fn memory(&self) -> Result<Arc<Memory>, Errno> {
+        match &self.registered {
+            Some((memory, _)) => Ok(Arc::clone(memory)),
+            None => self.source.pages.register(self.source.offset, self.source.length),
+        }
+    }
+
+    /// Where in [`PieceToCopy::memory`] the piece begins.
+    pub(crate) fn offset(&self) -> u64 {
+        self.registered.as_ref().map_or(0, |(_, offset)| *offset)
+    }
+}
+
 /// An I/O address space.
 #[derive(Debug)]
 pub(crate) struct Ioas {
@@ -71,6 +118,9 @@ pub(crate) struct Ioas {
     space: Arc<Space>,
     budget: Arc<AreaBudget>,
     state: Mutex<State>,
+    /// Held for reading while software copies what it has found in the areas. Whoever has unmapped something waits for
+    /// the copies that may have found it.
+    copies: RwLock<()>,
 }
 
 #[derive(Debug)]
@@ -78,10 +128,14 @@ struct State {
     areas: Areas<Area>,
     /// Tables over this space; while there is one, every area is registered and in the engine's space.
     tables: usize,
+    /// How many of them have pages of 4 KiB; the others have smaller ones.
+    coarse_tables: usize,
     /// Tables that attaching to the space itself made, for other devices of their class to share.
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
     test_reservations: usize,
+    /// Users of the space beside devices.
+    accesses: Vec<Arc<Access>>,
 }
 
 /// What one area refers to.
@@ -134,12 +188,29 @@ impl Counted for Ioas {
 impl State {
     /// What IOVAs, lengths and page offsets have to be multiples of, in bytes.
     fn alignment(&self) -> u64 {
-        if self.tables > 0 || !self.large_pages { PAGE_SIZE } else { 1 }
+        let pins = self.accesses.iter().any(|access| access.pins_pages());
+        if self.coarse_tables > 0 || pins || !self.large_pages {
+            PAGE_SIZE
+        } else if self.tables > 0 {
+            MOCK_PAGE_SIZE
+        } else {
+            1
+        }
     }
 
-    /// Whether every area fits tables of 4 KiB pages.
-    fn all_aligned(&self) -> bool {
-        self.areas.iter().all(|(range, area)| is_page_aligned(range, &area.source))
+    /// Whether every area could be there if this were what mappings have to be aligned to.
+    fn all_aligned(&self, alignment: u64) -> bool {
+        self.areas.iter().all(|(range, area)| is_aligned(range, &area.source, alignment))
+    }
+
+    fn count_table(&mut self, class: TableClass) {
+        self.tables += 1;
+        self.coarse_tables += usize::from(testing::mock::alignment(class) == PAGE_SIZE);
+    }
+
+    fn discount_table(&mut self, class: TableClass) {
+        self.tables -= 1;
+        self.coarse_tables -= usize::from(testing::mock::alignment(class) == PAGE_SIZE);
     }
 }
 
@@ -153,8 +224,18 @@ fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
     !forbidden.any(|range| areas.overlaps(range))
 }
 
-fn is_page_aligned(range: IovaRange, source: &Slice) -> bool {
-    range.first() % PAGE_SIZE == 0 && source.length % PAGE_SIZE == 0 && source.start() % PAGE_SIZE == 0
+fn is_aligned(range: IovaRange, source: &Slice, alignment: u64) -> bool {
+    [range.first(), source.length, source.start()].iter().all(|value| value % alignment == 0)
+}
+
+fn may_access(pages: &Pages, write: bool) -> Result<(), Errno> {
+    if !pages.is_accessible() {
+        Err(Errno::INVAL)
+    } else if write && !pages.writable() {
+        Err(Errno::PERM)
+    } else {
+        Ok(())
+    }
 }
 
 impl Ioas {
@@ -166,10 +247,13 @@ impl Ioas {
             state: Mutex::new(State {
                 areas: Areas::new(),
                 tables: 0,
+                coarse_tables: 0,
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: 0,
+                accesses: Vec::new(),
             }),
+            copies: RwLock::new(()),
         }
     }
 
@@ -210,7 +294,7 @@ impl Ioas {
             if permissions.contains(Permissions::WRITE) && !source.pages.writable() {
                 return Err(Errno::PERM);
             }
-            if alignment > 1 && !is_page_aligned(range, &source) {
+            if !is_aligned(range, &source, alignment) {
                 return Err(Errno::INVAL);
             }
             next = next.wrapping_add(source.length);
@@ -269,6 +353,9 @@ impl Ioas {
 
     fn populate_one(&self, range: IovaRange, area: &mut Area) -> Result<(), Errno> {
         let source = &area.source;
+        if source.pages.is_revoked() {
+            return Ok(());
+        }
         let memory = source.pages.register(source.offset, source.length)?;
         self.space
             .map(Iova::new(range.first()), &memory, 0, source.length, area.permissions)
@@ -294,9 +381,12 @@ impl Ioas {
         let (Some(first), Some(last)) = (found.first(), found.last()) else {
             return Ok(0);
         };
+        let hull = IovaRange::new(first.first(), last.last()).ok_or(Errno::INVAL)?;
         if state.tables > 0 {
-            let hull = IovaRange::new(first.first(), last.last()).ok_or(Errno::INVAL)?;
             self.space.unmap(hull).map_err(unmap_errno)?;
+        }
+        for access in &state.accesses {
+            access.let_go(hull);
         }
         self.budget.give_back(found.len());
         let mut bytes = 0_u64;
@@ -304,7 +394,86 @@ impl Ioas {
             bytes = bytes.saturating_add(range.length().unwrap_or(u64::MAX));
             state.areas.remove(range);
         }
+        drop(state);
+        self.wait_for_copies();
         Ok(bytes)
+    }
+
+    /// Lets an access use the space.
+    ///
+    /// # Errors
+    /// `EADDRINUSE`: it pins pages, and an area is not aligned to pages.
+    pub(crate) fn add_access(&self, access: &Arc<Access>) -> Result<(), Errno> {
+        let mut state = lock(&self.state);
+        if access.pins_pages() && !state.all_aligned(PAGE_SIZE) {
+            return Err(Errno::ADDRINUSE);
+        }
+        state.accesses.push(Arc::clone(access));
+        Ok(())
+    }
+
+    /// Ends an access's use of the space, and what it has pinned.
+    pub(crate) fn remove_access(&self, access: &Arc<Access>) {
+        let mut state = lock(&self.state);
+        access.let_go(IovaRange::ALL);
+        state.accesses.retain(|other| !Arc::ptr_eq(other, access));
+    }
+
+    /// Registers what is mapped in `range` for `access`; returns the number of the pin and the memory, in order.
+    ///
+    /// # Errors
+    /// `ENOENT`: a byte of it belongs to no area. `EPERM`: the memory may not be written. `EINVAL`: it is a dma-buf's.
+    /// `ENOMEM`: too many pins, or over the account's limit. `EFAULT`: the memory is not there.
+    pub(crate) fn pin(
+        &self,
+        access: &Access,
+        range: IovaRange,
+        write: bool,
+    ) -> Result<(u32, Vec<Arc<Memory>>), Errno> {
+        let state = lock(&self.state);
+        let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
+        self.budget.take(pieces.len())?;
+        let share = BudgetShare { budget: Arc::clone(&self.budget), count: pieces.len() };
+        let mut memory = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let source = &piece.payload.source;
+            may_access(&source.pages, write)?;
+            let length = piece.range.length().ok_or(Errno::INVAL)?;
+            memory.push(source.pages.register(source.offset + piece.offset, length)?);
+        }
+        let id = access.enter_pin(range, memory.clone(), share)?;
+        Ok((id, memory))
+    }
+
+    /// Held while software copies what [`Ioas::pieces_to_copy`] finds.
+    pub(crate) fn begin_copies(&self) -> RwLockReadGuard<'_, ()> {
+        self.copies.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when no copy is running that began before.
+    fn wait_for_copies(&self) {
+        drop(self.copies.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The memory under `range`, to be copied between [`Ioas::begin_copies`] and the end of that.
+    ///
+    /// # Errors
+    /// `ENOENT`: a byte of it belongs to no area. `EPERM`: it may not be written. `EINVAL`: it is a dma-buf's.
+    pub(crate) fn pieces_to_copy(&self, range: IovaRange, write: bool) -> Result<Vec<PieceToCopy>, Errno> {
+        let state = lock(&self.state);
+        let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
+        pieces
+            .into_iter()
+            .map(|piece| {
+                let area = piece.payload;
+                may_access(&area.source.pages, write)?;
+                let length = piece.range.length().ok_or(Errno::INVAL)?;
+                let offset = area.source.offset + piece.offset;
+                let source = Slice { pages: Arc::clone(&area.source.pages), offset, length };
+                let registered = area.memory.as_ref().map(|memory| (Arc::clone(memory), piece.offset));
+                Ok(PieceToCopy { source, registered })
+            })
+            .collect()
     }
 
     /// The memory under `range`.
@@ -372,7 +541,7 @@ impl Ioas {
             if state.tables > 0 && !state.areas.is_empty() {
                 return Err(Errno::INVAL);
             }
-            if !state.all_aligned() {
+            if !state.all_aligned(PAGE_SIZE) {
                 return Err(Errno::ADDRINUSE);
             }
         }
@@ -396,8 +565,12 @@ impl Ioas {
     ) -> Result<Arc<Hwpt>, Errno> {
         let mut state = lock(&self.state);
         let first = state.tables == 0;
+        let alignment = testing::mock::alignment(device.requirements().class);
+        if alignment > state.alignment() && !state.all_aligned(alignment) {
+            return Err(Errno::ADDRINUSE);
+        }
         if first {
-            if !state.all_aligned() || !fits(&state.areas, device.requirements()) {
+            if !fits(&state.areas, device.requirements()) {
                 return Err(Errno::ADDRINUSE);
             }
             self.populate(state.areas.iter_mut())?;
@@ -432,7 +605,7 @@ impl Ioas {
         let existed = existing.is_some();
         let hwpt = install(table, existing)?;
         if !existed {
-            state.tables += 1;
+            state.count_table(device.requirements().class);
             if table_use == TableUse::Shared {
                 state.shared.push(Arc::downgrade(&hwpt));
             }
@@ -443,8 +616,9 @@ impl Ioas {
     /// Drops a table that [`Ioas::with_table`] made. With the last one the areas' memory is given back.
     pub(crate) fn remove_table(&self, table: Arc<Table>) {
         let mut state = lock(&self.state);
+        let class = table.class();
         drop(table);
-        state.tables -= 1;
+        state.discount_table(class);
         if state.tables == 0 {
             self.depopulate(&mut state);
         }

@@ -4,25 +4,29 @@
 //! - [`areas`], [`ioas`], `placement`: address spaces;
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
+//! - [`device`]: the devices that are bound;
 //! - `commands`: what each command does, one function each;
-//! - `selftest`: the test-only command of the kernel's self-test.
+//! - [`testing`]: the test-only command of the kernel's self-test.
 //!
 //! A context lives as long as its file is open or a device is bound to it, whichever is longer.
 
 pub(crate) mod areas;
 mod commands;
+pub(crate) mod device;
 pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
 mod placement;
-mod selftest;
+pub(crate) mod testing;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use ioasid::PageSize;
+use ioasid::pagetable::Native;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
-use ioasid_uapi::iommufd_test::TestCommand;
+use ioasid_uapi::iommufd_test::{MOCK_PAGE_SIZE, TestCommand};
 use ioasid_uapi::{Command, IOCTL_TYPE};
 use rustix::io::Errno;
 
@@ -43,13 +47,16 @@ pub(crate) struct Context {
     budget: Arc<AreaBudget>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
+    /// Whether the test-only command is there.
+    test_devices: bool,
 }
 
 impl Context {
-    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>) -> Self {
+    pub(crate) fn new(number: u64, memory: Arc<MemoryRegistry>, test_devices: bool) -> Self {
         Self {
             number,
             memory,
+            test_devices,
             objects: Objects::default(),
             budget: Arc::new(AreaBudget::new()),
             charge_processes: AtomicBool::new(false),
@@ -66,11 +73,20 @@ impl Context {
     /// - `ENOTTY`: no such command. VFIO's container commands, which Linux answers here too, are not served.
     /// - `EFAULT`: the argument cannot be read. `EINVAL`: it is too short. `E2BIG`: it has more than is known.
     /// - `EOPNOTSUPP`: a known command that is not served. Those of the command.
-    pub(crate) fn ioctl(&self, client: &dyn Client, number: u32, argument: u64) -> Result<u32, Errno> {
+    pub(crate) fn ioctl(
+        self: &Arc<Self>,
+        client: &dyn Client,
+        number: u32,
+        argument: u64,
+    ) -> Result<u32, Errno> {
         // The kernel finds its table's row by the low byte, then reads the size, then compares the whole number.
         let numbers =
             COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
         if !numbers.contains(&(IOCTL_TYPE | (number & 0xff))) {
+            return Err(Errno::NOTTY);
+        }
+        // A kernel that is not built for the self-test has no row for its command.
+        if number & 0xff == TestCommand::NUMBER & 0xff && !self.test_devices {
             return Err(Errno::NOTTY);
         }
         let user_size = argument::read_u32(client, argument)?;
@@ -91,13 +107,19 @@ impl Context {
             uapi::SetOption::NUMBER => call.option(),
             uapi::HwptAlloc::NUMBER => call.hwpt_alloc(),
             uapi::GetHwInfo::NUMBER => call.get_hw_info(),
-            TestCommand::NUMBER => call.selftest(),
+            TestCommand::NUMBER => return call.test(),
             _ => {
                 argument::check_sized(client, argument, user_size, info.size)?;
                 Err(Errno::OPNOTSUPP)
             }
         }
         .map(|()| 0)
+    }
+
+    /// The format of address spaces: mock hardware has smaller pages than any other.
+    fn space_format(&self) -> Native {
+        let small = PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| self.test_devices);
+        small.and_then(|granule| Native::new().with_granule(granule)).unwrap_or_default()
     }
 
     /// Ends one use of a page table; an automatic one goes with its last use.
@@ -115,6 +137,12 @@ impl Drop for Context {
     fn drop(&mut self) {
         let objects = self.objects.snapshot();
         for (_, object) in &objects {
+            if let Object::TestDevice(device) = object {
+                device.end(self);
+            }
+        }
+        let objects = self.objects.snapshot();
+        for (_, object) in &objects {
             if let Object::Hwpt(hwpt) = object {
                 hwpt.destroy();
             }
@@ -129,7 +157,7 @@ impl Drop for Context {
 
 /// One call of a command, with its argument still at the client.
 struct Call<'a> {
-    context: &'a Context,
+    context: &'a Arc<Context>,
     client: &'a dyn Client,
     argument: u64,
     user_size: u32,
@@ -163,7 +191,7 @@ impl Context {
                     status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
                 }
                 Object::Device(device) => status.devices.push(device.status(*id)),
-                Object::Hwpt(_) => {}
+                Object::Hwpt(_) | Object::TestDevice(_) | Object::Access(_) => {}
             }
         }
         status

@@ -16,10 +16,11 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
+use super::device::BoundDevice;
 use super::hwpt::Hwpt;
 use super::ioas::Ioas;
+use super::testing::{Access, TestDevice};
 use crate::poison::lock;
-use crate::vfio::BoundDevice;
 
 /// How many objects one context may have. A client that wants more gets `ENOMEM`.
 pub(crate) const OBJECTS_PER_CONTEXT: usize = 4096;
@@ -90,6 +91,8 @@ pub(crate) enum Object {
     Ioas(Arc<Ioas>),
     Hwpt(Arc<Hwpt>),
     Device(Arc<BoundDevice>),
+    TestDevice(Arc<TestDevice>),
+    Access(Arc<Access>),
 }
 
 impl Object {
@@ -98,6 +101,8 @@ impl Object {
             Self::Ioas(ioas) => ioas.users(),
             Self::Hwpt(hwpt) => hwpt.users(),
             Self::Device(device) => device.users(),
+            Self::TestDevice(device) => device.users(),
+            Self::Access(access) => access.users(),
         }
     }
 
@@ -106,6 +111,8 @@ impl Object {
             (Self::Ioas(a), Self::Ioas(b)) => Arc::ptr_eq(a, b),
             (Self::Hwpt(a), Self::Hwpt(b)) => Arc::ptr_eq(a, b),
             (Self::Device(a), Self::Device(b)) => Arc::ptr_eq(a, b),
+            (Self::TestDevice(a), Self::TestDevice(b)) => Arc::ptr_eq(a, b),
+            (Self::Access(a), Self::Access(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
     }
@@ -117,6 +124,9 @@ pub(crate) enum HeldObject {
     Ioas(Held<Ioas>),
     Hwpt(Held<Hwpt>),
     Device(Held<BoundDevice>),
+    TestDevice(Held<TestDevice>),
+    /// One that no command works on.
+    Other,
 }
 
 /// The table of objects. Its lock is taken for a look-up only and is innermost among the server's.
@@ -174,6 +184,8 @@ impl Objects {
             Some(Some(Object::Ioas(ioas))) => Held::new(ioas).map(HeldObject::Ioas),
             Some(Some(Object::Hwpt(hwpt))) => Held::new(hwpt).map(HeldObject::Hwpt),
             Some(Some(Object::Device(device))) => Held::new(device).map(HeldObject::Device),
+            Some(Some(Object::TestDevice(device))) => Held::new(device).map(HeldObject::TestDevice),
+            Some(Some(Object::Access(_))) => Some(HeldObject::Other),
             Some(None) | None => None,
         }
         .ok_or(Errno::NOENT)
@@ -186,7 +198,7 @@ impl Objects {
     pub(crate) fn hold_ioas(&self, id: u32) -> Result<Held<Ioas>, Errno> {
         match self.hold(id)? {
             HeldObject::Ioas(ioas) => Ok(ioas),
-            HeldObject::Hwpt(_) | HeldObject::Device(_) => Err(Errno::NOENT),
+            _ => Err(Errno::NOENT),
         }
     }
 
@@ -197,7 +209,29 @@ impl Objects {
     pub(crate) fn hold_device(&self, id: u32) -> Result<Held<BoundDevice>, Errno> {
         match self.hold(id)? {
             HeldObject::Device(device) => Ok(device),
-            HeldObject::Ioas(_) | HeldObject::Hwpt(_) => Err(Errno::NOENT),
+            _ => Err(Errno::NOENT),
+        }
+    }
+
+    /// Holds the page table `id`.
+    ///
+    /// # Errors
+    /// `ENOENT` if there is none, also if the object is of another kind.
+    pub(crate) fn hold_hwpt(&self, id: u32) -> Result<Held<Hwpt>, Errno> {
+        match self.hold(id)? {
+            HeldObject::Hwpt(hwpt) => Ok(hwpt),
+            _ => Err(Errno::NOENT),
+        }
+    }
+
+    /// Holds the test's device `id`.
+    ///
+    /// # Errors
+    /// `ENOENT` if there is none, also if the object is of another kind.
+    pub(crate) fn hold_test_device(&self, id: u32) -> Result<Held<TestDevice>, Errno> {
+        match self.hold(id)? {
+            HeldObject::TestDevice(device) => Ok(device),
+            _ => Err(Errno::NOENT),
         }
     }
 
@@ -241,11 +275,6 @@ impl Objects {
     /// Whether no number is in use.
     pub(crate) fn is_empty(&self) -> bool {
         lock(&self.inner).by_id.is_empty()
-    }
-
-    /// Whether `id` names an object.
-    pub(crate) fn contains(&self, id: u32) -> bool {
-        matches!(lock(&self.inner).by_id.get(&id), Some(Some(_)))
     }
 
     /// All objects by number.

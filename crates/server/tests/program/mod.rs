@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ioasid_server::{Errno, InProcess, Opened, Server, ServerOptions};
+use ioasid_server::{DeviceOptions, Errno, InProcess, Opened, Server, ServerOptions, TableKind};
 use ioasid_uapi::Command;
 use ioasid_uapi::iommufd as uapi;
 use ioasid_uapi::iommufd_test::{CheckRefs, Operation, TestCommand};
@@ -41,9 +41,11 @@ pub(crate) fn server() -> Arc<Server> {
     server_with("edu")
 }
 
-/// A machine with one device that these options describe.
+/// A machine with one device that these options describe, and test devices if it can have them.
 pub(crate) fn server_with(device: &str) -> Arc<Server> {
-    Server::new(ServerOptions { devices: vec![device.parse().unwrap()] }).unwrap()
+    let device: DeviceOptions = device.parse().unwrap();
+    let test_devices = device.table == TableKind::Native;
+    Server::new(ServerOptions { devices: vec![device], test_devices }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {

@@ -188,7 +188,7 @@ impl Marker {
             Marker::Triangle => area.draw(&TriangleMarker::new(middle, 12, filled))?,
             Marker::Cross => area.draw(&Cross::new(middle, 8, hollow))?,
             Marker::Tick => {
-                area.draw(&PathElement::new([(x, y - 14), (x, y + 14)], hollow.stroke_width(6)))?
+                area.draw(&PathElement::new([(x, y - 14), (x, y + 14)], hollow.stroke_width(6)))?;
             }
         }
         Ok(())

@@ -1,0 +1,158 @@
+//! A device that is bound to a context: an object of it, and what its DMA is attached to.
+//!
+//! What a bound device stands for is either a device of the machine, which its file binds and keeps ([`crate::vfio`]), or a
+//! mock device that the test-only command has made ([`super::testing`]). Attaching is the same for both. A mock device
+//! can use tables of several classes, and the engine knows it as one device for each; at most one of them is attached.
+
+use std::sync::{Arc, Mutex};
+
+use ioasid::{Device, Table};
+use rustix::io::Errno;
+
+use super::Context;
+use super::errno::attach_errno;
+use super::hwpt::Hwpt;
+use super::ioas::{Ioas, TableUse};
+use super::objects::{Counted, Held, HeldObject, Object, Users};
+use super::testing::MockDevice;
+use crate::poison::lock;
+use crate::status::DeviceStatus;
+use crate::vfio::MachineDevice;
+
+/// A device that is bound to a context.
+#[derive(Debug)]
+pub(crate) struct BoundDevice {
+    users: Users,
+    behind: Behind,
+    attached: Mutex<Option<Held<Hwpt>>>,
+}
+
+/// What a bound device is.
+#[derive(Debug)]
+enum Behind {
+    Machine { machine: Arc<MachineDevice>, engine: Device },
+    Mock(MockDevice),
+}
+
+impl Counted for BoundDevice {
+    fn users(&self) -> &Users {
+        &self.users
+    }
+}
+
+impl BoundDevice {
+    /// A device of the machine, as the engine sees it.
+    pub(crate) fn of_machine(machine: Arc<MachineDevice>, engine: Device) -> Self {
+        Self::new(Behind::Machine { machine, engine })
+    }
+
+    /// A device that the test-only command has made.
+    pub(crate) fn of_test(mock: MockDevice) -> Self {
+        Self::new(Behind::Mock(mock))
+    }
+
+    fn new(behind: Behind) -> Self {
+        Self { users: Users::default(), behind, attached: Mutex::new(None) }
+    }
+
+    /// The mock device, if it is one.
+    pub(crate) fn mock(&self) -> Option<&MockDevice> {
+        match &self.behind {
+            Behind::Machine { .. } => None,
+            Behind::Mock(mock) => Some(mock),
+        }
+    }
+
+    /// The engine's view of the device, for tables of the kind that it has by default over `ioas`.
+    pub(crate) fn engine_for(&self, ioas: &Ioas) -> &Device {
+        match &self.behind {
+            Behind::Machine { engine, .. } => engine,
+            Behind::Mock(mock) => mock.default_engine(ioas.large_pages()),
+        }
+    }
+
+    fn engines(&self) -> &[Device] {
+        match &self.behind {
+            Behind::Machine { engine, .. } => std::slice::from_ref(engine),
+            Behind::Mock(mock) => mock.engines(),
+        }
+    }
+
+    /// What the device is attached to and how its DMA fared, for the status.
+    pub(crate) fn status(&self, id: u32) -> DeviceStatus {
+        let attached_to = lock(&self.attached).as_ref().map(|hwpt| hwpt.id());
+        match &self.behind {
+            Behind::Machine { machine, .. } => DeviceStatus { id, attached_to, ..machine.status() },
+            Behind::Mock(_) => {
+                DeviceStatus { id, attached_to, path: "mock device".to_owned(), ..DeviceStatus::default() }
+            }
+        }
+    }
+
+    /// Moves the device's DMA to `table`.
+    fn attach_engine(&self, table: &Arc<Table>) -> Result<(), Errno> {
+        let of_class = |engine: &&Device| engine.requirements().class == table.class();
+        let engine = self.engines().iter().find(of_class).ok_or(Errno::INVAL)?;
+        engine.attach(table).map_err(|error| attach_errno(&error))?;
+        // A mock device does no DMA, so that it is attached to two tables for a moment has no effect.
+        for other in self.engines().iter().filter(|other| !std::ptr::eq(*other, engine)) {
+            other.detach();
+        }
+        Ok(())
+    }
+
+    /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
+    ///
+    /// # Errors
+    /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use. Those
+    /// of [`Ioas::with_table`].
+    pub(crate) fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
+        let mut attached = lock(&self.attached);
+        let hwpt = match context.objects().hold(id)? {
+            HeldObject::Hwpt(hwpt) => {
+                let table = hwpt.table().ok_or(Errno::NOENT)?;
+                self.attach_engine(&table)?;
+                hwpt
+            }
+            HeldObject::Ioas(ioas) => {
+                let mut used = None;
+                ioas.with_table(self.engine_for(&ioas), TableUse::Shared, |table, existing| {
+                    let (hwpt, new) = match existing {
+                        Some(hwpt) => (hwpt, None),
+                        None => {
+                            let reservation = context.objects().reserve()?;
+                            let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
+                            let hwpt = Arc::new(Hwpt::new(reservation.id(), Arc::clone(&table), user, true));
+                            (Held::new(&hwpt).ok_or(Errno::NOENT)?, Some((reservation, hwpt)))
+                        }
+                    };
+                    self.attach_engine(&table)?;
+                    if let Some((reservation, hwpt)) = new {
+                        reservation.install(Object::Hwpt(hwpt));
+                    }
+                    let made = Arc::clone(hwpt.arc());
+                    used = Some(hwpt);
+                    Ok(made)
+                })?;
+                used.ok_or(Errno::NOENT)?
+            }
+            _ => return Err(Errno::INVAL),
+        };
+        let number = hwpt.id();
+        if let Some(before) = attached.replace(hwpt) {
+            context.put_hwpt(before);
+        }
+        Ok(number)
+    }
+
+    /// Blocks the device's DMA and lets go of its table.
+    pub(crate) fn detach(&self, context: &Context) {
+        let mut attached = lock(&self.attached);
+        if let Some(hwpt) = attached.take() {
+            for engine in self.engines() {
+                engine.detach();
+            }
+            context.put_hwpt(hwpt);
+        }
+    }
+}
