@@ -313,7 +313,7 @@ fn with_directory(
     name: &str,
     work: impl FnOnce(&str, &std::path::Path) -> Outcome,
 ) -> Outcome {
-    let trace = trace(command, &format!("{name}.csv"), &[HEADER, MAP, UNMAP])?;
+    let trace = lines(command, &format!("{name}.csv"), &[HEADER, MAP, UNMAP])?;
     let directory = command.writable_directory(name).map_err(|error| error.to_string())?;
     let outcome = work(&trace, &directory);
     fs::remove_dir_all(&directory).map_err(|error| error.to_string())?;
@@ -392,7 +392,7 @@ fn a_picture_that_cannot_be_written_is_known_before_the_replay(command: &Command
 }
 
 fn replays_are_compared_and_the_numbers_are_those_of_the_json(command: &Command<'_>) -> Outcome {
-    let path = trace(command, "compared.csv", &[HEADER, MAP, UNMAP])?;
+    let path = lines(command, "compared.csv", &[HEADER, MAP, UNMAP])?;
     let ended = command.run(&["replay", "--compare", &path]).exits(0)?;
     let rows: Vec<_> =
         ended.output.lines().skip(2).filter_map(|line| line.trim().split("  ").next()).collect();
@@ -425,7 +425,7 @@ fn replays_are_compared_and_the_numbers_are_those_of_the_json(command: &Command<
         }
     }
     let wrong = "0,0,00:03.0,map,fee00000,1000,4096,TO_DEVICE";
-    let wrong = trace(command, "wrong.csv", &[HEADER, wrong])?;
+    let wrong = lines(command, "wrong.csv", &[HEADER, wrong])?;
     let ended =
         command.run(&["replay", "--compare", "--table", "vtd", "--mode", "strict", &wrong]).exits(1)?;
     ended.prints("maps or unmaps refused: 1")?.prints("  WRONG\n")?;
