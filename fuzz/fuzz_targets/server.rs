@@ -466,8 +466,8 @@ fuzz_target!(|input: &[u8]| {
     let devices = [TableKind::Native, TableKind::VtdSecondStage]
         .map(|table| DeviceOptions { table, ..DeviceOptions::default() })
         .to_vec();
-    let server =
-        Server::new(ServerOptions { devices, test_devices: true }).expect("a machine of two devices");
+    let options = ServerOptions { devices, test_devices: true, ..Default::default() };
+    let server = Server::new(options).expect("a machine of two devices");
     let first = InProcess::new(1000);
     first.map_memory(BUFFER, BUFFER_SIZE);
     first.map_memory(LARGE, LARGE_SIZE);

@@ -34,7 +34,12 @@ impl Iommu for Bench {
         Some(Requirements { class, aperture, reserved: Vec::new(), coherent: true })
     }
 
-    fn new_table(&self, _: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(
+        &self,
+        _: TableClass,
+        _: PageSize,
+        _: &Arc<Bus>,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         let format = VtdSecondStage::new(4).ok_or(AttachError::Incompatible)?;
         Ok(Arc::new(RadixTable::new(format)))
     }

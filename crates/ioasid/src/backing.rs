@@ -40,6 +40,7 @@ mod file;
 mod guest;
 mod host;
 mod late;
+mod place;
 mod resident;
 mod revoke;
 
@@ -47,6 +48,7 @@ pub use file::FileError;
 #[cfg(feature = "vm-memory")]
 pub use guest::RegionError;
 pub use late::{LateBound, MemoryGone};
+pub use place::BackingFile;
 pub use resident::{Residency, ResidencyError};
 
 /// Pages are what is held and charged: 4 KiB, whatever the granule of a space.

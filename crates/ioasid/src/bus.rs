@@ -23,6 +23,7 @@
 
 use crate::backing::{Backing, Source};
 use crate::epoch::{self, DmaSection, Protected, Replaced};
+use crate::place::BusObserver;
 use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, Ordering, PoisonError};
 use ioasid_pagetable::Oa;
 use std::collections::HashMap;
@@ -86,6 +87,8 @@ struct Free {
     next_chunk: u64,
     /// Free windows by the logarithm of their size.
     windows: [Vec<u64>; (CHUNK_BITS + 1) as usize],
+    /// Who wants to know of windows that go.
+    observers: Vec<Weak<dyn BusObserver>>,
 }
 
 /// No addresses are left on the bus for windows of this size.
@@ -102,6 +105,7 @@ impl Bus {
             free: Mutex::new(Free {
                 next_chunk: 1,
                 windows: [const { Vec::new() }; (CHUNK_BITS + 1) as usize],
+                observers: Vec::new(),
             }),
             objects: Mutex::default(),
         })
@@ -161,10 +165,32 @@ impl Bus {
         Some((window.backing.upgrade()?, window.start + within, oa + (left - 1)))
     }
 
+    /// The object whose window has an address in it, closed or not; the window's first address, where in the object it
+    /// begins, and its size.
+    pub(crate) fn window_of(&self, oa: Oa) -> Option<(Arc<Backing>, Oa, u64, u64)> {
+        let chunk = self.chunk(oa.get() >> CHUNK_BITS)?;
+        let within = oa.get() & ((1 << CHUNK_BITS) - 1);
+        let size = 1u64 << chunk.window_bits;
+        let section = epoch::dma();
+        let window = chunk.windows.get((within >> chunk.window_bits) as usize)?.load(&section)?;
+        Some((window.backing.upgrade()?, Oa::new(oa.get() & !(size - 1)), window.start, size))
+    }
+
+    fn free(&self) -> MutexGuard<'_, Free> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has an observer told from now on.
+    pub(crate) fn add_observer(&self, observer: Weak<dyn BusObserver>) {
+        let observers = &mut self.free().observers;
+        observers.retain(|observer| observer.strong_count() > 0);
+        observers.push(observer);
+    }
+
     /// Gives a part of an object 2^`bits` bytes of the bus.
     pub(crate) fn add_window(&self, bits: u32, window: Window) -> Result<Oa, BusFull> {
         let bits = bits.clamp(SMALLEST_WINDOW_BITS, CHUNK_BITS);
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.free();
         let oa = match free.windows[bits as usize].pop() {
             Some(oa) => oa,
             None => {
@@ -200,7 +226,15 @@ impl Bus {
         let within = oa.get() & ((1 << CHUNK_BITS) - 1);
         let removed = chunk.windows.get((within >> chunk.window_bits) as usize)?.replace(None);
         if removed.is_some() {
-            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut free = self.free();
+            if !free.observers.is_empty() {
+                let observers: Vec<_> = free.observers.iter().filter_map(Weak::upgrade).collect();
+                drop(free);
+                for observer in observers {
+                    observer.vacated(oa, 1 << chunk.window_bits);
+                }
+                free = self.free();
+            }
             free.windows[chunk.window_bits as usize].push(oa.get());
         }
         Some(removed)
@@ -209,7 +243,7 @@ impl Bus {
 
 impl std::fmt::Debug for Bus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.free();
         f.debug_struct("Bus").field("chunks", &(free.next_chunk - 1)).finish_non_exhaustive()
     }
 }

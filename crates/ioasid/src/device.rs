@@ -1,31 +1,87 @@
 //! Devices, and where their DMA goes.
+//!
+//! A request of a device has the device's requester ID, and may have a PASID beside it. Each (RID) and each (RID, PASID) is a
+//! *route*: it leads to one table, or nowhere. An address space has nothing to do with either number; attaching is what
+//! chooses the route.
+//!
+//! # No route has two owners
+//!
+//! There is one [`Device`] for a requester ID of an IOMMU at any time, and its routes are changed through it alone, one change
+//! after the other. A PASID that a device uses for one table is not used for a second one: who wants another table there says
+//! so ([`Device::replace_pasid`]), and the device's DMA goes through the one or the other, without a moment of neither or both.
+//! As long as a route has a PASID it holds the PASID's binding, so the PASID is not given out anew.
+//!
+//! # Whose numbers
+//!
+//! Whoever drives the device, a guest perhaps, has numbers of its own for address spaces. A device model is asked to use such a
+//! number, and finds the PASID that stands for it at this device ([`Device::pasid`]): the numbers of two devices, or of two
+//! guests, have nothing to do with each other.
 
 use crate::iommu::{AttachError, Iommu, Requirements, Rid};
+use crate::pasid::{Pasid, PasidBinding, Spid};
 use crate::space::ReservationOwner;
-use crate::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::{Mutex, MutexGuard, PoisonError, global};
 use crate::table::Table;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-static DEVICES: AtomicU64 = AtomicU64::new(0);
+static ROUTES: AtomicU64 = AtomicU64::new(0);
+
+global! {
+    /// Which requester IDs have a [`Device`], by the IOMMU's address. A device keeps its IOMMU alive, and with it the address
+    /// its own.
+    static TAKEN: Mutex<BTreeSet<(usize, Rid)>> = Mutex::new(BTreeSet::new());
+}
 
 /// A device behind an IOMMU. Blocked until it is attached, and again when this is dropped.
-#[derive(Debug)]
 pub struct Device {
-    id: u64,
     iommu: Arc<dyn Iommu>,
     rid: Rid,
     requirements: Requirements,
-    attached: Mutex<Option<Arc<Table>>>,
+    routes: Mutex<Routes>,
+}
+
+/// Why there is no such [`Device`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// The IOMMU does not know it.
+    #[error("the IOMMU has no device {0}")]
+    Unknown(Rid),
+    /// There is one, which somebody has.
+    #[error("device {0} is in somebody's hands already")]
+    Taken(Rid),
+}
+
+#[derive(Debug, Default)]
+struct Routes {
+    /// That of requests without a PASID.
+    plain: Option<Route>,
+    /// By what the device's user calls them.
+    pasids: BTreeMap<Spid, (PasidBinding, Route)>,
+}
+
+/// Where a route leads.
+#[derive(Debug)]
+struct Route {
+    table: Arc<Table>,
+    /// For whom the space keeps the device's reserved addresses free.
+    owner: ReservationOwner,
 }
 
 impl Device {
-    /// The device with this requester ID, blocked; `None` if the IOMMU has no such device.
-    pub fn new(iommu: Arc<dyn Iommu>, rid: Rid) -> Option<Device> {
-        let requirements = iommu.requirements(rid)?;
+    /// The device with this requester ID, blocked.
+    ///
+    /// # Errors
+    /// The IOMMU has no such device, or there is a `Device` for it.
+    pub fn new(iommu: Arc<dyn Iommu>, rid: Rid) -> Result<Device, DeviceError> {
+        let requirements = iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
+        if !taken().insert((address(&iommu), rid)) {
+            return Err(DeviceError::Taken(rid));
+        }
         iommu.block(rid);
-        let id = DEVICES.fetch_add(1, Ordering::Relaxed);
-        Some(Device { id, iommu, rid, requirements, attached: Mutex::new(None) })
+        Ok(Device { iommu, rid, requirements, routes: Mutex::default() })
     }
 
     /// Its requester ID.
@@ -47,52 +103,171 @@ impl Device {
         &self.iommu
     }
 
-    fn attached(&self) -> MutexGuard<'_, Option<Arc<Table>>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches the device to a table, or moves it there in one step from the one it is attached to. On an error
-    /// it stays where it was.
+    /// Attaches the device's requests without a PASID to a table, or moves them there in one step from the one that they are
+    /// attached to. On an error they stay where they were.
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
-        if table.class() != self.requirements.class {
-            return Err(AttachError::Incompatible);
-        }
-        let mut attached = self.attached();
-        let owner = ReservationOwner::Device(self.id);
-        let stays = attached.as_ref().is_some_and(|old| Arc::ptr_eq(old.space(), table.space()));
-        if !stays {
-            table.space().reserve_all(&self.requirements.reserved, owner)?;
-        }
-        if let Err(error) = self.iommu.attach(self.rid, table) {
-            if !stays {
-                table.space().unreserve(owner);
-            }
-            return Err(error);
-        }
-        if let Some(old) = attached.replace(table.clone()) {
-            if !stays {
-                old.space().unreserve(owner);
-            }
-        }
+        let mut routes = self.routes();
+        let route = self.route(routes.plain.as_ref(), table, || self.iommu.attach(self.rid, table))?;
+        leave(routes.plain.replace(route), Some(table));
         Ok(())
     }
 
-    /// Blocks the device's DMA; when this returns, none is running. Nothing happens if it is not attached.
+    /// Blocks the device's requests without a PASID; when this returns, none is running. Nothing happens if they are not attached.
     pub fn detach(&self) {
-        if let Some(old) = self.attached().take() {
+        let mut routes = self.routes();
+        if let Some(old) = routes.plain.take() {
             self.iommu.block(self.rid);
-            old.space().unreserve(ReservationOwner::Device(self.id));
+            leave(Some(old), None);
         }
     }
 
-    /// The table it is attached to.
+    /// The table that requests without a PASID are attached to.
     pub fn table(&self) -> Option<Arc<Table>> {
-        self.attached().clone()
+        self.routes().plain.as_ref().map(|route| route.table.clone())
     }
+
+    /// Attaches the device's requests with a PASID to a table. `number` is what the device's user calls the PASID, at this device.
+    /// The route keeps the binding until it is [detached](Self::detach_pasid).
+    ///
+    /// ```
+    /// # use ioasid::pasid::{Limit, Owner, PasidState, PasidSystem, Spid};
+    /// # use ioasid::{AttachError, Bus, Device, Iommu, Space, Table};
+    /// # fn example(device: &Device) -> Result<(), Box<dyn std::error::Error>> {
+    /// let system = PasidSystem::new(1 << 20)?;
+    /// let guest = system.create_set(Owner::Machine(7), 100, &Limit::new(&system, "guests", None))?;
+    /// let pasid = guest.allocate(1..=u32::MAX, 0)?;
+    ///
+    /// // The guest has a process whose address space it calls 5.
+    /// let process = Space::new(&Bus::new());
+    /// let number = Spid::new(5).unwrap();
+    /// device.attach_pasid(number, guest.bind(pasid)?, &Table::for_device(&process, device)?)?;
+    /// assert_eq!(device.pasid(number), Some(pasid));
+    /// assert_eq!(guest.lookup(pasid)?.state, PasidState::Active);
+    ///
+    /// // It ends. When this has returned, no DMA for it is running.
+    /// device.detach_pasid(number);
+    /// assert_eq!(guest.lookup(pasid)?.state, PasidState::Idle);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The device uses the number, or the PASID under another number; the device has no PASIDs; or the table is not for it.
+    pub fn attach_pasid(
+        &self,
+        number: Spid,
+        binding: PasidBinding,
+        table: &Arc<Table>,
+    ) -> Result<(), AttachError> {
+        let mut routes = self.routes();
+        let pasid = binding.pasid();
+        let same = |(other, (taken, _)): &(&Spid, &(PasidBinding, Route))| {
+            **other == number || taken.pasid() == pasid
+        };
+        if let Some((number, (taken, _))) = routes.pasids.iter().find(same) {
+            return Err(AttachError::PasidTaken { device: self.rid, pasid: taken.pasid(), number: *number });
+        }
+        let route = self.route(None, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
+        routes.pasids.insert(number, (binding, route));
+        Ok(())
+    }
+
+    /// Moves the device's requests with a PASID from the table that they are attached to to another one, in one step. On an
+    /// error they stay where they were.
+    ///
+    /// # Errors
+    /// The device has no PASID of this number, or the table is not for it.
+    pub fn replace_pasid(&self, number: Spid, table: &Arc<Table>) -> Result<(), AttachError> {
+        let mut routes = self.routes();
+        let missing = AttachError::NoSuchPasid { device: self.rid, number };
+        let (binding, route) = routes.pasids.get_mut(&number).ok_or(missing)?;
+        let pasid = binding.pasid();
+        let new = self.route(Some(route), table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
+        leave(Some(std::mem::replace(route, new)), Some(table));
+        Ok(())
+    }
+
+    /// Blocks the device's requests with a PASID. When this returns, none is running, and the binding has gone; `false` if
+    /// there was no PASID of this number.
+    pub fn detach_pasid(&self, number: Spid) -> bool {
+        let mut routes = self.routes();
+        let Some((binding, route)) = routes.pasids.remove(&number) else { return false };
+        self.iommu.block_pasid(self.rid, binding.pasid());
+        leave(Some(route), None);
+        true
+    }
+
+    /// The PASID that the device puts into requests for what its user calls `number`.
+    pub fn pasid(&self, number: Spid) -> Option<Pasid> {
+        self.routes().pasids.get(&number).map(|(binding, _)| binding.pasid())
+    }
+
+    /// The table that requests with the PASID of this number are attached to.
+    pub fn table_of_pasid(&self, number: Spid) -> Option<Arc<Table>> {
+        self.routes().pasids.get(&number).map(|(_, route)| route.table.clone())
+    }
+
+    /// Sets up a route to `table`, in place of `old`, and has the IOMMU carry it out. On an error everything is as it was.
+    fn route(
+        &self,
+        old: Option<&Route>,
+        table: &Arc<Table>,
+        carry_out: impl FnOnce() -> Result<(), AttachError>,
+    ) -> Result<Route, AttachError> {
+        if table.class() != self.requirements.class {
+            return Err(AttachError::Incompatible);
+        }
+        if let Some(old) = old.filter(|old| Arc::ptr_eq(old.table.space(), table.space())) {
+            carry_out()?;
+            return Ok(Route { table: table.clone(), owner: old.owner });
+        }
+        let owner = ReservationOwner::Device(ROUTES.fetch_add(1, Ordering::Relaxed));
+        table.space().reserve_all(&self.requirements.reserved, owner)?;
+        if let Err(error) = carry_out() {
+            table.space().unreserve(owner);
+            return Err(error);
+        }
+        Ok(Route { table: table.clone(), owner })
+    }
+}
+
+/// Takes back what a route that is no more had reserved, unless the one in its place is in the same space and has it now.
+fn leave(old: Option<Route>, new: Option<&Arc<Table>>) {
+    let Some(old) = old else { return };
+    if !new.is_some_and(|new| Arc::ptr_eq(new.space(), old.table.space())) {
+        old.table.space().unreserve(old.owner);
+    }
+}
+
+fn taken() -> MutexGuard<'static, BTreeSet<(usize, Rid)>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn address(iommu: &Arc<dyn Iommu>) -> usize {
+    Arc::as_ptr(iommu).cast::<()>().addr()
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
         self.detach();
+        let routes = std::mem::take(&mut self.routes().pasids);
+        for (binding, route) in routes.into_values() {
+            self.iommu.block_pasid(self.rid, binding.pasid());
+            leave(Some(route), None);
+        }
+        taken().remove(&(address(&self.iommu), self.rid));
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("rid", &self.rid)
+            .field("requirements", &self.requirements)
+            .finish_non_exhaustive()
     }
 }

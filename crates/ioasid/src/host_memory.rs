@@ -140,6 +140,11 @@ impl HostMemory {
         Ok(())
     }
 
+    /// The address of its first byte, for a kernel that will read and write there.
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer.as_ptr().expose_provenance() as u64
+    }
+
     /// How many bytes can be used.
     #[inline]
     pub(crate) fn length(&self) -> u64 {

@@ -6,6 +6,8 @@
 //! double, and the kernel's, whose calls sleep, whose tables cannot be cut, and which finds out late that it is out
 //! of memory.
 
+use crate::bus::Bus;
+use crate::pasid::{Pasid, Spid};
 use crate::table::Table;
 use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
 use std::any::Any;
@@ -76,6 +78,27 @@ pub enum AttachError {
     Allowed {
         /// The addresses in question.
         range: IovaRange,
+    },
+    /// The device, or the IOMMU, cannot tell address spaces of one device apart.
+    #[error("device {0} has no PASIDs")]
+    NoPasids(Rid),
+    /// The device uses that PASID for something else. To move it to another table is another call.
+    #[error("device {device} uses PASID {pasid} already, which it calls {number}")]
+    PasidTaken {
+        /// The device.
+        device: Rid,
+        /// The PASID.
+        pasid: Pasid,
+        /// What the device's user calls it.
+        number: Spid,
+    },
+    /// The device does not use a PASID of this number.
+    #[error("device {device} has no address space that it calls {number}")]
+    NoSuchPasid {
+        /// The device.
+        device: Rid,
+        /// The number, of the device's user.
+        number: Spid,
     },
     /// The table could not be filled.
     #[error(transparent)]
@@ -232,10 +255,14 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     ///
     /// That is the space's *cut granule*: if the table cannot cut leaves while devices use it, it shall have no larger
     /// ones either, so that wherever the space can be unmapped the table can too. A table that can need not care.
+    ///
+    /// Output addresses are those of `bus`, which a table needs that has to find the memory behind them
+    /// ([`Bus::locate`]); the others need not care.
     fn new_table(
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        bus: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError>;
 
     /// Sends the device's DMA through `table`, in one step: there is no moment at which it goes nowhere or through
@@ -245,6 +272,17 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// The engine makes no two calls for one device at the same time.
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
 
-    /// Refuses all DMA of the device. When it returns, none is running.
+    /// Refuses all DMA of the device that has no PASID. When it returns, none is running.
     fn block(&self, device: Rid);
+
+    /// Sends the device's requests with this PASID through `table`, in one step, as [`attach`](Self::attach) does with those
+    /// that have none.
+    ///
+    /// An IOMMU without PASIDs need not implement it.
+    fn attach_pasid(&self, device: Rid, _pasid: Pasid, _table: &Arc<Table>) -> Result<(), AttachError> {
+        Err(AttachError::NoPasids(device))
+    }
+
+    /// Refuses all DMA of the device that has this PASID. When it returns, none is running.
+    fn block_pasid(&self, _device: Rid, _pasid: Pasid) {}
 }

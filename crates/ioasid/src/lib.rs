@@ -61,6 +61,7 @@ mod ledger;
 mod mapped_in;
 mod memory;
 pub mod pasid;
+mod place;
 mod sleeping;
 mod slice;
 pub mod snapshot;
@@ -70,10 +71,10 @@ mod table;
 
 #[cfg(feature = "vm-memory")]
 pub use backing::RegionError;
-pub use backing::{Backing, FileError, LateBound, MemoryGone, Residency, ResidencyError};
+pub use backing::{Backing, BackingFile, FileError, LateBound, MemoryGone, Residency, ResidencyError};
 pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
-pub use device::Device;
+pub use device::{Device, DeviceError};
 pub use dma::{DmaError, Here, Late, Translated};
 #[cfg(feature = "vm-memory")]
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
@@ -83,6 +84,7 @@ pub use ioasid_pagetable::{
 pub use iommu::{AttachError, Change, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
+pub use place::{BusObserver, HostBytes, HostPlace};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
 };

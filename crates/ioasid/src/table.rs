@@ -65,7 +65,8 @@ impl Table {
         let derived = match class {
             TableClass::Native => None,
             TableClass::Derived { .. } => {
-                Some(device.iommu().new_table(class, space.native().format().largest_leaf())?)
+                let largest_leaf = space.native().format().largest_leaf();
+                Some(device.iommu().new_table(class, largest_leaf, space.bus())?)
             }
         };
         let id = TABLES.fetch_add(1, Ordering::Relaxed);

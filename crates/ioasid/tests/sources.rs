@@ -652,3 +652,53 @@ fn wherever_memory_was_mapped_it_is_found_when_it_goes() {
     backing.revoke();
     assert_eq!(space.leaves(IovaRange::ALL), []);
 }
+
+/// Notes what leaves the bus.
+#[derive(Default)]
+struct Leaving(std::sync::Mutex<Vec<(u64, u64)>>);
+
+impl ioasid::BusObserver for Leaving {
+    fn vacated(&self, first: ioasid::Oa, length: u64) {
+        self.0.lock().unwrap().push((first.get(), length));
+    }
+}
+
+#[test]
+fn a_kernel_can_be_told_where_memory_is_and_when_it_goes() {
+    let bus = Bus::new();
+    let account = Account::new("test", None);
+    let leaving = Arc::new(Leaving::default());
+    let observer: std::sync::Weak<Leaving> = Arc::downgrade(&leaving);
+    bus.observe(observer);
+
+    let backing = Backing::anonymous(&bus, 24 << 10).unwrap();
+    let one = Memory::register(&backing, 0, 4 << 10, &account).unwrap();
+    let two = Memory::register(&backing, 8 << 10, 16 << 10, &account).unwrap();
+    let place = bus.locate(two.output(0).unwrap()).unwrap();
+    // All that is in one place, though not all of it is registered.
+    assert_eq!((place.first, place.length), (one.output(0).unwrap(), 24 << 10));
+    let ioasid::HostBytes::Address(address) = place.memory else { panic!("{place:?}") };
+    backing.write(8 << 10, b"here").unwrap();
+    let at = std::ptr::with_exposed_provenance::<[u8; 4]>((address + (8 << 10)) as usize);
+    // SAFETY: the memory of the backing, which nobody writes meanwhile.
+    assert_eq!(unsafe { at.read() }, *b"here");
+    drop(one);
+    assert!(leaving.0.lock().unwrap().is_empty());
+    drop(two);
+    assert_eq!(*leaving.0.lock().unwrap(), [(place.first.get(), 32 << 10)]);
+    assert!(bus.locate(place.first).is_none());
+
+    let memfd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&memfd, 12 << 10).unwrap();
+    let file = Backing::file(&bus, &memfd).unwrap();
+    let memory = Memory::register(&file, 4 << 10, 4 << 10, &account).unwrap();
+    let place = bus.locate(memory.output(0).unwrap()).unwrap();
+    assert!(matches!(place.memory, ioasid::HostBytes::File(_, 0)), "{place:?}");
+    assert_eq!(place.length, 12 << 10);
+    // Also when devices reach it no more.
+    file.revoke();
+    assert!(bus.locate(place.first).is_some());
+    // Who does not listen any more is not told.
+    drop(leaving);
+    drop(memory);
+}

@@ -3,9 +3,14 @@
 //! Memory is copied by `process_vm_readv` and `process_vm_writev`, which respect page protections as a system call
 //! of the client's own would. They name the thread by its id, so the request is checked to be still waiting: before a
 //! write, because the id must not have become a stranger's, and after a read, because what was read must be the
-//! client's.
+//! client's. Neither can be left out: the request may have lasted long in between.
+//!
+//! An argument is read in pieces (its size, then the rest), and copying from another process is most of what a call
+//! costs. So a small read takes along what follows in the page, and what comes next is answered from that; a client that
+//! changes its argument between two reads changes nothing. For a call that will ask which address space the thread runs
+//! in, the bytes that tell are read in the same step.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,8 +36,36 @@ pub(crate) struct Call<'a> {
     thread: RefCell<Option<Arc<Thread>>>,
     /// Whether a lookup through the thread's directory has succeeded since the request came: it is the right thread.
     confirmed: Cell<bool>,
+    /// What was read last.
+    ahead: RefCell<ReadAhead>,
+    /// What the thread has at [`Thread::random_address`].
+    random: Cell<Option<[u8; 16]>>,
     /// What there is to say about the call, if somebody looks on.
     pub(crate) what: RefCell<Option<What>>,
+}
+
+/// The pages of clients are not smaller.
+const PAGE_SIZE: u64 = 4096;
+
+/// As long as any argument.
+const READ_AHEAD: usize = 128;
+
+/// A copy of some bytes of the client.
+#[derive(Debug)]
+struct ReadAhead {
+    address: u64,
+    length: usize,
+    bytes: [u8; READ_AHEAD],
+}
+
+impl ReadAhead {
+    const NOTHING: Self = Self { address: 0, length: 0, bytes: [0; READ_AHEAD] };
+
+    /// The bytes from `address` on, if all are there.
+    fn get(&self, address: u64, length: usize) -> Option<&[u8]> {
+        let start = usize::try_from(address.checked_sub(self.address)?).ok()?;
+        self.bytes[..self.length].get(start..start.checked_add(length)?)
+    }
 }
 
 /// What a descriptor number of the client refers to.
@@ -56,6 +89,8 @@ impl<'a> Call<'a> {
             files,
             thread: RefCell::new(None),
             confirmed: Cell::new(false),
+            ahead: RefCell::new(ReadAhead::NOTHING),
+            random: Cell::new(None),
             what: RefCell::new(None),
         }
     }
@@ -147,6 +182,41 @@ impl<'a> Call<'a> {
             .map_err(|errno| self.unreachable("descriptors", errno))
     }
 
+    /// The second argument, which tells ioctls apart.
+    fn command(&self) -> u32 {
+        self.notification.arguments[1] as u32
+    }
+
+    /// Reads `length` bytes, which lie in one page, and whatever else the call will need.
+    fn read_ahead(&self, address: u64, length: usize) -> Result<RefMut<'_, ReadAhead>, Errno> {
+        let mut ahead = self.ahead.borrow_mut();
+        ahead.length = 0;
+        let thread = self.notification.thread;
+        // Confirmed: what is remembered is of this thread, and not of one that had its id before.
+        let remembered = self.thread.borrow();
+        let will_be_asked = remembered.as_ref().filter(|thread| {
+            self.confirmed.get() && thread.asked_by.load(Ordering::Relaxed) == self.command()
+        });
+        let count = match will_be_asked.and_then(|thread| thread.random_address()) {
+            Some(random_address) if self.random.get().is_none() => {
+                let mut random = [0; 16];
+                let first = (address, &mut ahead.bytes[..length]);
+                let count = memory::read_two(thread, first, (random_address, &mut random))?;
+                if count == length + random.len() {
+                    self.random.set(Some(random));
+                }
+                count.min(length)
+            }
+            _ => memory::read(thread, address, &mut ahead.bytes[..length])?,
+        };
+        // A page is there as a whole or not at all.
+        if count < length {
+            return Err(Errno::FAULT);
+        }
+        (ahead.address, ahead.length) = (address, length);
+        Ok(ahead)
+    }
+
     fn duplicate_by_pidfd(&self, fd: i32) -> Result<OwnedFd, Errno> {
         /// A pidfd for a thread that is not the first of its process.
         const PIDFD_THREAD: PidfdFlags = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
@@ -171,12 +241,32 @@ impl Client for Call<'_> {
         if buffer.is_empty() {
             return Ok(());
         }
-        match memory::read(self.notification.thread, address, buffer) {
+        if let Some(bytes) = self.ahead.borrow().get(address, buffer.len()) {
+            buffer.copy_from_slice(bytes);
+            return Ok(());
+        }
+        // Beyond the page there may be nothing, or something that makes us wait.
+        let in_page = (PAGE_SIZE - address % PAGE_SIZE).min(READ_AHEAD as u64) as usize;
+        let read = if buffer.len() <= in_page {
+            self.read_ahead(address, in_page).map(|ahead| {
+                buffer.copy_from_slice(&ahead.bytes[..buffer.len()]);
+                buffer.len()
+            })
+        } else {
+            memory::read(self.notification.thread, address, buffer)
+        };
+        match read {
             Ok(count) if count == buffer.len() => {}
             Ok(_) => return Err(Errno::FAULT),
             Err(errno) => return Err(self.unreachable("memory", errno)),
         }
-        if self.listener.is_valid(self.notification.id) { Ok(()) } else { Err(Errno::FAULT) }
+        if self.listener.is_valid(self.notification.id) {
+            return Ok(());
+        }
+        // It may be a stranger's.
+        self.ahead.borrow_mut().length = 0;
+        self.random.set(None);
+        Err(Errno::FAULT)
     }
 
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
@@ -186,6 +276,7 @@ impl Client for Call<'_> {
         if !self.listener.is_valid(self.notification.id) {
             return Err(Errno::FAULT);
         }
+        self.ahead.borrow_mut().length = 0;
         match memory::write(self.notification.thread, address, bytes) {
             Ok(count) if count == bytes.len() => Ok(()),
             Ok(_) => Err(Errno::FAULT),
@@ -208,7 +299,9 @@ impl Client for Call<'_> {
 
     fn process(&self) -> Result<Arc<dyn Process>, Errno> {
         let thread = self.current_thread()?;
-        match self.processes.address_space(self.listener, self.notification.id, &thread) {
+        thread.asked_by.store(self.command(), Ordering::Relaxed);
+        let seen = self.random.get();
+        match self.processes.address_space(self.listener, self.notification.id, &thread, seen) {
             Ok(space) => Ok(space),
             Err(Errno::SRCH) => Err(Errno::SRCH),
             Err(errno) => Err(self.unreachable("memory", errno)),

@@ -17,7 +17,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -100,6 +100,9 @@ pub(crate) struct OpenFiles {
     closing: Mutex<Closing>,
     /// How many there are, so that a request from a program that has none open costs nothing.
     count: AtomicUsize,
+    /// Whether somebody is at work on closes, or one of them has still to be asked about. Set before any event is
+    /// taken from the queue.
+    settling: AtomicBool,
 }
 
 /// For how long a suspect is asked about at every request; a thread inside `close` is through with it long before.
@@ -115,6 +118,7 @@ impl OpenFiles {
             by_inode: RwLock::default(),
             closing: Mutex::default(),
             count: AtomicUsize::new(0),
+            settling: AtomicBool::new(false),
         })
     }
 
@@ -183,20 +187,31 @@ impl OpenFiles {
         if self.count.load(Ordering::SeqCst) == 0 {
             return;
         }
-        let mut closing = self.closing();
-        let now = Instant::now();
-        self.read_events(&mut closing, now);
-        self.settle(&mut closing, |suspect| now.duration_since(suspect.since) < FRESH);
+        // First the queue, then the flag: an event that is not in the queue any more was taken by somebody who had set
+        // the flag. So requests without a close before them take no lock.
+        let nothing_new = rustix::io::ioctl_fionread(&self.inotify) == Ok(0);
+        if nothing_new && !self.settling.load(Ordering::SeqCst) {
+            return;
+        }
+        self.work_on_closes(false);
     }
 
     /// The same for the supervisor's loop; also asks about old suspects. Returns when to call again if nothing
     /// happens before: `None` if there is no need.
     pub(crate) fn drain_all(&self) -> Option<Duration> {
+        self.work_on_closes(true)
+    }
+
+    /// Takes the events and asks about suspects, fresh ones or all. Returns when somebody should ask again.
+    fn work_on_closes(&self, all: bool) -> Option<Duration> {
         let mut closing = self.closing();
+        self.settling.store(true, Ordering::SeqCst);
         let now = Instant::now();
+        let is_fresh = |suspect: &Suspect| now.duration_since(suspect.since) < FRESH;
         self.read_events(&mut closing, now);
-        self.settle(&mut closing, |_| true);
-        let fresh = closing.suspects.iter().any(|suspect| now.duration_since(suspect.since) < FRESH);
+        self.settle(&mut closing, |suspect| all || is_fresh(suspect));
+        let fresh = closing.suspects.iter().any(is_fresh);
+        self.settling.store(fresh, Ordering::SeqCst);
         match closing.suspects.is_empty() {
             true => None,
             false if fresh => Some(Duration::from_millis(2)),

@@ -2,11 +2,16 @@
 //!
 //! Receiving is arranged so that no thread blocks in the receive call itself, which older kernels do not end when the
 //! last client goes: a thread waits in epoll, and takes the receive lock for the instant of "is one there? then take
-//! it". The waits are exclusive, so that one request wakes one thread, and always the first that is idle: a client
-//! that calls once at a time is served by one thread whose caches are warm.
+//! it" (in the kernel, receiving takes a lock of the listener's own anyway). Asking is a system call, and is left out
+//! where the answer is known: when nobody has received anything since before the wait that found a request.
+//!
+//! The waits are exclusive, so that one request wakes one thread, and always the first that is idle: a client that
+//! calls once at a time is served by one thread whose caches are warm. Blocking in the receive call would save the
+//! wait, but the kernel wakes all who are blocked there for each request, and then the second costs more than it saves.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,11 +25,17 @@ pub(crate) use crate::sys::seccomp::{Answer, Notification};
 pub(crate) struct Listener {
     descriptor: OwnedFd,
     receiving: Mutex<()>,
+    /// How often the kernel was asked for a request.
+    received: AtomicU64,
 }
+
+/// The state of the listener before a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Received(u64);
 
 impl Listener {
     pub(crate) fn new(descriptor: OwnedFd) -> Self {
-        Self { descriptor, receiving: Mutex::new(()) }
+        Self { descriptor, receiving: Mutex::new(()), received: AtomicU64::new(0) }
     }
 
     /// Has client and server wake each other on the CPU they are on, which is several times faster. False if this
@@ -33,16 +44,23 @@ impl Listener {
         seccomp::set_sync_wake_up(self.descriptor.as_fd()).is_ok()
     }
 
-    /// Takes a request if one is waiting.
-    ///
-    /// # Errors
-    /// None that matter to the caller: a client that died meanwhile is no request.
-    pub(crate) fn receive(&self) -> Option<Notification> {
+    /// To be asked before a wait, and passed to [`Listener::receive`] after it.
+    pub(crate) fn received(&self) -> Received {
+        Received(self.received.load(Ordering::Acquire))
+    }
+
+    /// Takes a request if one is waiting, as a wait that began after `before` has found. A client that died meanwhile
+    /// is no request.
+    pub(crate) fn receive(&self, before: Received) -> Option<Notification> {
         let _receiving = self.receiving.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !is_ready(self.descriptor.as_fd()) {
+        // The kernel counts requests, and only receiving counts down: what the wait has found is there, or its client
+        // has died, and then receiving fails and does not block.
+        if self.received() != before && !is_ready(self.descriptor.as_fd()) {
             return None;
         }
-        seccomp::receive(self.descriptor.as_fd()).ok()
+        let notification = seccomp::receive(self.descriptor.as_fd()).ok();
+        self.received.fetch_add(1, Ordering::Release);
+        notification
     }
 
     /// Answers a request. False if the client has left, killed while it waited: nobody sees the answer.

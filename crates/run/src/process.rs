@@ -19,8 +19,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 
 use ioasid_server::{LateBound, MemoryGone, Process};
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -102,11 +102,21 @@ pub(crate) struct Thread {
     id: u32,
     pub(crate) directory: TaskDirectory,
     address_space: Mutex<Option<Arc<AddressSpace>>>,
+    /// The latest ioctl for which the server asked in which address space the thread runs. The next of its kind will
+    /// need the answer again.
+    pub(crate) asked_by: AtomicU32,
     /// Whether it was said that this thread's memory cannot be reached; once is enough.
     pub(crate) complained: AtomicBool,
 }
 
 impl Thread {
+    /// Where to read 16 bytes that tell whether the thread still runs in the address space that is remembered for it;
+    /// `None` if none is.
+    pub(crate) fn random_address(&self) -> Option<u64> {
+        let remembered = self.address_space.lock().unwrap_or_else(PoisonError::into_inner);
+        remembered.as_ref().map(|space| space.random_address)
+    }
+
     /// The id of the process that it belongs to.
     pub(crate) fn process_id(&self) -> Result<u32, Errno> {
         self.directory.status_field("Tgid")?.parse().map_err(|_| Errno::SRCH)
@@ -118,10 +128,12 @@ impl Thread {
 pub(crate) struct Processes {
     /// How many threads are remembered.
     remembered: usize,
-    threads: Mutex<HashMap<u32, Arc<Thread>>>,
+    threads: RwLock<HashMap<u32, Arc<Thread>>>,
     /// By process id. The server keeps those alive whose memory it still needs.
     address_spaces: Mutex<HashMap<u32, Weak<AddressSpace>>>,
     identities: AtomicU64,
+    /// Our own user namespace, where it can be told.
+    user_namespace: Option<std::path::PathBuf>,
 }
 
 impl Processes {
@@ -131,17 +143,19 @@ impl Processes {
         let most = usize::try_from(descriptors / DESCRIPTORS_PER_THREAD).unwrap_or(usize::MAX);
         Self {
             remembered: most.clamp(4, REMEMBERED_THREADS),
-            threads: Mutex::default(),
+            threads: RwLock::default(),
             address_spaces: Mutex::default(),
             identities: AtomicU64::new(0),
+            user_namespace: std::fs::read_link("/proc/self/ns/user").ok(),
         }
     }
 
     /// The thread that waits for the answer to request `request`. What is remembered under its id may be a thread
     /// that has died since; then lookups through its directory fail, and [`Processes::renew`] finds the right one.
     pub(crate) fn thread(&self, listener: &Listener, request: u64, id: u32) -> Result<Arc<Thread>, Errno> {
-        if let Some(thread) = self.threads().get(&id) {
-            return Ok(Arc::clone(thread));
+        let known = self.threads.read().unwrap_or_else(PoisonError::into_inner).get(&id).map(Arc::clone);
+        if let Some(thread) = known {
+            return Ok(thread);
         }
         self.renew(listener, request, id)
     }
@@ -170,6 +184,7 @@ impl Processes {
             id,
             directory,
             address_space: Mutex::new(None),
+            asked_by: AtomicU32::new(0),
             complained: AtomicBool::new(false),
         });
         let mut threads = self.threads();
@@ -189,7 +204,8 @@ impl Processes {
         self.address_spaces().retain(|_, space| space.strong_count() != 0);
     }
 
-    /// The address space that `thread` runs in, which waits for the answer to `request`.
+    /// The address space that `thread` runs in, which waits for the answer to `request`. `seen`: what was read at
+    /// [`Thread::random_address`] since the request came.
     ///
     /// # Errors
     /// `ESRCH` if the thread has gone, `EACCES` if its memory may not be reached.
@@ -198,10 +214,11 @@ impl Processes {
         listener: &Listener,
         request: u64,
         thread: &Thread,
+        seen: Option<[u8; 16]>,
     ) -> Result<Arc<AddressSpace>, Errno> {
         let mut remembered = thread.address_space.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(space) = remembered.as_ref() {
-            if space.is_still_that_of(thread.id) {
+            if seen == Some(space.random) || space.is_still_that_of(thread.id) {
                 return Ok(Arc::clone(space));
             }
         }
@@ -243,6 +260,7 @@ impl Processes {
         let random_address = random_address(&thread.directory)?;
         let mut random = [0; 16];
         read_exactly(&memory, random_address, &mut random).map_err(|_| Errno::SRCH)?;
+        let namespace = self.user_namespace.clone();
         // The request still waits, so the thread was alive and did not exec while these were opened.
         if !listener.is_valid(request) {
             return Err(Errno::SRCH);
@@ -255,7 +273,8 @@ impl Processes {
             maps: Mutex::new(maps.into()),
             random_address,
             random,
-            user: Mutex::default(),
+            our_user_namespace: namespace,
+            credentials: Mutex::default(),
         }))
     }
 
@@ -270,8 +289,8 @@ impl Processes {
         TaskDirectory::open(id)?.text("status")
     }
 
-    fn threads(&self) -> MutexGuard<'_, HashMap<u32, Arc<Thread>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    fn threads(&self) -> RwLockWriteGuard<'_, HashMap<u32, Arc<Thread>>> {
+        self.threads.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn address_spaces(&self) -> MutexGuard<'_, HashMap<u32, Weak<AddressSpace>>> {
@@ -304,16 +323,21 @@ pub(crate) struct AddressSpace {
     maps: Mutex<std::fs::File>,
     random_address: u64,
     random: [u8; 16],
-    user: Mutex<Option<User>>,
+    our_user_namespace: Option<std::path::PathBuf>,
+    credentials: Mutex<Option<Credentials>>,
 }
 
 /// Who a process runs as, and what was seen of it when that was looked up.
-#[derive(Debug)]
-struct User {
-    /// The owner of its directory and its effective capabilities.
-    seen: (u32, u64),
+#[derive(Debug, Clone, Copy)]
+struct Credentials {
+    /// The owner of its directory.
+    owner: u32,
+    /// Its effective capabilities.
+    capabilities: u64,
     /// Its real user id.
     real: u32,
+    /// Whether its capabilities count outside of user namespaces of its own.
+    in_our_user_namespace: bool,
 }
 
 impl AddressSpace {
@@ -340,17 +364,41 @@ impl AddressSpace {
         }
     }
 
-    fn capabilities(&self) -> u64 {
-        credentials::effective_capabilities(self.group_id).unwrap_or(0)
+    /// Who the process runs as now.
+    ///
+    /// The real user id is only in a text that takes a while to make, and the namespace in the name of a link. A process
+    /// that changes one of them changes its effective user id (the owner of its directory), or gains or loses
+    /// capabilities, as well, and both are seen at once. Except one that had all capabilities before it entered a
+    /// namespace of its own: it is taken for what it was.
+    fn credentials(&self) -> Credentials {
+        let owner = rustix::fs::fstat(&self.group.0).map_or(NOBODY, |status| status.st_uid);
+        let capabilities = credentials::effective_capabilities(self.group_id).unwrap_or(0);
+        let mut known = self.credentials.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known.filter(|known| (known.owner, known.capabilities) == (owner, capabilities))
+        {
+            return known;
+        }
+        // Real, effective, saved and file system ids.
+        let ids = self.group.status_field("Uid").unwrap_or_default();
+        let real = ids.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(NOBODY);
+        let theirs = self.group.link("ns/user").ok();
+        let in_our_user_namespace = theirs.is_some() && theirs == self.our_user_namespace;
+        let credentials = Credentials { owner, capabilities, real, in_our_user_namespace };
+        *known = Some(credentials);
+        credentials
     }
 
-    /// Whether the process holds a capability that counts outside of user namespaces of its own.
-    fn has_capability(&self, number: u32) -> bool {
-        self.capabilities() >> number & 1 == 1
-            && match (self.group.link("ns/user"), std::fs::read_link("/proc/self/ns/user")) {
-                (Ok(theirs), Ok(ours)) => theirs == ours,
-                _ => false,
-            }
+    fn limit_of(&self, credentials: &Credentials) -> Option<u64> {
+        if credentials.has(CAP_IPC_LOCK) {
+            return None;
+        }
+        credentials::locked_memory_limit(self.group_id).unwrap_or_else(|_| self.written_memory_lock_limit())
+    }
+}
+
+impl Credentials {
+    fn has(&self, capability: u32) -> bool {
+        self.in_our_user_namespace && self.capabilities >> capability & 1 == 1
     }
 }
 
@@ -398,30 +446,20 @@ impl Process for AddressSpace {
     }
 
     fn user(&self) -> u32 {
-        // The real user id is only in a text that takes a while to make. A process that changes it changes its
-        // effective one (the owner of its directory), or gives up capabilities, as well.
-        let owner = rustix::fs::fstat(&self.group.0).map_or(NOBODY, |status| status.st_uid);
-        let seen = (owner, self.capabilities());
-        let mut known = self.user.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(user) = known.as_ref().filter(|user| user.seen == seen) {
-            return user.real;
-        }
-        // Real, effective, saved and file system ids.
-        let ids = self.group.status_field("Uid").unwrap_or_default();
-        let real = ids.split_whitespace().next().and_then(|id| id.parse().ok()).unwrap_or(NOBODY);
-        *known = Some(User { seen, real });
-        real
+        self.credentials().real
     }
 
     fn memory_lock_limit(&self) -> Option<u64> {
-        if self.has_capability(CAP_IPC_LOCK) {
-            return None;
-        }
-        credentials::locked_memory_limit(self.group_id).unwrap_or_else(|_| self.written_memory_lock_limit())
+        self.limit_of(&self.credentials())
+    }
+
+    fn user_and_memory_lock_limit(&self) -> (u32, Option<u64>) {
+        let credentials = self.credentials();
+        (credentials.real, self.limit_of(&credentials))
     }
 
     fn may_change_resource_mode(&self) -> bool {
-        self.has_capability(CAP_SYS_RESOURCE)
+        self.credentials().has(CAP_SYS_RESOURCE)
     }
 
     fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {

@@ -168,8 +168,12 @@ impl<'service> Crew<'service> {
 
     fn work<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, waiter: &Waiter) {
         let mut statistics = Statistics::default();
-        while waiter.wait() == Woken::Request {
-            let Some(notification) = self.service.listener.receive() else { continue };
+        loop {
+            let before = self.service.listener.received();
+            if waiter.wait() == Woken::Stop {
+                break;
+            }
+            let Some(notification) = self.service.listener.receive(before) else { continue };
             if self.idle.fetch_sub(1, Ordering::SeqCst) == 1 {
                 if let Err(errno) = self.start_worker(scope) {
                     tracing::warn!(%errno, "cannot start another worker; requests may have to wait");

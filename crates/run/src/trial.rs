@@ -93,8 +93,9 @@ pub(crate) fn attempt() -> Result<Findings, Errno> {
             _ => return Err(Errno::CHILD),
         };
         let synchronous = listener.wake_synchronously();
+        let before = listener.received();
         await_readable(&listener)?;
-        let notification = listener.receive().ok_or(Errno::SRCH)?;
+        let notification = listener.receive(before).ok_or(Errno::SRCH)?;
         let mut findings = look_into(&listener, &notification, expected);
         findings.synchronous = synchronous;
         findings.round_trip = (|| {

@@ -75,6 +75,11 @@ pub trait Process: ioasid::LateBound + Debug {
     /// `RLIMIT_MEMLOCK` in bytes; `None` if unlimited or if the process may lock without limit (`CAP_IPC_LOCK`).
     fn memory_lock_limit(&self) -> Option<u64>;
 
+    /// [`Process::user`] and [`Process::memory_lock_limit`] at once, which may be cheaper: every map asks for both.
+    fn user_and_memory_lock_limit(&self) -> (u32, Option<u64>) {
+        (self.user(), self.memory_lock_limit())
+    }
+
     /// Whether the process may change who is charged (`CAP_SYS_RESOURCE`).
     fn may_change_resource_mode(&self) -> bool;
 

@@ -1,23 +1,32 @@
-//! A client that lives in this process and whose memory is a sparse pretend address space: for unit tests and fuzzers,
-//! ours and those of programs that use an iommufd.
+//! A client that lives in this process: for unit tests and fuzzers, ours and those of programs that use an iommufd.
 //!
-//! An [`InProcess`] stands for one process: it has memory, descriptors and a user. Commands are given as bytes
-//! ([`InProcess::call`]) or by an address in its memory ([`InProcess::ioctl`]). It ends when it is dropped; what was
-//! mapped of its memory is gone then, as after an exit.
+//! An [`InProcess`] stands for one process: it has memory, descriptors and a user. Its memory is one of two:
+//!
+//! - **pretended** ([`InProcess::new`]): a sparse address space that has what the test puts there. Addresses are made up,
+//!   and what happens at the edges of memory can be tried: [`InProcess::unmap_memory`], [`InProcess::protect`].
+//! - **this process's own** ([`InProcess::with_own_memory`]): addresses are real ones, so code that passes pointers to
+//!   `ioctl` and maps its guest's memory runs as it is. `examples/unit_test.rs` shows how it is plugged in.
+//!
+//! Commands are typed ([`InProcess::run`]), bytes ([`InProcess::call`]), or an address in its memory
+//! ([`InProcess::ioctl`]). It ends when it is dropped; what was mapped of its memory is gone then, as after an exit.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ioasid::{IovaRange, LateBound, MemoryGone};
+use ioasid_uapi::Command;
 use rustix::io::Errno;
 
 use crate::iommufd::areas::Areas;
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
-use crate::{Client, Descriptor, File, Process};
+use crate::{Client, Descriptor, File, Opened, Process, Server};
 
 /// Where a command's bytes appear in the client's memory during [`InProcess::call`].
 const ARGUMENT_ADDRESS: u64 = 0x7fff_0000_0000;
@@ -28,27 +37,29 @@ static NEXT_IDENTITY: AtomicU64 = AtomicU64::new(1);
 /// A pretend client program.
 ///
 /// ```
-/// use ioasid_server::{Errno, InProcess, Opened, Server, ServerOptions};
-/// use std::path::Path;
+/// use ioasid_server::{Errno, InProcess, Server, ServerOptions};
+/// use ioasid_uapi::iommufd::{Destroy, IoasAlloc, IoasMap, IoasMapFlags};
 ///
 /// let server = Server::new(ServerOptions::default())?;
 /// let client = InProcess::new(1000);
-/// let Some(Ok(Opened::File(file))) = server.open(&client, Path::new("/dev/iommu")) else { panic!() };
-/// let iommu = client.insert(file);
-/// let command = |words: &[u32]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+/// let iommu = client.open(&server, "/dev/iommu")?;
 ///
-/// // IOMMU_IOAS_ALLOC answers with the number of a new address space in its third word.
-/// let mut alloc = command(&[12, 0, 0]);
-/// client.call(iommu, 0x3b81, &mut alloc)?;
-/// assert_eq!(alloc[8], 1);
-///
-/// // IOMMU_DESTROY ends it, once.
-/// let mut destroy = command(&[8, 1]);
-/// client.call(iommu, 0x3b80, &mut destroy)?;
-/// assert_eq!(client.call(iommu, 0x3b80, &mut destroy), Err(Errno::NOENT));
+/// let ioas_id = client.run(iommu, IoasAlloc::default())?.out_ioas_id;
+/// client.map_memory(0x10_0000, 0x2000);
+/// let map = IoasMap {
+///     flags: (IoasMapFlags::READABLE | IoasMapFlags::FIXED_IOVA).bits(),
+///     ioas_id,
+///     user_va: 0x10_0000,
+///     length: 0x2000,
+///     iova: 0x8000_0000,
+///     ..Default::default()
+/// };
+/// client.run(iommu, map)?;
+/// assert_eq!(client.run(iommu, map), Err(Errno::EXIST));
+/// client.run(iommu, Destroy { id: ioas_id, ..Default::default() })?;
+/// assert_eq!(client.run(iommu, map), Err(Errno::NOENT));
 ///
 /// // The client's memory has what it is given, and nothing else.
-/// client.map_memory(0x10_0000, 0x2000);
 /// client.put(0x10_0ff0, b"across a page boundary")?;
 /// assert_eq!(client.get(0x10_0ff0, 22)?, b"across a page boundary");
 /// assert_eq!(client.get(0x20_0000, 1), Err(Errno::FAULT));
@@ -70,6 +81,8 @@ enum Held {
 struct PretendProcess {
     identity: u64,
     user: u32,
+    /// `/proc/self/mem`, if its memory is that of the real process.
+    own: Option<std::fs::File>,
     state: Mutex<State>,
 }
 
@@ -92,13 +105,25 @@ impl fmt::Debug for PretendProcess {
 impl InProcess {
     /// A program of the user `user` with no memory, no descriptors, no limit and no privilege.
     pub fn new(user: u32) -> Self {
-        let state = State {
-            mapped: Some(Areas::new()),
-            pages: HashMap::new(),
-            memory_lock_limit: None,
-            may_change_resource_mode: false,
-        };
-        Self { process: PretendProcess::new(user, state), descriptors: Mutex::default() }
+        Self { process: PretendProcess::new(user, None, State::new()), descriptors: Mutex::default() }
+    }
+
+    /// The same, but its memory is that of the process that calls: addresses are its own. Nothing pretended is added to
+    /// it, so that [`InProcess::map_memory`], [`InProcess::unmap_memory`] and [`InProcess::protect`] do nothing.
+    ///
+    /// Devices then read and write this memory behind the compiler's back, as real ones do. What is mapped should be
+    /// memory that the program itself reaches by raw pointers only (`mmap`, vm-memory), or that it looks at by
+    /// [`InProcess::get`]; and it must not be given back to an allocator while it is mapped.
+    ///
+    /// # Errors
+    /// `/proc/self/mem` cannot be opened.
+    pub fn with_own_memory(user: u32) -> Result<Self, Errno> {
+        let own = std::fs::File::options().read(true).write(true).open("/proc/self/mem");
+        let own = own.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        Ok(Self {
+            process: PretendProcess::new(user, Some(own), State::new()),
+            descriptors: Mutex::default(),
+        })
     }
 
     /// A second process as `fork` makes it: the same open files under the same descriptors, and a copy of the memory.
@@ -123,7 +148,9 @@ impl InProcess {
                 Some((fd, held))
             })
             .collect();
-        Self { process: PretendProcess::new(self.process.user, state), descriptors: Mutex::new(descriptors) }
+        let own = self.process.own.as_ref().and_then(|own| own.try_clone().ok());
+        let process = PretendProcess::new(self.process.user, own, state);
+        Self { process, descriptors: Mutex::new(descriptors) }
     }
 
     /// Maps zeroed memory, readable and writable, at the pages that `length` bytes at `address` touch. Pages that are
@@ -205,6 +232,31 @@ impl InProcess {
     /// Gives or takes `CAP_SYS_RESOURCE`.
     pub fn set_may_change_resource_mode(&self, may: bool) {
         lock(&self.process.state).may_change_resource_mode = may;
+    }
+
+    /// Opens a file of the server, such as `/dev/iommu` or `/dev/vfio/devices/vfio0`; returns its descriptor.
+    ///
+    /// # Errors
+    /// `ENOENT` for a path that is not of the server's files (its text files are not opened this way: see
+    /// [`Server::status`]), and what [`Server::open`] answers.
+    pub fn open(&self, server: &Arc<Server>, path: impl AsRef<Path>) -> Result<i32, Errno> {
+        match server.open(self, path.as_ref()).ok_or(Errno::NOENT)?? {
+            Opened::File(file) => Ok(self.insert(file)),
+            Opened::Text(_) => Err(Errno::NOENT),
+        }
+    }
+
+    /// Performs a command of [`ioasid_uapi`] and returns its argument as the server leaves it. The size in front is
+    /// filled in.
+    ///
+    /// # Errors
+    /// As [`InProcess::call`].
+    pub fn run<T: Command>(&self, fd: i32, mut command: T) -> Result<T, Errno> {
+        let size = u32::try_from(T::SIZE).map_err(|_| Errno::INVAL)?;
+        let bytes = command.as_mut_bytes();
+        bytes.get_mut(..4).ok_or(Errno::INVAL)?.copy_from_slice(&size.to_ne_bytes());
+        self.call(fd, T::NUMBER, bytes)?;
+        Ok(command)
     }
 
     /// Gives the program a descriptor of `file`: the lowest free number, from 3 on.
@@ -374,13 +426,21 @@ impl Client for Call<'_, '_> {
 }
 
 impl PretendProcess {
-    fn new(user: u32, state: State) -> Arc<Self> {
+    fn new(user: u32, own: Option<std::fs::File>, state: State) -> Arc<Self> {
         let identity = NEXT_IDENTITY.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Self { identity, user, state: Mutex::new(state) })
+        Arc::new(Self { identity, user, own, state: Mutex::new(state) })
+    }
+
+    /// The memory of the real process, if it is that and has not ended.
+    fn own(&self, state: &State) -> Option<&std::fs::File> {
+        self.own.as_ref().filter(|_| state.mapped.is_some())
     }
 
     fn copy_out(&self, address: u64, buffer: &mut [u8]) -> Result<(), MemoryGone> {
         let state = lock(&self.state);
+        if let Some(own) = self.own(&state) {
+            return own.read_exact_at(buffer, address).map_err(|_| MemoryGone { offset: address });
+        }
         state.check(address, buffer.len() as u64, false)?;
         for (page, within, part) in page_parts(address, buffer.len()) {
             match state.pages.get(&page) {
@@ -393,6 +453,11 @@ impl PretendProcess {
 
     fn copy_in(&self, address: u64, bytes: &[u8]) -> Result<(), MemoryGone> {
         let mut state = lock(&self.state);
+        if let Some(own) = self.own(&state) {
+            // This way in does not look at permissions.
+            check_own(address, bytes.len() as u64, true)?;
+            return own.write_all_at(bytes, address).map_err(|_| MemoryGone { offset: address });
+        }
         state.check(address, bytes.len() as u64, true)?;
         for (page, within, part) in page_parts(address, bytes.len()) {
             let target = state.pages.entry(page).or_insert_with(|| vec![0; PAGE_SIZE as usize].into());
@@ -418,6 +483,15 @@ fn page_parts(address: u64, length: usize) -> impl Iterator<Item = (u64, usize, 
 }
 
 impl State {
+    fn new() -> Self {
+        Self {
+            mapped: Some(Areas::new()),
+            pages: HashMap::new(),
+            memory_lock_limit: None,
+            may_change_resource_mode: false,
+        }
+    }
+
     fn check(&self, address: u64, length: u64, write: bool) -> Result<(), MemoryGone> {
         if length == 0 {
             return Ok(());
@@ -463,6 +537,37 @@ impl Process for PretendProcess {
     }
 
     fn check_access(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {
-        lock(&self.state).check(address, length, write).map_err(|_| Errno::FAULT)
+        let state = lock(&self.state);
+        match self.own(&state) {
+            Some(_) => check_own(address, length, write),
+            None => state.check(address, length, write),
+        }
+        .map_err(|_| Errno::FAULT)
     }
+}
+
+/// Whether this process has memory there that may be read, and written if `write`.
+fn check_own(address: u64, length: u64, write: bool) -> Result<(), MemoryGone> {
+    let gone = MemoryGone { offset: address };
+    let mut next = address;
+    let end = address.checked_add(length).ok_or(gone)?;
+    let maps = std::fs::File::open("/proc/self/maps").map_err(|_| gone)?;
+    for line in BufReader::new(maps).lines() {
+        if next >= end {
+            return Ok(());
+        }
+        let line = line.map_err(|_| gone)?;
+        // `7f0c8000-7f0ca000 rw-p 00000000 00:00 0 name`
+        let mut words = line.split(['-', ' ']);
+        let mut number = || u64::from_str_radix(words.next()?, 16).ok();
+        let (start, behind) = number().zip(number()).ok_or(gone)?;
+        let permissions = words.next().ok_or(gone)?;
+        if start <= next && next < behind {
+            if !permissions.starts_with(if write { "rw" } else { "r" }) {
+                return Err(gone);
+            }
+            next = behind;
+        }
+    }
+    if next >= end { Ok(()) } else { Err(gone) }
 }

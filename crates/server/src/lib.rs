@@ -21,20 +21,18 @@
 //! # Example
 //!
 //! ```
-//! use ioasid_server::{InProcess, Opened, Server, ServerOptions};
-//! use std::path::Path;
+//! use ioasid_server::{InProcess, Server, ServerOptions};
+//! use ioasid_uapi::iommufd::IoasAlloc;
 //!
 //! let server = Server::new(ServerOptions::default())?;
 //! let client = InProcess::new(1000);
-//! let Some(Ok(Opened::File(iommu))) = server.open(&client, Path::new("/dev/iommu")) else { panic!() };
-//! let iommu = client.insert(iommu);
-//!
-//! // IOMMU_IOAS_ALLOC: size, flags, and out comes the number of an address space.
-//! let mut command = [12_u32, 0, 0].map(u32::to_ne_bytes).concat();
-//! client.call(iommu, 0x3b81, &mut command)?;
-//! assert_eq!(command[8..], 1_u32.to_ne_bytes());
+//! let iommu = client.open(&server, "/dev/iommu")?;
+//! assert_eq!(client.run(iommu, IoasAlloc::default())?.out_ioas_id, 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! `examples/unit_test.rs` tests a VMM's own code against it: its `open`, `ioctl`, `pread` and `pwrite` go to an
+//! [`InProcess`] whose memory is the test's, devices do DMA, and calls are made to fail.
 //!
 //! # Where it differs from Linux
 //!
@@ -46,8 +44,9 @@
 //! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
 //!   and pages of a power of two; holes in the range are passed over. See docs/conformance.md.
 //! - VFIO's MAP_DMA with neither READ nor WRITE is `EINVAL`, as in VFIO's own container.
-//! - A client cannot grow the server without bound: 4,096 objects and 2^20 areas for each open, 2^12 allowed ranges for
-//!   each address space, arguments of 64 KiB; beyond that, `ENOMEM` or `E2BIG`.
+//! - A client cannot grow the server without bound: files, objects and areas are limited for each client and for all
+//!   together ([`Limits`], which also says how much memory that is), and arguments to 64 KiB. Beyond that, `EMFILE`,
+//!   `ENFILE`, `ENOMEM` or `E2BIG`.
 //! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting, PASIDs and fault queues.
 //!   Their commands are known, and refused with the error of a kernel without the capability. Dirty tracking has the
 //!   precision of leaves, and is absent from the native kind of table.
@@ -70,6 +69,7 @@ mod client;
 pub mod decode;
 mod in_process;
 mod iommufd;
+mod limits;
 mod machine;
 mod memory;
 mod observer;
@@ -87,6 +87,7 @@ use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
 use crate::iommufd::testing::{AccessFile, DmaBuf};
+use crate::limits::{Allowance, Allowances, Taken};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
 use crate::vfio::{DeviceFile, MachineDevice};
@@ -96,7 +97,7 @@ pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
 pub use observer::{Event, MemoryAt, MemoryOwner, Observer};
-pub use options::{DeviceOptions, OptionsError, ServerOptions};
+pub use options::{DeviceOptions, Limit, Limits, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
     AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, Status,
@@ -116,6 +117,7 @@ pub struct Server {
     memory: Arc<MemoryRegistry>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
+    allowances: Allowances,
     observer: Option<Arc<dyn Observer>>,
     test_devices: bool,
 }
@@ -169,10 +171,13 @@ pub enum Opened {
 #[derive(Debug)]
 pub struct File {
     kind: FileKind,
+    _counted: Taken,
+    /// Whose file it is; remembered as long as anything is his.
+    _allowance: Arc<Allowance>,
 }
 
 #[derive(Debug)]
-enum FileKind {
+pub(crate) enum FileKind {
     Iommufd(Arc<Context>),
     Device(DeviceFile),
     /// A user of pages that the test-only command made.
@@ -204,19 +209,28 @@ impl Server {
     fn make(options: ServerOptions, observer: Option<Arc<dyn Observer>>) -> Result<Arc<Self>, ServerError> {
         let devices = machine::devices(options.devices, observer.as_ref())?;
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
+        let allowances = Allowances::new(options.limits);
         let test_devices = options.test_devices;
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), observer, test_devices }))
+        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), allowances, observer, test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
     ///
     /// Ours are `/dev/iommu`, `/dev/vfio/devices/vfioN`, and `/dev/ioasid`, a read-only text: [`Server::status`] as
     /// JSON. Everything else beneath `/dev/vfio` is answered with `ENOENT`.
-    pub fn open(self: &Arc<Self>, _client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
-        let file = |kind| Some(Ok(Opened::File(File { kind })));
+    ///
+    /// Too many open files are `EMFILE` or `ENFILE`, see [`Limits`].
+    pub fn open(self: &Arc<Self>, client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
+        let file = |make: &dyn Fn(&Arc<Allowance>) -> FileKind| {
+            let file = client.process().and_then(|process| {
+                let allowance = self.allowances.of(process.identity());
+                File::new(&allowance, || make(&allowance))
+            });
+            Some(file.map(Opened::File))
+        };
         let path = path.to_str()?;
         if path == "/dev/iommu" {
-            return file(FileKind::Iommufd(self.new_context()));
+            return file(&|allowance| FileKind::Iommufd(self.new_context(allowance)));
         }
         if path == "/dev/ioasid" {
             return Some(Ok(Opened::Text(self.status().to_json())));
@@ -229,17 +243,18 @@ impl Server {
             .filter(|number| !number.starts_with(['+', '0']) || *number == "0");
         let device = number.and_then(|number| self.devices.get(number.parse::<usize>().ok()?));
         match device {
-            Some(device) => file(FileKind::Device(DeviceFile::new(Arc::clone(device)))),
+            Some(device) => file(&|_| FileKind::Device(DeviceFile::new(Arc::clone(device)))),
             None => Some(Err(Errno::NOENT)),
         }
     }
 
-    fn new_context(&self) -> Arc<Context> {
+    fn new_context(&self, allowance: &Arc<Allowance>) -> Arc<Context> {
         let mut contexts = lock(&self.contexts);
         contexts.opened += 1;
         let memory = Arc::clone(&self.memory);
-        let context = Context::new(contexts.opened, memory, self.test_devices, self.observer.clone());
-        let context = Arc::new(context);
+        let allowance = Arc::clone(allowance);
+        let observer = self.observer.clone();
+        let context = Arc::new(Context::new(contexts.opened, memory, allowance, self.test_devices, observer));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context
@@ -268,6 +283,15 @@ impl Server {
 }
 
 impl File {
+    /// A file that is counted for whose `allowance` it is.
+    ///
+    /// # Errors
+    /// `EMFILE`, `ENFILE`: too many.
+    pub(crate) fn new(allowance: &Arc<Allowance>, kind: impl FnOnce() -> FileKind) -> Result<Self, Errno> {
+        let counted = Taken::some(&allowance.files, 1)?;
+        Ok(Self { kind: kind(), _counted: counted, _allowance: Arc::clone(allowance) })
+    }
+
     /// Performs one `ioctl`. `command` is the system call's second argument, of which only the low 32 bits exist, and
     /// `argument` its third.
     ///
@@ -325,14 +349,6 @@ impl File {
             FileKind::Iommufd(context) => Some(Arc::clone(context)),
             FileKind::Device(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => None,
         }
-    }
-
-    pub(crate) fn of_access(access: AccessFile) -> Self {
-        Self { kind: FileKind::Access(access) }
-    }
-
-    pub(crate) fn of_dma_buf(buffer: Arc<DmaBuf>) -> Self {
-        Self { kind: FileKind::DmaBuf(buffer) }
     }
 
     /// The access, if this is one's file.

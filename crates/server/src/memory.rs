@@ -436,9 +436,9 @@ impl MemoryRegistry {
 
     /// Who pays for what `process` maps.
     pub(crate) fn charge(&self, process: &dyn Process, per_process: bool) -> Charge {
-        let Some(limit) = process.memory_lock_limit() else { return self.charge_without_limit(process) };
+        let (user, limit) = process.user_and_memory_lock_limit();
+        let Some(limit) = limit else { return self.unlimited(process, user) };
         let limit_pages = Some(limit / PAGE_SIZE);
-        let user = process.user();
         let account = if per_process {
             let make =
                 || ChargedAccount::new(format!("process {} of user {user}", process.id()), limit_pages);
@@ -451,7 +451,10 @@ impl MemoryRegistry {
 
     /// Who pays for what `process` maps if it may lock memory without limit.
     pub(crate) fn charge_without_limit(&self, process: &dyn Process) -> Charge {
-        let user = process.user();
+        self.unlimited(process, process.user())
+    }
+
+    fn unlimited(&self, process: &dyn Process, user: u32) -> Charge {
         let name = || format!("user {user} without limit");
         let account = self.user_account(AccountKey::UnlimitedUser(user), name, None);
         Charge { account, limit_pages: None, process: process.identity(), pays_itself: false }

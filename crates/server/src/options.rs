@@ -9,14 +9,107 @@ use ioasid_soft::iommu::{TableKind, UnknownTableKind};
 pub struct ServerOptions {
     /// One entry per device; entry `n` is `/dev/vfio/devices/vfioN`.
     pub devices: Vec<DeviceOptions>,
+    /// How much clients may make the server hold.
+    pub limits: Limits,
     /// Whether `/dev/iommu` has the test-only command of kernels that are built for their own self-test, by which a
     /// program makes mock devices and more.
     pub test_devices: bool,
 }
 
+/// How much clients may make the server hold, each and together. Beyond, they get an errno, and other clients go on.
+///
+/// Memory that the server uses is at most, but for its own few mebibytes,
+///
+/// ```text
+///     files.total x 4 KiB  +  objects.total x 4 KiB  +  areas.total x 1 KiB  +  page tables
+/// ```
+///
+/// ([`Limits::FILE_BYTES`] and so on), and page tables are bounded by `ioasid_pagetable::HeapTables::set_limit`.
+///
+/// Parses from settings `NAME=PER_CLIENT` or `NAME=PER_CLIENT:TOTAL` with commas between them.
+///
+/// ```
+/// use ioasid_server::{Limit, Limits};
+/// let limits: Limits = "files=64,areas=1000:5000".parse()?;
+/// assert_eq!(limits.files.per_client, 64);
+/// assert_eq!(limits.areas, Limit { per_client: 1000, total: 5000 });
+/// assert_eq!(limits.objects, Limits::default().objects);
+/// # Ok::<(), ioasid_server::OptionsError>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Open files: of `/dev/iommu` and of devices. `EMFILE` for one client, `ENFILE` for all.
+    pub files: Limit,
+    /// I/O address spaces, page tables and bound devices. `ENOMEM`.
+    pub objects: Limit,
+    /// Areas, which is what one map call makes, and ranges in which automatic placement is allowed. `ENOMEM`.
+    pub areas: Limit,
+}
+
+/// A limit for each client and for all together. A client is one process: its threads are the same client, and its forks
+/// are others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// How many one client may have.
+    pub per_client: usize,
+    /// How many all clients may have.
+    pub total: usize,
+}
+
+impl Limits {
+    /// No open file takes more bytes of the server than this, without what is made through it.
+    pub const FILE_BYTES: usize = 4 << 10;
+    /// No object takes more, without its page tables.
+    pub const OBJECT_BYTES: usize = 4 << 10;
+    /// No area takes more, without page tables.
+    pub const AREA_BYTES: usize = 1 << 10;
+
+    /// Bytes that the server uses at most for what clients have, without page tables.
+    pub fn bytes(&self) -> usize {
+        let part = |limit: Limit, bytes: usize| limit.total.saturating_mul(bytes);
+        part(self.files, Self::FILE_BYTES)
+            .saturating_add(part(self.objects, Self::OBJECT_BYTES))
+            .saturating_add(part(self.areas, Self::AREA_BYTES))
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            files: Limit { per_client: 1 << 10, total: 1 << 13 },
+            objects: Limit { per_client: 1 << 14, total: 1 << 16 },
+            areas: Limit { per_client: 1 << 20, total: 1 << 22 },
+        }
+    }
+}
+
+impl FromStr for Limits {
+    type Err = OptionsError;
+
+    fn from_str(text: &str) -> Result<Self, OptionsError> {
+        let mut limits = Self::default();
+        for setting in text.split(',') {
+            let unknown = || OptionsError::UnknownLimit(setting.to_owned());
+            let (name, value) = setting.split_once('=').ok_or_else(unknown)?;
+            let limit = match name {
+                "files" => &mut limits.files,
+                "objects" => &mut limits.objects,
+                "areas" => &mut limits.areas,
+                _ => return Err(unknown()),
+            };
+            let (per_client, total) = value.split_once(':').unwrap_or((value, ""));
+            limit.per_client = per_client.parse().map_err(|_| unknown())?;
+            if !total.is_empty() {
+                limit.total = total.parse().map_err(|_| unknown())?;
+            }
+        }
+        Ok(limits)
+    }
+}
+
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { devices: vec![DeviceOptions::default()], test_devices: false }
+        Self { devices: vec![DeviceOptions::default()], limits: Limits::default(), test_devices: false }
     }
 }
 
@@ -53,6 +146,9 @@ pub enum OptionsError {
     /// A setting has an unknown name or no value.
     #[error("unknown device setting {0:?}; there are table=KIND and dma-mask=12..64")]
     UnknownSetting(String),
+    /// A limit has an unknown name or no number.
+    #[error("bad limit {0:?}; there are files, objects and areas, as in areas=1000 or areas=1000:5000")]
+    UnknownLimit(String),
     /// There is no such kind of table.
     #[error(transparent)]
     UnknownTable(#[from] UnknownTableKind),
@@ -94,6 +190,14 @@ impl FromStr for DeviceOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bad_limits_are_named() {
+        for bad in ["", "areas", "areas=", "areas=x", "areas=1:x", "areas=-1", "spaces=1", "files=1,"] {
+            let refused = bad.parse::<Limits>().unwrap_err().to_string();
+            assert!(refused.contains("bad limit"), "{bad}");
+        }
+    }
 
     #[test]
     fn settings_are_parsed_and_bad_ones_named() {

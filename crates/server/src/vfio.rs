@@ -253,7 +253,7 @@ impl DeviceFile {
 }
 
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
-    let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).ok_or(Errno::NODEV)?;
+    let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).map_err(|_| Errno::NODEV)?;
     let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
     // The file is a user of the object, so that DESTROY cannot take it away.
     bound.users().acquire();

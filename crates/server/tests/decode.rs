@@ -151,6 +151,25 @@ fn every_command_has_words() {
 }
 
 #[test]
+fn type1_commands_are_shown_with_their_arguments() {
+    let m = machine();
+    let shown = |command: u32, bytes: &[u8]| {
+        m.client.put(ARGUMENT, bytes).unwrap();
+        m.iommu.ioctl_captured(&m.client, command, ARGUMENT).to_string()
+    };
+    // No address space is set: the server reads, and refuses.
+    let map = vfio::Type1DmaMap { argsz: 32, flags: 1, vaddr: 0x7000, iova: 0x10_0000, size: 0x2000 };
+    let line = shown(vfio::Type1DmaMap::NUMBER, map.as_bytes());
+    assert!(line.starts_with("VFIO_IOMMU_MAP_DMA iova=0x100000 len=0x2000 r va=0x7000 -> -1 "), "{line}");
+    let unmap = vfio::Type1DmaUnmap { argsz: 24, flags: 2, iova: 0, size: 0 };
+    let line = shown(vfio::Type1DmaUnmap::NUMBER, unmap.as_bytes());
+    assert!(line.starts_with("VFIO_IOMMU_UNMAP_DMA iova=0x0 len=0x0 all -> -1 "), "{line}");
+    let info = vfio::Type1Info { argsz: 16, ..Default::default() };
+    let line = shown(vfio::Type1Info::NUMBER, info.as_bytes());
+    assert!(line.starts_with("VFIO_IOMMU_GET_INFO room=16 -> -1 "), "{line}");
+}
+
+#[test]
 fn what_was_not_read_is_not_shown() {
     let m = machine();
     let unknown = m.iommu.ioctl_captured(&m.client, 0x3bff, ARGUMENT).to_string();

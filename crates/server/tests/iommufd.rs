@@ -130,7 +130,7 @@ fn the_number_of_objects_is_limited() {
             Err(error) => break error,
         }
     };
-    assert_eq!((count, error), (4096, Errno::NOMEM));
+    assert_eq!((count, error), (ioasid_server::Limits::default().objects.per_client, Errno::NOMEM));
     assert_eq!(program.destroy(fd, 77), Ok(()));
     assert_eq!(program.ioas(fd), 77);
 }

@@ -10,9 +10,10 @@
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
-use ioasid::epoch::Protected;
+use ioasid::epoch::{self, Protected};
+use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
+    AttachError, Bus, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,10 +36,37 @@ static IOMMUS: AtomicU64 = AtomicU64::new(0);
 #[derive(Debug)]
 pub struct SoftIommu {
     id: u64,
-    devices: Mutex<HashMap<Rid, Arc<Attachment>>>,
+    devices: Mutex<HashMap<Rid, Routes>>,
 }
 
-/// Where one device's DMA goes.
+/// The routes of a device.
+#[derive(Debug)]
+struct Routes {
+    /// That of requests without a PASID.
+    plain: Arc<Attachment>,
+    /// Those that lead to a table, or that a device model has a port for.
+    pasids: HashMap<Pasid, Arc<Attachment>>,
+    /// How many there may be before those that nobody uses any more are looked for.
+    limit: usize,
+}
+
+impl Routes {
+    fn pasid(&mut self, pasid: Pasid) -> Arc<Attachment> {
+        if let Some(attachment) = self.pasids.get(&pasid) {
+            return attachment.clone();
+        }
+        if self.pasids.len() >= self.limit {
+            // Under the lock nobody else can begin to use one.
+            self.pasids.retain(|_, attachment| Arc::strong_count(attachment) > 1 || attachment.is_attached());
+            self.limit = (2 * self.pasids.len()).max(64);
+        }
+        let attachment = Arc::new(Attachment::new(self.plain.kind));
+        self.pasids.insert(pasid, attachment.clone());
+        attachment
+    }
+}
+
+/// Where one route leads.
 #[derive(Debug)]
 struct Attachment {
     kind: TableKind,
@@ -56,6 +84,14 @@ struct Slices {
 }
 
 impl Attachment {
+    fn new(kind: TableKind) -> Attachment {
+        Attachment { kind, table: Protected::default(), slices: Mutex::default() }
+    }
+
+    fn is_attached(&self) -> bool {
+        self.table.load(&epoch::dma()).is_some()
+    }
+
     /// Exchanges the table and waits until nothing goes through the old one.
     fn replace(&self, table: Option<Arc<Table>>) {
         let space = table.as_ref().map(|table| table.space().clone());
@@ -108,12 +144,16 @@ impl SoftIommu {
         Arc::new(SoftIommu { id, devices: Mutex::new(HashMap::new()) })
     }
 
-    fn devices(&self) -> MutexGuard<'_, HashMap<Rid, Arc<Attachment>>> {
+    fn devices(&self) -> MutexGuard<'_, HashMap<Rid, Routes>> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn device(&self, rid: Rid) -> Option<Arc<Attachment>> {
-        self.devices().get(&rid).cloned()
+        self.devices().get(&rid).map(|routes| routes.plain.clone())
+    }
+
+    fn device_with_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Attachment>> {
+        self.devices().get_mut(&rid).map(|routes| routes.pasid(pasid))
     }
 
     /// Plugs a device in; its DMA goes through the port, and is refused until the device is attached.
@@ -122,9 +162,30 @@ impl SoftIommu {
         if devices.contains_key(&rid) {
             return Err(RidTaken(rid));
         }
-        let attachment = Arc::new(Attachment { kind, table: Protected::default(), slices: Mutex::default() });
-        devices.insert(rid, attachment.clone());
-        Ok(Arc::new(Port::new(rid, attachment)))
+        let plain = Arc::new(Attachment::new(kind));
+        devices.insert(rid, Routes { plain: plain.clone(), pasids: HashMap::new(), limit: 64 });
+        Ok(Arc::new(Port::new(rid, None, plain)))
+    }
+
+    /// The way of a device's requests with a PASID; they are refused until the device is
+    /// [attached with it](ioasid::Device::attach_pasid). `None`: there is no such device.
+    pub fn port_with_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Port>> {
+        let attachment = self.device_with_pasid(rid, pasid)?;
+        Some(Arc::new(Port::new(rid, Some(pasid), attachment)))
+    }
+
+    fn replace(
+        &self,
+        attachment: Option<Arc<Attachment>>,
+        device: Rid,
+        table: &Arc<Table>,
+    ) -> Result<(), AttachError> {
+        let attachment = attachment.ok_or(AttachError::NoDevice(device))?;
+        if table.class() != attachment.kind.class(self.id) {
+            return Err(AttachError::Incompatible);
+        }
+        attachment.replace(Some(table.clone()));
+        Ok(())
     }
 }
 
@@ -147,22 +208,28 @@ impl Iommu for SoftIommu {
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         let kind = TableKind::ALL.into_iter().find(|kind| kind.class(self.id) == class);
         kind.and_then(|kind| kind.new_table(largest_leaf)).ok_or(AttachError::Incompatible)
     }
 
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
-        let attachment = self.device(device).ok_or(AttachError::NoDevice(device))?;
-        if table.class() != attachment.kind.class(self.id) {
-            return Err(AttachError::Incompatible);
-        }
-        attachment.replace(Some(table.clone()));
-        Ok(())
+        self.replace(self.device(device), device, table)
     }
 
     fn block(&self, device: Rid) {
         if let Some(attachment) = self.device(device) {
+            attachment.replace(None);
+        }
+    }
+
+    fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
+        self.replace(self.device_with_pasid(device, pasid), device, table)
+    }
+
+    fn block_pasid(&self, device: Rid, pasid: Pasid) {
+        if let Some(attachment) = self.device_with_pasid(device, pasid) {
             attachment.replace(None);
         }
     }

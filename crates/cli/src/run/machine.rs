@@ -1,7 +1,7 @@
 //! The machine that a program is run on, as options of the command line.
 
 use clap::Args;
-use ioasid_server::{DeviceOptions, ServerOptions, TableKind};
+use ioasid_server::{DeviceOptions, Limits, OptionsError, ServerOptions, TableKind};
 
 use crate::quantity::Bytes;
 
@@ -21,6 +21,14 @@ pub(crate) struct Machine {
     /// A map or attach that would need more gets ENOMEM. A mapping takes a 512th of its size where no large page fits.
     #[arg(long, value_name = "BYTES")]
     table_memory: Option<Bytes>,
+
+    /// How much the programs may make the server hold: NAME=PER_CLIENT or NAME=PER_CLIENT:TOTAL, with commas between
+    ///
+    /// NAME is files (open files; beyond: EMFILE, ENFILE), objects (address spaces, page tables, devices; ENOMEM) or areas
+    /// (mappings; ENOMEM). A client is one process. Defaults: files=1024:8192,objects=16384:65536,areas=1048576:4194304. The server's
+    /// memory is at most 4 KiB for each file and object and 1 KiB for each area, and --table-memory.
+    #[arg(long = "limit", value_name = "LIMITS", default_value = "", hide_default_value = true, value_parser = limits)]
+    limits: Limits,
 }
 
 impl Machine {
@@ -33,12 +41,17 @@ impl Machine {
             none if none.is_empty() => default_devices(),
             devices => devices,
         };
-        ServerOptions { devices, test_devices }
+        ServerOptions { devices, limits: self.limits, test_devices }
     }
 }
 
 /// What is said when it cannot be made.
 pub(crate) const CANNOT_BE_MADE: &str = "the machine cannot be made; ask for other devices (--device)";
+
+/// The limits that a text asks for; none asks for the defaults.
+fn limits(text: &str) -> Result<Limits, OptionsError> {
+    if text.is_empty() { Ok(Limits::default()) } else { text.parse() }
+}
 
 /// A quarter of the machine's memory, in bytes.
 fn quarter_of_memory() -> u64 {

@@ -31,7 +31,7 @@ use crate::sync::{AtomicU64, Mutex, MutexGuard, Ordering, PoisonError};
 use rustix::fs::{FileType, OFlags, SealFlags};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// Why there is no backing for a file.
@@ -283,6 +283,12 @@ impl MappedFile {
                 .ok_or(io::ErrorKind::UnexpectedEof.into())
         });
         result.map_err(|_| gone)
+    }
+}
+
+impl AsFd for MappedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -8,9 +8,10 @@
 #![allow(dead_code, reason = "every test program uses its own part of it")]
 
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
+use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, Attributes, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize, RadixTable,
-    Requirements, Rid, Runs, Space, Table, TableClass, TableError,
+    AttachError, Attributes, Bus, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize,
+    RadixTable, Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
 use std::collections::HashMap;
@@ -18,6 +19,11 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
+
+/// Where these tests are run for the machine's IOMMU, some of the tables are its own.
+#[cfg(host_iommu)]
+#[path = "../../../host/tests/engine/mod.rs"]
+mod host;
 
 /// A mapping as it is compared: first address, bytes, output address, attributes.
 pub(crate) type Mapping = (u64, u64, u64, Attributes);
@@ -202,6 +208,11 @@ struct Wanted;
 
 fn refused() -> TableError {
     TableError::Refused(Box::new(Wanted))
+}
+
+/// Whether a table has refused because the test wanted it, and not for reasons of its own.
+pub(crate) fn is_wanted(error: &TableError) -> bool {
+    matches!(error, TableError::Refused(source) if source.is::<Wanted>())
 }
 
 /// A derived table under observation.
@@ -491,6 +502,7 @@ impl DerivedTable for DoubleTable {
 pub(crate) struct Double {
     devices: HashMap<Rid, Requirements>,
     attached: Mutex<HashMap<Rid, Arc<Table>>>,
+    with_pasid: Mutex<HashMap<(Rid, Pasid), Arc<Table>>>,
     tables: Mutex<Vec<Weak<DoubleTable>>>,
     pub(crate) switches: Arc<Switches>,
 }
@@ -575,6 +587,7 @@ impl Double {
         Arc::new(Double {
             devices: devices.into(),
             attached: Mutex::default(),
+            with_pasid: Mutex::default(),
             tables: Mutex::default(),
             switches: Arc::default(),
         })
@@ -596,6 +609,11 @@ impl Double {
         self.attached.lock().unwrap().get(&rid).cloned()
     }
 
+    /// Where the device's DMA with this PASID goes.
+    pub(crate) fn table_of_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Table>> {
+        self.with_pasid.lock().unwrap().get(&(rid, pasid)).cloned()
+    }
+
     /// All derived tables that exist, oldest first.
     pub(crate) fn tables(&self) -> Vec<Arc<DoubleTable>> {
         self.tables.lock().unwrap().iter().filter_map(Weak::upgrade).collect()
@@ -607,7 +625,12 @@ impl Iommu for Double {
         self.devices.get(&device).cloned()
     }
 
-    fn new_table(&self, class: TableClass, _: PageSize) -> Result<Arc<dyn DerivedTable>, AttachError> {
+    fn new_table(
+        &self,
+        class: TableClass,
+        _largest_leaf: PageSize,
+        _bus: &Arc<Bus>,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         if self.switches.fails(Call::NewTable) {
             return Err(TableError::OutOfTables.into());
         }
@@ -616,6 +639,8 @@ impl Iommu for Double {
         let vtd = VtdSecondStage::new(4).unwrap();
         let single = AmdV1::new().with_leaf_sizes(1 << 12 | 1 << 21 | 1 << 30);
         let (inner, says): (Box<dyn Observed>, _) = match format {
+            #[cfg(host_iommu)]
+            _ if host::makes(format, variant) => (host::table(_largest_leaf, _bus)?, plain),
             "amdv1" if variant == 0 => (Box::new(RadixTable::new(single)), plain),
             "amdv1" => (Box::new(RadixTable::new(AmdV1::new())), plain),
             "x86_64" => (Box::new(RadixTable::new(X86_64::new(4).unwrap())), readable),
@@ -655,10 +680,28 @@ impl Iommu for Double {
             before.wait_for_dma();
         }
     }
+
+    fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
+        if self.switches.fails(Call::Attach) {
+            return Err(refused().into());
+        }
+        let before = self.with_pasid.lock().unwrap().insert((device, pasid), table.clone());
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+        Ok(())
+    }
+
+    fn block_pasid(&self, device: Rid, pasid: Pasid) {
+        let before = self.with_pasid.lock().unwrap().remove(&(device, pasid));
+        if let Some(before) = before {
+            before.wait_for_dma();
+        }
+    }
 }
 
 /// A space whose leaves are no larger than 2^`log2` bytes.
-pub(crate) fn space_of_leaves(bus: &Arc<ioasid::Bus>, log2: u32) -> Arc<Space> {
+pub(crate) fn space_of_leaves(bus: &Arc<Bus>, log2: u32) -> Arc<Space> {
     let largest = ioasid::PageSize::from_log2(log2).unwrap();
     Space::with_format(bus, Native::new().with_largest_leaf(largest))
 }

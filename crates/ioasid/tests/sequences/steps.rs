@@ -46,6 +46,9 @@ pub(crate) const DEVICES: [Rid; 10] =
 /// Those whose tables cannot do everything while devices use them.
 pub(crate) const RIGID: [Rid; 3] = [AMD, AMD_ALL_SIZES, RISC_V];
 
+/// Those whose tables cannot lead to memory that is reached by calls: of the machine, where these tests are run for it.
+pub(crate) const OF_THE_MACHINE: &[Rid] = if cfg!(host_iommu) { &[AMD, AMD_ALL_SIZES] } else { &[] };
+
 /// Some pages, from the first on; maybe none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pages {

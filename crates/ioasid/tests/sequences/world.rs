@@ -4,11 +4,11 @@
 //! know (a call of an IOMMU that fails, no memory for tables), an error of the right kind is the one thing expected, and that
 //! nothing has changed; and so where a table cannot do everything while devices use it.
 
-use crate::double::{Double, WIDE};
+use crate::double::{Double, WIDE, is_wanted};
 use crate::plain::{Lead, Levels, PlainSpace, Registration, Registrations, numbers};
 use crate::steps::{
     ACCOUNTS, BEGINNINGS, COUNTED, DEVICES, END, GIANT, GIB, LATE, LOW, MEMORIES, MOST, Manner, OBJECT_PAGES,
-    PAGE, Pages, RIGID, SMALL_LEAVES, SPACES, Step, Trouble, WHOLE, What, permissions,
+    OF_THE_MACHINE, PAGE, Pages, RIGID, SMALL_LEAVES, SPACES, Step, Trouble, WHOLE, What, permissions,
 };
 use ioasid::pagetable::{HeapTables, Native};
 use ioasid::{
@@ -103,13 +103,16 @@ enum Kind {
     /// The format cannot do it while devices use the table.
     Rigid,
     DoesNotFit,
+    /// The table cannot lead to the memory.
+    OutOfReach,
 }
 
 impl Kind {
     fn of(error: &TableError) -> Kind {
         match error {
             TableError::OutOfTables => Kind::OutOfTables,
-            TableError::Refused(_) => Kind::Refused,
+            TableError::Refused(_) if is_wanted(error) => Kind::Refused,
+            TableError::Refused(_) => Kind::OutOfReach,
             TableError::NeedsBreak { .. } | TableError::CannotCut { .. } => Kind::Rigid,
             TableError::DoesNotFit { .. } => Kind::DoesNotFit,
         }
@@ -311,7 +314,10 @@ impl World {
         let hit = match self.trouble {
             Trouble::Call { .. } if self.failed => {
                 // Late is after the table itself had its say.
-                let told = matches!(kind, Some(Kind::Refused | Kind::OutOfTables | Kind::DoesNotFit));
+                let told = match kind {
+                    Some(Kind::Refused | Kind::OutOfTables | Kind::DoesNotFit | Kind::OutOfReach) => true,
+                    Some(Kind::Rigid) | None => false,
+                };
                 assert!(told, "a call of an IOMMU has failed, and what came of it is {kind:?}");
                 true
             }
@@ -336,6 +342,24 @@ impl World {
     /// Whether what is mapped there is too much for one of the tables.
     fn does_not_fit(&self, space: usize, pages: &Range<u64>) -> bool {
         pages.end > 1 << 36 && self.is_attached(space, &[WIDE])
+    }
+
+    /// Whether one of the tables cannot lead to the object.
+    fn is_out_of_reach(&self, space: usize, object: usize) -> bool {
+        self.objects[object].kind == LATE && self.is_attached(space, OF_THE_MACHINE)
+    }
+
+    /// Whether an error of this kind is what tables have to say of pages and an object that one of them cannot take.
+    fn is_too_much(&self, space: usize, pages: &Range<u64>, object: usize, kind: Option<Kind>) -> bool {
+        match (self.does_not_fit(space, pages), self.is_out_of_reach(space, object)) {
+            (false, false) => false,
+            (too_far, out_of_reach) => {
+                let told = (too_far && kind == Some(Kind::DoesNotFit))
+                    || (out_of_reach && kind == Some(Kind::OutOfReach));
+                assert!(told, "{kind:?}, but a table cannot take pages {pages:?} of object {object}");
+                true
+            }
+        }
     }
 
     // Memory.
@@ -611,7 +635,10 @@ impl World {
             return;
         }
         let Some(place) = place else {
-            expect(result, Some("NoHole"));
+            // A place that is not known to be taken is tried, and then the memory is looked at first.
+            let tried =
+                late.filter(|gone| result.as_ref().is_err_and(|error| format!("{error:?}") == **gone));
+            expect(result, tried.or(Some("NoHole")));
             return;
         };
         let plain = &self.plain[space];
@@ -627,8 +654,9 @@ impl World {
         } else {
             taken.map(|page| format!("AlreadyMapped {{ at: {} }}", page * PAGE))
         };
-        if refusal.is_none() && self.does_not_fit(space, &pages) {
-            return assert_eq!(kind, Some(Kind::DoesNotFit));
+        if refusal.is_none() && self.is_too_much(space, &pages, object, kind) {
+            self.refused = true;
+            return;
         }
         if let Some(there) = expect(result, refusal.as_deref()) {
             assert_eq!(there, place, "mapped at another place");
@@ -783,8 +811,11 @@ impl World {
         } else {
             taken.map(|page| format!("Target(AlreadyMapped {{ at: {} }}", page * PAGE))
         };
-        if refusal.is_none() && runs.iter().any(|run| self.does_not_fit(target, run)) {
-            assert_eq!(result.as_ref().err().and_then(Kind::of_alias), Some(Kind::DoesNotFit));
+        let kind = result.as_ref().err().and_then(Kind::of_alias);
+        let too_much =
+            |(piece, lead): &(Range<u64>, Lead)| self.is_too_much(target, piece, lead.object, kind);
+        if refusal.is_none() && copies.iter().any(too_much) {
+            self.refused = true;
             return;
         }
         if let Some(mapped) = expect(result, refusal.as_deref()) {
@@ -851,6 +882,11 @@ impl World {
             let mapped = self.plain[space].runs(0..END);
             if DEVICES[device] == WIDE && mapped.iter().any(|run| run.end > 1 << 36) {
                 return Some("Table(DoesNotFit");
+            }
+            let leads = self.plain[space].pieces(0..END);
+            let late = leads.iter().any(|(_, lead)| self.objects[lead.object].kind == LATE);
+            if late && OF_THE_MACHINE.contains(&DEVICES[device]) {
+                return Some("Table(Refused");
             }
         }
         if self.attached[device].is_some_and(|attached| attached.space == space) {

@@ -30,4 +30,5 @@ mod held;
 mod iova;
 mod ledger;
 mod release;
+mod routing;
 mod unmap;

@@ -31,7 +31,7 @@ impl SpaceScene {
         let iommu = SoftIommu::new();
         let no_device = || AttachError::NoDevice(rid);
         let port = iommu.add_device(rid, kind).map_err(|_| no_device())?;
-        let device = Device::new(iommu, rid).ok_or_else(no_device)?;
+        let device = Device::new(iommu, rid).map_err(|_| no_device())?;
         let table = Table::for_device(&space, &device)?;
         device.attach(&table)?;
         Ok(SpaceScene { device, table, space, port, memory: memory.clone() })

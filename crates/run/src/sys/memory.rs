@@ -23,6 +23,29 @@ pub(crate) fn read(thread: u32, address: u64, buffer: &mut [u8]) -> Result<usize
     Ok(count as usize)
 }
 
+/// Copies from two places at once; returns how many bytes came, of the first and then of the second.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_two(
+    thread: u32,
+    first: (u64, &mut [u8]),
+    second: (u64, &mut [u8]),
+) -> Result<usize, Errno> {
+    let places = [first, second].map(|(address, buffer)| {
+        let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+        (local, libc::iovec { iov_base: address as *mut libc::c_void, iov_len: buffer.len() })
+    });
+    let local = places.map(|(local, _)| local);
+    let remote = places.map(|(_, remote)| remote);
+    // SAFETY: the local vectors describe the two buffers, which are exclusively ours; the remote ones are only numbers
+    // here.
+    let count = unsafe {
+        checked(libc::process_vm_readv(thread as libc::pid_t, local.as_ptr(), 2, remote.as_ptr(), 2, 0) as _)?
+    };
+    Ok(count as usize)
+}
+
 /// Copies to the memory of thread `thread` at `address`; returns how many bytes went before the first page that
 /// cannot be written.
 ///

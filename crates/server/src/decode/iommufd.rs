@@ -229,6 +229,25 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
             words.asked(format_args!("{name}"));
         }
         vfio::GET_API_VERSION => {}
+        vfio::Type1Info::NUMBER => {
+            let (input, output) = call.both::<vfio::Type1Info>()?;
+            words.asked(format_args!("room={}", input.argsz));
+            words.answered(format_args!("len={} page-sizes={:#x}", output.argsz, output.iova_pgsizes));
+        }
+        vfio::Type1DmaMap::NUMBER => {
+            let input: vfio::Type1DmaMap = call.input()?;
+            words.asked(format_args!("iova={:#x} len={:#x}", input.iova, input.size));
+            // Reading is another bit than in iommufd's commands.
+            map_flags(words, (input.flags & 1) << 2 | input.flags & 2);
+            words.flags(input.flags & !3, &[(4, "vaddr")]);
+            words.asked(format_args!("va={:#x}", input.vaddr));
+        }
+        vfio::Type1DmaUnmap::NUMBER => {
+            let (input, output) = call.both::<vfio::Type1DmaUnmap>()?;
+            words.asked(format_args!("iova={:#x} len={:#x}", input.iova, input.size));
+            words.flags(input.flags, &[(1, "get-dirty-bitmap"), (2, "all"), (4, "vaddr")]);
+            words.answered(format_args!("len={:#x}", output.size));
+        }
         _ => return None,
     }
     Some(())

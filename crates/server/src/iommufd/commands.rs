@@ -97,7 +97,8 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let reservation = self.context.objects.reserve()?;
-        let ioas = Arc::new(Ioas::new(self.context.memory.bus(), Arc::clone(&self.context.budget)));
+        let areas = Arc::clone(&self.context.allowance.areas);
+        let ioas = Arc::new(Ioas::new(self.context.memory.bus(), areas));
         command.out_ioas_id = reservation.id();
         self.respond(&command)?;
         reservation.install(Object::Ioas(ioas));

@@ -46,6 +46,9 @@ pub(crate) fn attach_errno(error: &AttachError) -> Errno {
         AttachError::NoDevice(_) => Errno::NODEV,
         AttachError::Incompatible => Errno::INVAL,
         AttachError::Mapped { .. } | AttachError::Allowed { .. } => Errno::ADDRINUSE,
+        AttachError::NoPasids(_) => Errno::OPNOTSUPP,
+        AttachError::PasidTaken { .. } => Errno::BUSY,
+        AttachError::NoSuchPasid { .. } => Errno::NOENT,
         AttachError::Table(error) => table_errno(error),
     }
 }

@@ -24,7 +24,6 @@ pub(crate) mod change_process;
 mod cut;
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use ioasid::pagetable::Native;
@@ -42,51 +41,17 @@ use super::objects::{Counted, Held, Users};
 use super::placement;
 use super::testing::{self, Access};
 use crate::PinnedMemory;
+use crate::limits::{Budget, Taken};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
-
-/// How many areas all address spaces of one context may have together. A client that wants more gets `ENOMEM`.
-pub(crate) const AREAS_PER_CONTEXT: usize = 1 << 20;
 
 /// How many ranges a client may allow, and how many it may reserve for tests, in one address space.
 pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
 
 /// Who reserved the ranges that the self-test's command adds.
 const SELFTEST_OWNER: ReservationOwner = ReservationOwner::User(0);
-
-/// How many more areas a context may have.
-#[derive(Debug)]
-pub(crate) struct AreaBudget(AtomicUsize);
-
-impl AreaBudget {
-    pub(crate) fn new() -> Self {
-        Self(AtomicUsize::new(AREAS_PER_CONTEXT))
-    }
-
-    fn take(&self, count: usize) -> Result<(), Errno> {
-        let less = |left: usize| left.checked_sub(count);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).map(drop).map_err(|_| Errno::NOMEM)
-    }
-
-    fn give_back(&self, count: usize) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-}
-
-/// Some of the areas that a context may have, used for what costs as much as areas do.
-#[derive(Debug)]
-pub(crate) struct BudgetShare {
-    budget: Arc<AreaBudget>,
-    count: usize,
-}
-
-impl Drop for BudgetShare {
-    fn drop(&mut self) {
-        self.budget.give_back(self.count);
-    }
-}
 
 /// A piece of an area that software is going to copy.
 #[derive(Debug)]
@@ -122,7 +87,7 @@ impl PieceToCopy {
 #[derive(Debug)]
 pub(crate) struct Ioas {
     users: Users,
-    budget: Arc<AreaBudget>,
+    budget: Arc<Budget>,
     state: Mutex<State>,
     /// Held for reading while software copies what it has found in the areas. Whoever has unmapped something waits for
     /// the copies that may have found it.
@@ -141,8 +106,10 @@ struct State {
     /// Tables that attaching to the space itself made, for other devices of their class to share.
     shared: Vec<Weak<Hwpt>>,
     large_pages: bool,
-    /// What was reserved for tests.
+    /// What was reserved for tests; each is taken from the budget for areas.
     test_reservations: Vec<IovaRange>,
+    /// How many ranges are allowed, of the budget for areas.
+    allowed: usize,
     /// Devices that are attached, if somebody watches: every change to the areas is told.
     watched: Vec<Arc<Watched>>,
     /// Users of the space beside devices.
@@ -342,7 +309,7 @@ fn forget_memory(space: &Arc<Space>, range: IovaRange, area: &mut Area) {
 }
 
 impl Ioas {
-    pub(crate) fn new(bus: &Arc<Bus>, budget: Arc<AreaBudget>) -> Self {
+    pub(crate) fn new(bus: &Arc<Bus>, budget: Arc<Budget>) -> Self {
         Self {
             users: Users::default(),
             budget,
@@ -354,6 +321,7 @@ impl Ioas {
                 shared: Vec::new(),
                 large_pages: true,
                 test_reservations: Vec::new(),
+                allowed: 0,
                 watched: Vec::new(),
                 accesses: Vec::new(),
             }),
@@ -510,8 +478,7 @@ impl Ioas {
     ) -> Result<(u32, Vec<Arc<Memory>>), Errno> {
         let state = lock(&self.state);
         let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
-        self.budget.take(pieces.len())?;
-        let share = BudgetShare { budget: Arc::clone(&self.budget), count: pieces.len() };
+        let share = Taken::some(&self.budget, pieces.len())?;
         let mut memory = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let source = &piece.payload.source;
@@ -596,9 +563,17 @@ impl Ioas {
     /// Replaces where automatic placement is allowed.
     ///
     /// # Errors
-    /// `EADDRINUSE` if a range is reserved.
+    /// `EADDRINUSE` if a range is reserved; `ENOMEM` beyond the limit.
     pub(crate) fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Errno> {
-        lock(&self.state).space.set_allowed(ranges).map_err(reserve_errno)
+        let mut state = lock(&self.state);
+        self.budget.take(ranges.len())?;
+        if let Err(error) = state.space.set_allowed(ranges) {
+            self.budget.give_back(ranges.len());
+            return Err(reserve_errno(error));
+        }
+        let before = std::mem::replace(&mut state.allowed, ranges.len());
+        self.budget.give_back(before);
+        Ok(())
     }
 
     /// Reserves a range, as a device would, until the space goes.
@@ -613,7 +588,11 @@ impl Ioas {
         if state.test_reservations.len() >= RANGES_PER_IOAS {
             return Err(Errno::NOMEM);
         }
-        state.space.reserve(range, SELFTEST_OWNER).map_err(reserve_errno)?;
+        self.budget.take(1)?;
+        if let Err(error) = state.space.reserve(range, SELFTEST_OWNER) {
+            self.budget.give_back(1);
+            return Err(reserve_errno(error));
+        }
         state.test_reservations.push(range);
         Ok(())
     }
@@ -735,7 +714,8 @@ impl Ioas {
     pub(crate) fn clear(&self) {
         let mut state = lock(&self.state);
         self.depopulate(&mut state);
-        self.budget.give_back(state.areas.len());
+        let ranges = std::mem::take(&mut state.allowed) + std::mem::take(&mut state.test_reservations).len();
+        self.budget.give_back(state.areas.len() + ranges);
         state.areas = Areas::new();
         state.space.unreserve(SELFTEST_OWNER);
     }

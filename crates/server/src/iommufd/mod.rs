@@ -33,12 +33,12 @@ use ioasid_uapi::{Command, IOCTL_TYPE};
 use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
-use self::ioas::AreaBudget;
 use self::objects::{Held, Object, Objects};
 use self::vfio_compat::CompatIoas;
 use crate::Client;
 use crate::PinnedMemory;
 use crate::argument;
+use crate::limits::Allowance;
 use crate::memory::MemoryRegistry;
 use crate::observer::{Event, Observer};
 use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
@@ -49,7 +49,7 @@ pub(crate) struct Context {
     number: u64,
     memory: Arc<MemoryRegistry>,
     objects: Objects,
-    budget: Arc<AreaBudget>,
+    allowance: Arc<Allowance>,
     /// Whether memory is charged to the process that maps it, not to its user.
     charge_processes: AtomicBool,
     /// The address space that VFIO's commands mean.
@@ -60,9 +60,11 @@ pub(crate) struct Context {
 }
 
 impl Context {
+    /// What is made in it is taken from `allowance`.
     pub(crate) fn new(
         number: u64,
         memory: Arc<MemoryRegistry>,
+        allowance: Arc<Allowance>,
         test_devices: bool,
         observer: Option<Arc<dyn Observer>>,
     ) -> Self {
@@ -70,8 +72,8 @@ impl Context {
             number,
             memory,
             test_devices,
-            objects: Objects::default(),
-            budget: Arc::new(AreaBudget::new()),
+            objects: Objects::new(Arc::clone(&allowance.objects)),
+            allowance,
             charge_processes: AtomicBool::new(false),
             compat: Mutex::default(),
             observer,
@@ -81,6 +83,11 @@ impl Context {
     /// Which open it is, counted from 1.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// What is made in it is taken from this.
+    pub(crate) fn allowance(&self) -> &Arc<Allowance> {
+        &self.allowance
     }
 
     pub(crate) fn objects(&self) -> &Objects {

@@ -20,10 +20,8 @@ use super::device::BoundDevice;
 use super::hwpt::Hwpt;
 use super::ioas::Ioas;
 use super::testing::{Access, TestDevice};
+use crate::limits::Budget;
 use crate::poison::lock;
-
-/// How many objects one context may have. A client that wants more gets `ENOMEM`.
-pub(crate) const OBJECTS_PER_CONTEXT: usize = 4096;
 
 /// How many times an object is in use, or that it has been destroyed.
 #[derive(Debug, Default)]
@@ -130,9 +128,16 @@ pub(crate) enum HeldObject {
 }
 
 /// The table of objects. Its lock is taken for a look-up only and is innermost among the server's.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Objects {
     inner: Mutex<Inner>,
+    budget: Arc<Budget>,
+}
+
+impl Drop for Objects {
+    fn drop(&mut self) {
+        self.budget.give_back(lock(&self.inner).by_id.len());
+    }
 }
 
 #[derive(Debug, Default)]
@@ -154,15 +159,18 @@ pub(crate) struct Reservation<'a> {
 }
 
 impl Objects {
+    /// No objects yet; each one is taken from `budget`.
+    pub(crate) fn new(budget: Arc<Budget>) -> Self {
+        Self { inner: Mutex::default(), budget }
+    }
+
     /// Reserves the lowest free number.
     ///
     /// # Errors
     /// `ENOMEM` at the limit.
     pub(crate) fn reserve(&self) -> Result<Reservation<'_>, Errno> {
+        self.budget.take(1)?;
         let mut inner = lock(&self.inner);
-        if inner.by_id.len() >= OBJECTS_PER_CONTEXT {
-            return Err(Errno::NOMEM);
-        }
         let id = match inner.free.pop_first() {
             Some(id) => id,
             None => {
@@ -248,7 +256,7 @@ impl Objects {
             return Err(Errno::BUSY);
         }
         let object = object.clone();
-        inner.forget(id);
+        self.forget(&mut inner, id);
         Ok(object)
     }
 
@@ -259,7 +267,7 @@ impl Objects {
         let same = matches!(inner.by_id.get(&id), Some(Some(found)) if found.is(object));
         let retired = same && object.users().retire();
         if retired {
-            inner.forget(id);
+            self.forget(&mut inner, id);
         }
         retired
     }
@@ -268,7 +276,7 @@ impl Objects {
     pub(crate) fn remove(&self, id: u32, object: &Object) {
         let mut inner = lock(&self.inner);
         if matches!(inner.by_id.get(&id), Some(Some(found)) if found.is(object)) {
-            inner.forget(id);
+            self.forget(&mut inner, id);
         }
     }
 
@@ -277,18 +285,17 @@ impl Objects {
         lock(&self.inner).by_id.is_empty()
     }
 
+    fn forget(&self, inner: &mut Inner, id: u32) {
+        if inner.by_id.remove(&id).is_some() {
+            inner.free.insert(id);
+            self.budget.give_back(1);
+        }
+    }
+
     /// All objects by number.
     pub(crate) fn snapshot(&self) -> Vec<(u32, Object)> {
         let inner = lock(&self.inner);
         inner.by_id.iter().filter_map(|(&id, object)| Some((id, object.clone()?))).collect()
-    }
-}
-
-impl Inner {
-    fn forget(&mut self, id: u32) {
-        if self.by_id.remove(&id).is_some() {
-            self.free.insert(id);
-        }
     }
 }
 
@@ -308,7 +315,7 @@ impl Reservation<'_> {
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         if !self.installed {
-            lock(&self.objects.inner).forget(self.id);
+            self.objects.forget(&mut lock(&self.objects.inner), self.id);
         }
     }
 }

@@ -43,7 +43,8 @@ pub(crate) fn server() -> Arc<Server> {
 
 /// A machine with one device that these options describe, and test devices.
 pub(crate) fn server_with(device: &str) -> Arc<Server> {
-    Server::new(ServerOptions { devices: vec![device.parse().unwrap()], test_devices: true }).unwrap()
+    let devices = vec![device.parse().unwrap()];
+    Server::new(ServerOptions { devices, test_devices: true, ..Default::default() }).unwrap()
 }
 
 pub(crate) fn open(server: &Arc<Server>, client: &InProcess, path: &str) -> Result<i32, Errno> {
@@ -94,12 +95,6 @@ impl Program {
 
     pub(crate) fn iommu(&self) -> i32 {
         self.open("/dev/iommu")
-    }
-
-    /// Performs a command; the size word is filled in.
-    pub(crate) fn run<T: Command>(&self, fd: i32, command: T) -> Result<T, Errno> {
-        let mut command = command.sized();
-        self.client.call(fd, T::NUMBER, command.as_mut_bytes()).map(|_| command)
     }
 
     pub(crate) fn ioas(&self, fd: i32) -> u32 {

@@ -6,6 +6,7 @@
 
 use crate::dma::DmaFault;
 use ioasid::Rid;
+use ioasid::pasid::Pasid;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How many faults of a device are kept until somebody takes them.
@@ -13,10 +14,12 @@ pub const FAULT_LOG_RECORDS: usize = 256;
 
 /// A DMA that was refused or cut short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("device {device}: {fault}")]
+#[error("device {device}{}: {fault}", pasid.map(|pasid| format!(" with PASID {pasid}")).unwrap_or_default())]
 pub struct FaultRecord {
     /// Whose DMA it was.
     pub device: Rid,
+    /// The PASID of the request, if it had one.
+    pub pasid: Option<Pasid>,
     /// Where, in which direction, and why.
     pub fault: DmaFault,
 }

@@ -22,6 +22,7 @@ use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid::epoch::{self, DmaSection};
 use ioasid::pagetable::VtdSecondStage;
+use ioasid::pasid::Pasid;
 use ioasid::{Attributes, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
 use std::sync::Arc;
 
@@ -46,6 +47,7 @@ const LOOKS: u32 = 64;
 #[derive(Debug)]
 pub struct Port {
     rid: Rid,
+    pasid: Option<Pasid>,
     attachment: Arc<Attachment>,
     iotlb: Iotlb,
     faults: Faults,
@@ -127,13 +129,18 @@ enum Step {
 }
 
 impl Port {
-    pub(super) fn new(rid: Rid, attachment: Arc<Attachment>) -> Port {
-        Port { rid, attachment, iotlb: Iotlb::new(), faults: Faults::default() }
+    pub(super) fn new(rid: Rid, pasid: Option<Pasid>, attachment: Arc<Attachment>) -> Port {
+        Port { rid, pasid, attachment, iotlb: Iotlb::new(), faults: Faults::default() }
     }
 
     /// The device's requester ID.
     pub fn rid(&self) -> Rid {
         self.rid
+    }
+
+    /// The PASID that its requests have.
+    pub fn pasid(&self) -> Option<Pasid> {
+        self.pasid
     }
 
     /// What became of its DMA so far.
@@ -190,7 +197,7 @@ impl Port {
     #[inline(always)]
     fn noted<T>(&self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
         if let Err(fault) = &result {
-            self.faults.record(FaultRecord { device: self.rid, fault: *fault });
+            self.faults.record(FaultRecord { device: self.rid, pasid: self.pasid, fault: *fault });
         }
         result
     }

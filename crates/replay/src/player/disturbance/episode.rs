@@ -75,7 +75,7 @@ impl Guest {
     fn new(kind: TableKind, rid: Rid) -> Option<Guest> {
         let iommu = SoftIommu::new();
         let port = iommu.add_device(rid, kind).ok()?;
-        let device = Device::new(iommu, rid)?;
+        let device = Device::new(iommu, rid).ok()?;
         Some(Guest { kind, device, port, attached: Word::default() })
     }
 

@@ -2,6 +2,7 @@
 
 mod devices;
 mod disturbed;
+mod hostile;
 mod last_close;
 mod opening;
 mod processes;
@@ -45,6 +46,11 @@ pub(crate) const CLIENTS: &[(&str, fn())] = &[
     ("a_child_has_memory_of_its_own", devices::a_child_has_memory_of_its_own),
     ("memory_goes_with_its_program", devices::memory_goes_with_its_program),
     ("killed_while_a_device_works", devices::killed_while_a_device_works),
+    ("arguments_that_change", hostile::arguments_that_change),
+    ("memory_that_goes_under_dma", hostile::memory_that_goes_under_dma),
+    ("descriptors_of_other_kinds", hostile::descriptors_of_other_kinds),
+    ("everything_is_used_up", hostile::everything_is_used_up),
+    ("forks_without_end", hostile::forks_without_end),
 ];
 
 /// Those that tests run with a special expectation, or that clients exec.

@@ -17,12 +17,13 @@ use ioasid_uapi::iommufd_test as uapi;
 use ioasid_uapi::iommufd_test::{AccessPagesFlags, AccessRwFlags, CreateAccessFlags};
 use rustix::io::Errno;
 
-use super::super::ioas::{BudgetShare, Ioas};
+use super::super::ioas::Ioas;
 use super::super::objects::{Counted, Held, Object, Users};
 use super::super::{Call, Context};
+use crate::limits::Taken;
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
-use crate::{Descriptor, File};
+use crate::{Descriptor, File, FileKind};
 
 /// The most that is pinned or copied by one call, in bytes.
 const LONGEST_ACCESS: u64 = 16 << 20;
@@ -55,7 +56,7 @@ struct Pin {
     range: IovaRange,
     /// Held until the pin ends.
     _memory: Vec<Arc<Memory>>,
-    _share: BudgetShare,
+    _share: Taken,
 }
 
 impl Counted for Access {
@@ -83,7 +84,7 @@ impl Access {
         &self,
         range: IovaRange,
         memory: Vec<Arc<Memory>>,
-        share: BudgetShare,
+        share: Taken,
     ) -> Result<u32, Errno> {
         let mut pins = lock(&self.pins);
         if pins.living.len() >= PINS_PER_ACCESS {
@@ -176,7 +177,8 @@ impl Call<'_> {
         let context = Arc::clone(self.context);
         let file = AccessFile { context, id: reservation.id(), access: Arc::clone(&access) };
         reservation.install(Object::Access(access));
-        let fd = self.client.give_descriptor(File::of_access(file), true)?;
+        let file = File::new(self.context.allowance(), || FileKind::Access(file))?;
+        let fd = self.client.give_descriptor(file, true)?;
         create.out_access_fd = fd as u32;
         command.set_payload(&create);
         self.respond(&command)

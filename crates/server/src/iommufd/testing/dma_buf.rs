@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use super::super::Call;
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
-use crate::{Descriptor, File};
+use crate::{Descriptor, File, FileKind};
 
 /// The longest dma-buf, in bytes.
 const LONGEST: u64 = 512 * PAGE_SIZE;
@@ -119,7 +119,8 @@ impl Call<'_> {
         }
         let buffer = DmaBuf::new(length, self.context.memory.bus(), self.context.memory.dma_bufs())?;
         let close_on_exec = asked.open_flags & CLOSE_ON_EXEC != 0;
-        let fd = self.client.give_descriptor(File::of_dma_buf(Arc::new(buffer)), close_on_exec)?;
+        let file = File::new(self.context.allowance(), || FileKind::DmaBuf(Arc::new(buffer)))?;
+        let fd = self.client.give_descriptor(file, close_on_exec)?;
         Ok(fd as u32)
     }
 

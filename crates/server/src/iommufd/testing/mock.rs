@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ioasid::pagetable::AmdV1;
 use ioasid::{
-    AttachError, DerivedTable, Device, Iommu, IovaRange, PageSize, RadixTable, Requirements, Rid, Table,
+    AttachError, Bus, DerivedTable, Device, Iommu, IovaRange, PageSize, RadixTable, Requirements, Rid, Table,
     TableClass,
 };
 use ioasid_uapi::iommufd::{HW_INFO_TYPE_NONE, HWPT_DATA_NONE, HwCapabilities, HwptAlloc, HwptAllocFlags};
@@ -112,6 +112,7 @@ impl Iommu for MockIommu {
         &self,
         class: TableClass,
         largest_leaf: PageSize,
+        _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
         if class != self.0.class() {
             return Err(AttachError::Incompatible);
@@ -139,7 +140,7 @@ pub(crate) struct MockDevice {
 impl MockDevice {
     fn new(flags: MockDeviceFlags) -> Self {
         let engine = |table| Device::new(Arc::new(MockIommu(table)), Rid(0));
-        Self { flags, engines: MockTable::ALL.into_iter().filter_map(engine).collect() }
+        Self { flags, engines: MockTable::ALL.into_iter().filter_map(|table| engine(table).ok()).collect() }
     }
 
     /// What GET_HW_INFO says of it, if data of the type `wanted` is asked for.

@@ -1,7 +1,11 @@
-//! What a call costs under the transport, beside what it costs without.
+//! What a call costs under the transport, beside what it costs without, and beside the least that it could cost.
 //!
 //! `cargo bench -p ioasid-run --bench round_trip`. The program measures a plain refused ioctl by itself, then starts
-//! itself as a client under the transport and measures there.
+//! itself as a client under the transport and measures there. At the end, or alone with `-- ratios`, comes a table of
+//! kinds of calls beside the floor of any server behind seccomp user notification (`floor`, `ratios`).
+
+mod floor;
+mod ratios;
 
 use std::error::Error;
 use std::fs::File;
@@ -22,6 +26,15 @@ const IOAS_UNMAP: u32 = 0x3b86;
 const TCGETS: u32 = 0x5401;
 
 fn main() -> Result<(), Box<dyn Error>> {
+    match std::env::var("IOASID_BENCH_ROLE").as_deref() {
+        Ok("floor") => return ratios::obey(false),
+        Ok("ours") => return ratios::obey(true),
+        Ok("supervisor") => return ratios::supervise(),
+        _ => {}
+    }
+    if std::env::args().any(|argument| argument == "ratios") {
+        return ratios::print();
+    }
     let is_client = std::env::var_os("IOASID_BENCH_CLIENT").is_some();
     let mut criterion = Criterion::default().configure_from_args();
     if is_client {
@@ -40,6 +53,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         if !outcome.status.success() {
             return Err(format!("the client ended with {}", outcome.status).into());
         }
+        ratios::print()?;
     }
     criterion.final_summary();
     Ok(())

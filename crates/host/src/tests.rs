@@ -1,0 +1,419 @@
+//! What happens when Linux fails, against a stand-in for it that knows the rules of areas and fails when it is told to.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use ioasid::{
+    Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Oa, Permissions, Rid,
+    Space, Table, TableError,
+};
+use ioasid_uapi::Command;
+use ioasid_uapi::iommufd::{self, Destroy, IoasAlloc, IoasCopy, IoasIovaRanges, IoasMap, IoasUnmap};
+use ioasid_uapi::vfio::{DeviceAttachIommufdPt, DeviceBindIommufd, DeviceDetachIommufdPt};
+use proptest::prelude::*;
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::io::Errno;
+use zerocopy::IntoBytes;
+
+use crate::kernel::{Kernel, KernelFile};
+use crate::{Host, HostError, HostOptions, HostTable, Mapping};
+
+const K4: u64 = 4096;
+const M2: u64 = 2 << 20;
+const RID: Rid = Rid(1);
+const RW: Permissions = Permissions::READ_WRITE;
+
+/// Areas by their first address: the last one, and what is there.
+type Mapped = BTreeMap<u64, (u64, u64)>;
+
+/// What the stand-in has, and what it is told to do wrong.
+#[derive(Debug, Default)]
+struct State {
+    spaces: BTreeMap<u32, Mapped>,
+    next: u32,
+    attached: Option<u32>,
+    /// All calls that came to an end, by number.
+    calls: Vec<u32>,
+    /// Calls with this number fail so, after so many, for so many.
+    fails: Option<Fails>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Fails {
+    number: u32,
+    errno: Errno,
+    after: u32,
+    times: u32,
+}
+
+#[derive(Debug, Default)]
+struct StandIn(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct Open(Arc<Mutex<State>>, File);
+
+impl StandIn {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    /// Has the calls of a kind fail from the one after `after` on, so often.
+    fn fail<C: Command>(&self, errno: Errno, after: u32, times: u32) {
+        self.state().fails = Some(Fails { number: C::NUMBER, errno, after, times });
+    }
+
+    fn count<C: Command>(&self) -> usize {
+        self.state().calls.iter().filter(|number| **number == C::NUMBER).count()
+    }
+}
+
+impl Kernel for StandIn {
+    fn open(&self, _path: &Path) -> io::Result<Arc<dyn KernelFile>> {
+        Ok(Arc::new(Open(self.0.clone(), File::open("/dev/null")?)))
+    }
+}
+
+impl AsFd for Open {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+}
+
+/// The argument as a structure.
+fn read<C: Command>(argument: &[u8]) -> C {
+    C::read_from_bytes(argument).unwrap()
+}
+
+impl KernelFile for Open {
+    fn ioctl(&self, number: u32, argument: &mut [u8]) -> Result<(), Errno> {
+        let mut state = self.0.lock().unwrap();
+        if let Some(fails) = state.fails.as_mut().filter(|fails| fails.number == number && fails.times > 0) {
+            if fails.after == 0 {
+                fails.times -= 1;
+                return Err(fails.errno);
+            }
+            fails.after -= 1;
+        }
+        let result = state.perform(number, argument);
+        if result.is_ok() {
+            state.calls.push(number);
+        }
+        result
+    }
+}
+
+impl State {
+    fn perform(&mut self, number: u32, argument: &mut [u8]) -> Result<(), Errno> {
+        match number {
+            IoasAlloc::NUMBER => {
+                self.next += 1;
+                self.spaces.insert(self.next, BTreeMap::new());
+                let answer = IoasAlloc { out_ioas_id: self.next, ..read(argument) };
+                argument.copy_from_slice(answer.as_bytes());
+            }
+            Destroy::NUMBER => {
+                let id = read::<Destroy>(argument).id;
+                if self.attached == Some(id) {
+                    return Err(Errno::BUSY);
+                }
+                self.spaces.remove(&id).ok_or(Errno::NOENT)?;
+            }
+            IoasIovaRanges::NUMBER => {
+                let answer = IoasIovaRanges { num_iovas: 1, out_iova_alignment: K4, ..read(argument) };
+                argument.copy_from_slice(answer.as_bytes());
+                let range = iommufd::IovaRange { start: 0, last: (1 << 48) - 1 };
+                // The array has room for more than one.
+                crate::sys::tests::put(answer.allowed_iovas, range.as_bytes());
+            }
+            IoasMap::NUMBER => {
+                let map: IoasMap = read(argument);
+                self.map(map.ioas_id, map.iova, map.length, map.user_va)?;
+            }
+            IoasCopy::NUMBER => {
+                let copy: IoasCopy = read(argument);
+                let source = self.spaces.get(&copy.src_ioas_id).ok_or(Errno::NOENT)?;
+                let (first, (last, va)) = source.range(..=copy.src_iova).next_back().ok_or(Errno::NOENT)?;
+                let within = copy.src_iova - first;
+                if copy.src_iova + (copy.length - 1) > *last {
+                    return Err(Errno::NOENT);
+                }
+                let va = va + within;
+                self.map(copy.dst_ioas_id, copy.dst_iova, copy.length, va)?;
+            }
+            IoasUnmap::NUMBER => {
+                let unmap: IoasUnmap = read(argument);
+                let space = self.spaces.get_mut(&unmap.ioas_id).ok_or(Errno::NOENT)?;
+                let last = unmap.iova + (unmap.length - 1);
+                let inside: Vec<u64> = overlapping(space, unmap.iova, last);
+                let whole = |first: &u64| *first >= unmap.iova && space[first].0 <= last;
+                if inside.is_empty() || !inside.iter().all(whole) {
+                    return Err(Errno::NOENT);
+                }
+                space.retain(|first, _| !inside.contains(first));
+            }
+            DeviceBindIommufd::NUMBER => {}
+            DeviceAttachIommufdPt::NUMBER => {
+                let id = read::<DeviceAttachIommufdPt>(argument).pt_id;
+                self.spaces.get(&id).ok_or(Errno::NOENT)?;
+                self.attached = Some(id);
+            }
+            DeviceDetachIommufdPt::NUMBER => self.attached = None,
+            _ => return Err(Errno::NOTTY),
+        }
+        Ok(())
+    }
+
+    fn map(&mut self, id: u32, iova: u64, length: u64, va: u64) -> Result<(), Errno> {
+        let space = self.spaces.get_mut(&id).ok_or(Errno::NOENT)?;
+        let last = iova + (length - 1);
+        if !overlapping(space, iova, last).is_empty() {
+            return Err(Errno::EXIST);
+        }
+        space.insert(iova, (last, va));
+        Ok(())
+    }
+}
+
+fn overlapping(space: &Mapped, first: u64, last: u64) -> Vec<u64> {
+    space.range(..=last).filter(|(_, (end, _))| *end >= first).map(|(first, _)| *first).collect()
+}
+
+/// A device on a table of a space whose leaves are no larger than a page.
+struct Scene {
+    kernel: Arc<StandIn>,
+    bus: Arc<Bus>,
+    account: Account,
+    ram: Arc<Memory>,
+    space: Arc<Space>,
+    device: Device,
+}
+
+impl Scene {
+    fn new(log2: u32, options: HostOptions) -> Scene {
+        let kernel = Arc::new(StandIn::default());
+        let host = Host::over(kernel.clone(), options).unwrap();
+        host.add_device(RID, "device").unwrap();
+        let (bus, account) = (Bus::new(), Account::new("test", None));
+        let ram = Memory::register(&Backing::anonymous(&bus, 8 * M2).unwrap(), 0, 8 * M2, &account).unwrap();
+        let largest = ioasid::PageSize::from_log2(log2).unwrap();
+        let space = Space::with_format(&bus, ioasid::pagetable::Native::new().with_largest_leaf(largest));
+        let device = Device::new(host, RID).unwrap();
+        device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
+        Scene { kernel, bus, account, ram, space, device }
+    }
+
+    fn table(&self) -> Arc<Table> {
+        self.device.table().unwrap()
+    }
+
+    fn with_table<T>(&self, look: impl FnOnce(&HostTable) -> T) -> T {
+        look(self.table().derived().unwrap().as_any().downcast_ref().unwrap())
+    }
+
+    /// What the stand-in has for the table: areas and the addresses behind them, as offsets in the memory.
+    fn mapped(&self) -> Vec<(u64, u64, u64)> {
+        let ioas = self.with_table(HostTable::ioas);
+        let base = self.bus.locate(self.ram.output(0).unwrap()).unwrap().memory;
+        let ioasid::HostBytes::Address(base) = base else { panic!("{base:?}") };
+        let state = self.kernel.state();
+        state.spaces[&ioas].iter().map(|(first, (last, va))| (*first, last - first + 1, va - base)).collect()
+    }
+
+    /// What the table says of itself is what there is.
+    fn in_step(&self) {
+        let first = self.ram.output(0).unwrap().get();
+        let said = self.with_table(HostTable::areas);
+        let said =
+            said.iter().map(|area| (area.range.first(), area.range.length().unwrap(), area.oa.get() - first));
+        assert_eq!(said.collect::<Vec<_>>(), self.mapped());
+    }
+
+    fn map(&self, iova: u64, offset: u64, length: u64) -> Result<(), MapError> {
+        self.space.map(Iova::new(iova), &self.ram, offset, length, RW)
+    }
+
+    /// Lets everything go; the stand-in has nothing left.
+    fn end(self) {
+        let Scene { kernel, bus, ram, space, device, account } = self;
+        drop((device, space, ram, bus));
+        assert_eq!(account.charged_pages(), 0);
+        let state = kernel.state();
+        assert!(state.spaces.is_empty(), "{state:?}");
+        assert_eq!(state.attached, None);
+    }
+}
+
+fn range(first: u64, length: u64) -> IovaRange {
+    IovaRange::with_length(first, length).unwrap()
+}
+
+fn reason(error: &TableError) -> HostError {
+    let TableError::Refused(source) = error else { panic!("{error:?}") };
+    *source.downcast_ref().unwrap()
+}
+
+#[test]
+fn a_map_that_fails_late_has_not_happened() {
+    for after in 0..8 {
+        let scene = Scene::new(12, HostOptions::default());
+        scene.map(0, 0, 4 * K4).unwrap();
+        let before = scene.mapped();
+        scene.kernel.fail::<IoasCopy>(Errno::NOMEM, after, 1);
+        let refused = scene.map(16 * K4, 16 * K4, 8 * K4);
+        let Err(MapError::Table(error)) = refused else { panic!("{refused:?}") };
+        assert!(matches!(reason(&error), HostError::Call(error) if error.errno == Errno::NOMEM), "{error}");
+        assert_eq!(scene.mapped(), before);
+        scene.in_step();
+        // The addresses are free, and so is the table.
+        scene.map(16 * K4, 16 * K4, 8 * K4).unwrap();
+        assert_eq!(scene.mapped().len(), 12);
+        scene.end();
+    }
+}
+
+#[test]
+fn a_busy_kernel_is_asked_again() {
+    let scene = Scene::new(12, HostOptions::default());
+    scene.map(0, 0, 4 * K4).unwrap();
+    scene.kernel.fail::<IoasUnmap>(Errno::BUSY, 0, 5);
+    assert_eq!(scene.space.unmap(range(K4, 2 * K4)).unwrap().bytes(), 2 * K4);
+    assert_eq!(scene.with_table(HostTable::broken), None);
+    assert_eq!(scene.mapped(), [(0, K4, 0), (3 * K4, K4, 3 * K4)]);
+    // All of it with one call.
+    assert_eq!(scene.kernel.count::<IoasUnmap>(), 1);
+    scene.end();
+}
+
+#[test]
+fn an_unmap_that_fails_for_good_leaves_devices_nothing_and_breaks_the_table() {
+    let scene = Scene::new(12, HostOptions::default());
+    scene.map(0, 0, 4 * K4).unwrap();
+    assert!(scene.kernel.state().attached.is_some());
+    scene.kernel.fail::<IoasUnmap>(Errno::IO, 0, 1);
+    // To whom the memory belongs it is unmapped: no device reaches it.
+    assert_eq!(scene.space.unmap(range(K4, K4)).unwrap().bytes(), K4);
+    assert_eq!(scene.kernel.state().attached, None);
+    assert_eq!(scene.with_table(HostTable::broken).map(|error| error.errno), Some(Errno::IO));
+    let Err(MapError::Table(error)) = scene.map(8 * K4, 0, K4) else { panic!("mapped") };
+    assert!(matches!(reason(&error), HostError::Broken(_)));
+    let Err(AttachError::Table(error)) = scene.device.attach(&scene.table()) else { panic!("attached") };
+    assert!(matches!(reason(&error), HostError::Broken(_)));
+    // Another table of the same space is as good as any.
+    let other = Table::new(&scene.space, &scene.device).unwrap();
+    scene.device.attach(&other).unwrap();
+    assert!(scene.kernel.state().attached.is_some());
+    assert_eq!(scene.mapped().len(), 3);
+    drop(other);
+    scene.end();
+}
+
+#[test]
+fn areas_are_bounded() {
+    let scene = Scene::new(12, HostOptions { most_areas: 3, ..HostOptions::default() });
+    let Err(MapError::Table(error)) = scene.map(0, 0, 4 * K4) else { panic!("mapped") };
+    assert_eq!(reason(&error), HostError::TooManyAreas { most: 3 });
+    assert_eq!(scene.mapped(), []);
+    scene.map(0, 0, 3 * K4).unwrap();
+    scene.space.unmap(range(0, K4)).unwrap();
+    scene.map(7 * K4, 0, K4).unwrap();
+    assert!(scene.map(9 * K4, 0, K4).is_err());
+    scene.in_step();
+    scene.end();
+}
+
+#[test]
+fn calls_are_as_few_as_areas_allow() {
+    let scene = Scene::new(21, HostOptions::default());
+    // A part of a block, two whole ones, and a part.
+    scene.map(M2 + K4, 0, 3 * M2).unwrap();
+    assert_eq!(scene.kernel.count::<IoasCopy>(), 4);
+    assert_eq!(scene.kernel.count::<IoasMap>(), 1);
+    scene.map(16 * M2, 0, 4 * K4).unwrap();
+    assert_eq!((scene.kernel.count::<IoasCopy>(), scene.kernel.count::<IoasMap>()), (5, 1));
+    scene.space.unmap(range(0, 32 * M2)).unwrap();
+    assert_eq!(scene.kernel.count::<IoasUnmap>(), 2, "one for each run of neighbours");
+    scene.end();
+}
+
+#[test]
+fn a_failed_attachment_leaves_nothing() {
+    let scene = Scene::new(21, HostOptions::default());
+    let other = Space::new(&scene.bus);
+    scene.kernel.fail::<DeviceAttachIommufdPt>(Errno::NOMEM, 0, 1);
+    let before = scene.kernel.state().attached;
+    let refused = scene.device.attach(&Table::for_device(&other, &scene.device).unwrap());
+    assert!(matches!(refused, Err(AttachError::Table(_))), "{refused:?}");
+    assert_eq!(scene.kernel.state().attached, before);
+    assert_eq!(other.statistics().tables, 0);
+    scene.kernel.fail::<IoasAlloc>(Errno::NOMEM, 0, 1);
+    assert!(Table::for_device(&other, &scene.device).is_err());
+    scene.end();
+}
+
+/// Something that is done to a space of pages.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Map { at: u64, from: u64, pages: u64 },
+    Unmap { at: u64, pages: u64 },
+    Reattach,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..64u64, 0..64u64, 1..20u64).prop_map(|(at, from, pages)| Step::Map { at, from, pages }),
+        3 => (0..64u64, 1..40u64).prop_map(|(at, pages)| Step::Unmap { at, pages }),
+        1 => Just(Step::Reattach),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is mapped and unmapped, and whichever call fails, the kernel has what the space has.
+    #[test]
+    fn the_kernel_has_what_the_space_has(
+        steps in prop::collection::vec((step(), prop::option::weighted(0.3, 0..12u32)), 1..40),
+        map in any::<bool>(),
+    ) {
+        let mapping = if map { Mapping::Map } else { Mapping::Copy };
+        let scene = Scene::new(12, HostOptions { mapping, ..HostOptions::default() });
+        let mut model: BTreeMap<u64, u64> = BTreeMap::new();
+        for (step, fails) in steps {
+            if let Some(after) = fails {
+                match mapping {
+                    Mapping::Copy => scene.kernel.fail::<IoasCopy>(Errno::NOMEM, after, 1),
+                    Mapping::Map => scene.kernel.fail::<IoasMap>(Errno::NOMEM, after, 1),
+                }
+            }
+            match step {
+                Step::Map { at, from, pages } => {
+                    let taken = (at..at + pages).any(|page| model.contains_key(&page));
+                    let result = scene.map(at * K4, from * K4, pages * K4);
+                    let failed = fails.is_some_and(|after| u64::from(after) < pages);
+                    prop_assert_eq!(result.is_err(), taken || failed, "{:?}", result);
+                    if result.is_ok() {
+                        model.extend((0..pages).map(|page| (at + page, from + page)));
+                    }
+                }
+                Step::Unmap { at, pages } => {
+                    scene.space.unmap(range(at * K4, pages * K4)).unwrap();
+                    model.retain(|page, _| !(at..at + pages).contains(page));
+                }
+                Step::Reattach => {
+                    scene.kernel.state().fails = None;
+                    scene.device.attach(&Table::new(&scene.space, &scene.device).unwrap()).unwrap();
+                }
+            }
+            scene.kernel.state().fails = None;
+            let pages: Vec<_> = model.iter().map(|(at, from)| (at * K4, K4, from * K4)).collect();
+            prop_assert_eq!(scene.mapped(), pages);
+            scene.in_step();
+            let shown: Vec<Oa> = scene.space.leaves(IovaRange::ALL).iter().map(|leaf| leaf.oa).collect();
+            prop_assert_eq!(shown.len(), model.len());
+        }
+        scene.end();
+    }
+}

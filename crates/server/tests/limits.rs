@@ -1,0 +1,202 @@
+//! What one client can use up, and that others do not notice; and that the server's memory stays below what is promised.
+//!
+//! The bytes are those of the whole test process; what the other tests take beside it is little.
+
+mod program;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ioasid::pagetable::HeapTables;
+use ioasid_server::{DeviceOptions, Errno, InProcess, Limit, Limits, Server, ServerOptions};
+use ioasid_uapi::iommufd as uapi;
+use program::{BUFFER, FIXED, PAGE, Program, READ, WRITE, open};
+
+fn server_with(limits: Limits) -> Arc<Server> {
+    let devices = vec![DeviceOptions::default()];
+    Server::new(ServerOptions { devices, limits, test_devices: true }).unwrap()
+}
+
+fn small() -> Limits {
+    Limits {
+        files: Limit { per_client: 4, total: 6 },
+        objects: Limit { per_client: 8, total: 12 },
+        areas: Limit { per_client: 16, total: 24 },
+    }
+}
+
+#[test]
+fn files_are_counted_for_who_opened_them_until_the_last_close() {
+    let server = server_with(small());
+    let (first, second) = (Program::of(&server), Program::of(&server));
+    let opened: Vec<i32> = (0..4).map(|_| first.iommu()).collect();
+    assert_eq!(open(&server, &first, "/dev/iommu"), Err(Errno::MFILE));
+    assert_eq!(open(&server, &first, "/dev/vfio/devices/vfio0"), Err(Errno::MFILE));
+    second.iommu();
+    second.open("/dev/vfio/devices/vfio0");
+    assert_eq!(open(&server, &second, "/dev/iommu"), Err(Errno::NFILE), "all together have 6");
+    // A fork has the files too, so they stay open.
+    let fork = first.forked();
+    first.close(opened[0]).unwrap();
+    assert_eq!(open(&server, &first, "/dev/iommu"), Err(Errno::MFILE));
+    fork.close(opened[0]).unwrap();
+    first.iommu();
+}
+
+#[test]
+fn objects_are_counted_over_all_files_of_a_client() {
+    let server = server_with(small());
+    let (first, second) = (Program::of(&server), Program::of(&server));
+    let files = [first.iommu(), first.iommu()];
+    for number in 0..8 {
+        first.ioas(files[number % 2]);
+    }
+    assert_eq!(first.run(files[0], uapi::IoasAlloc::default()).map(drop), Err(Errno::NOMEM));
+    let other = second.iommu();
+    for _ in 0..4 {
+        second.ioas(other);
+    }
+    assert_eq!(second.run(other, uapi::IoasAlloc::default()).map(drop), Err(Errno::NOMEM));
+    first.destroy(files[0], 1).unwrap();
+    second.ioas(other);
+    // What a context had comes back with its last close.
+    first.close(files[1]).unwrap();
+    for _ in 0..3 {
+        second.ioas(other);
+    }
+}
+
+#[test]
+fn areas_and_allowed_ranges_are_counted_together() {
+    let server = server_with(small());
+    let (first, second) = (Program::of(&server), Program::of(&server));
+    let iommu = first.iommu();
+    let spaces = [first.ioas(iommu), first.ioas(iommu)];
+    let ranges: Vec<u8> =
+        (0..6_u64).flat_map(|n| [n << 30, (n << 30) + 0xffff]).flat_map(u64::to_ne_bytes).collect();
+    first.put(BUFFER, &ranges).unwrap();
+    let allow = |program: &Program, iommu, ioas_id, num_iovas| {
+        let command =
+            uapi::IoasAllowIovas { ioas_id, num_iovas, allowed_iovas: BUFFER, ..Default::default() };
+        program.run(iommu, command).map(drop)
+    };
+    allow(&first, iommu, spaces[0], 6).unwrap();
+    for number in 0..10 {
+        first.map_fixed(iommu, spaces[1], BUFFER, PAGE, number * PAGE).unwrap();
+    }
+    assert_eq!(first.map_fixed(iommu, spaces[1], BUFFER, PAGE, 10 * PAGE), Err(Errno::NOMEM));
+    assert_eq!(allow(&first, iommu, spaces[1], 1), Err(Errno::NOMEM));
+    allow(&first, iommu, spaces[0], 0).unwrap();
+    for number in 10..16 {
+        first.map_fixed(iommu, spaces[1], BUFFER, PAGE, number * PAGE).unwrap();
+    }
+    // The other client has what is left of the whole.
+    let other = second.iommu();
+    let space = second.ioas(other);
+    for number in 0..8 {
+        second.map_fixed(other, space, BUFFER, PAGE, number * PAGE).unwrap();
+    }
+    assert_eq!(second.map_fixed(other, space, BUFFER, PAGE, 8 * PAGE), Err(Errno::NOMEM));
+    first.destroy(iommu, spaces[1]).unwrap();
+    second.map_fixed(other, space, BUFFER, PAGE, 8 * PAGE).unwrap();
+}
+
+/// Bytes of this process that are in memory, without those of page tables.
+fn bytes() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kibibytes: usize = line.split_whitespace().next().unwrap().parse().unwrap();
+    (kibibytes << 10).saturating_sub(HeapTables::bytes_in_use() as usize)
+}
+
+/// One client at all of its limits, beside one that works all the while and checks what it gets.
+#[test]
+fn memory_at_the_limits_is_below_the_promise() {
+    const SPACES: usize = 10_000;
+    const AREAS: usize = 200_000;
+    const FILES: usize = 500;
+    let limits = Limits {
+        files: Limit { per_client: FILES, total: FILES + 8 },
+        objects: Limit { per_client: SPACES, total: SPACES + 8 },
+        areas: Limit { per_client: AREAS, total: AREAS + 64 },
+    };
+    let server = server_with(limits);
+    let before = bytes();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let well_behaved = scope.spawn(|| {
+            let program = Program::of(&server);
+            let mut rounds = 0;
+            while !over.load(Ordering::Relaxed) || rounds == 0 {
+                let iommu = program.iommu();
+                let space = program.ioas(iommu);
+                for number in 0..32 {
+                    program.map_fixed(iommu, space, BUFFER, PAGE, number * PAGE).unwrap();
+                }
+                assert_eq!(program.unmap(iommu, space, 0, 32 * PAGE), Ok(32 * PAGE));
+                program.close(iommu).unwrap();
+                rounds += 1;
+            }
+        });
+        let hostile = Program::of(&server);
+        hostile.map_memory(1 << 40, 1 << 40);
+        exhaust(&hostile, &server, limits);
+        let used = bytes().saturating_sub(before);
+        println!("{} KiB of {} KiB promised", used >> 10, limits.bytes() >> 10);
+        assert!(used < limits.bytes(), "{used} bytes are more than {}", limits.bytes());
+        over.store(true, Ordering::Relaxed);
+        well_behaved.join().unwrap();
+        drop(hostile);
+    });
+    assert!(server.status().contexts.is_empty());
+}
+
+fn exhaust(hostile: &Program, server: &Arc<Server>, limits: Limits) {
+    let iommu = hostile.iommu();
+    let device = hostile.bind(iommu);
+    while open(server, hostile, "/dev/iommu").is_ok() {}
+    // The first space is attached, so that its areas are registered; neither they nor their memory touch each other.
+    let first = hostile.ioas(iommu);
+    hostile.attach(&device, first).unwrap();
+    let map = |space, number: u64, flags| {
+        let address = (1 << 40) + 2 * number * PAGE;
+        hostile.map_flags(iommu, space, flags, address, PAGE, 2 * number * PAGE)
+    };
+    let mut mapped = 0;
+    while mapped < limits.areas.per_client as u64 / 2 {
+        map(first, mapped, FIXED | READ | WRITE).unwrap();
+        mapped += 1;
+    }
+    // The others are not, and where their areas lie is ours to find.
+    let mut refused = Errno::NOENT;
+    while refused == Errno::NOENT {
+        match hostile.run(iommu, uapi::IoasAlloc::default()) {
+            Ok(made) => drop(map(made.out_ioas_id, mapped, READ).unwrap()),
+            Err(errno) => refused = errno,
+        }
+    }
+    assert_eq!(refused, Errno::NOMEM);
+    let last = first + 2;
+    let mut refused = Ok(0);
+    while refused.is_ok() {
+        mapped += 1;
+        refused = map(last, mapped, FIXED | READ).map(|_| 0);
+    }
+    assert_eq!(refused, Err(Errno::NOMEM));
+}
+
+#[test]
+fn a_client_without_end_of_forks_is_bounded_by_the_whole() {
+    let server = server_with(Limits { files: Limit { per_client: 4, total: 100 }, ..Limits::default() });
+    let mut forks: Vec<InProcess> = Vec::new();
+    let refused = loop {
+        let fork = InProcess::new(1000);
+        match open(&server, &fork, "/dev/iommu") {
+            Ok(_) => forks.push(fork),
+            Err(errno) => break errno,
+        }
+    };
+    assert_eq!((forks.len(), refused), (100, Errno::NFILE));
+    forks.pop();
+    open(&server, &InProcess::new(1000), "/dev/iommu").unwrap();
+}
