@@ -2,7 +2,9 @@
 //! counted, or stops the replay, as one likes.
 
 use ioasid_replay::trace::{HEADER, Trace};
-use ioasid_replay::{Disturbance, MOST_DEVICES, Mode, Options, Peer, PlayError, Report, Speed, play};
+use ioasid_replay::{
+    Disturbance, HistogramBin, LatencyStep, MOST_DEVICES, Mode, Options, Peer, PlayError, Report, Speed, play,
+};
 use ioasid_soft::iommu::TableKind;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -58,6 +60,53 @@ fn the_traces_of_the_project_replay() {
         assert!(report.iotlb_hit_rate.is_some_and(|rate| rate > 0.9 && rate < 1.0), "{report:#?}");
         assert_eq!((report.table, report.mode, report.threads), (table.name(), mode.name(), threads));
     }
+}
+
+/// The parts of a replay, over time and by latency, add up to the whole, on any number of threads; and what was live when does
+/// not depend on how it was replayed.
+#[test]
+fn the_course_is_that_of_the_recording() {
+    let lines = first_of("boot-ext4-lazy", 6_000);
+    let mut courses = Vec::new();
+    for (threads, mode, table) in
+        [(1, Mode::Strict, TableKind::Native), (3, Mode::Deferred, TableKind::VtdSecondStage)]
+    {
+        let report = replay(&lines, &Options { threads, mode, table, ..Options::default() });
+        right(&report);
+        let course = report.course;
+        let sum = |count: fn(&LatencyStep) -> u64| course.latency.iter().map(count).sum::<u64>();
+        assert_eq!(sum(|step| step.map.count), report.map.count);
+        assert_eq!(sum(|step| step.unmap.count), report.unmap.count);
+        assert_eq!(sum(|step| step.dma.count), report.dma.count);
+        let sum = |count: fn(&HistogramBin) -> u64| report.histogram.iter().map(count).sum::<u64>();
+        assert_eq!(sum(|bin| bin.maps), report.map.count);
+        assert_eq!(sum(|bin| bin.unmaps), report.unmap.count);
+        assert_eq!(sum(|bin| bin.dma), report.dma.count);
+        let most = course.live.iter().map(|step| (step.most_mappings, step.most_bytes));
+        let (mappings, bytes): (Vec<_>, Vec<_>) = most.unzip();
+        assert_eq!(mappings.into_iter().max(), Some(report.peak.mappings));
+        assert_eq!(bytes.into_iter().max(), Some(report.peak.bytes));
+        courses.push((course.recorded_nanoseconds, course.live_step_nanoseconds, course.live));
+    }
+    assert_eq!(courses[0], courses[1]);
+    assert!(courses[0].2.len() > 100);
+}
+
+/// The recording begins with its first event, and what is out of order is with the latest before it.
+#[test]
+fn times_are_counted_from_the_first_event() {
+    let event = |time: u64, page: u64| format!("{time},0,00:03.0,map,{page:x}000,1000,4096,TO_DEVICE\n");
+    let first = 1 << 60;
+    let lines = [event(first, 1), event(first + 5_000, 2), event(7, 3)].concat();
+    let course = replay(&lines, &Options::default()).course;
+    assert_eq!(course.recorded_nanoseconds, 5_000);
+    assert_eq!(course.live_step_nanoseconds, 1024);
+    let live: Vec<_> = course.live.iter().map(|step| step.most_mappings).collect();
+    assert_eq!(live, [1, 1, 1, 1, 3]);
+    let counts: Vec<_> = course.latency.iter().map(|step| (step.begin_nanoseconds, step.map.count)).collect();
+    assert_eq!(counts, [(0, 1), (4096, 2)]);
+    let none = replay("", &Options::default());
+    assert!(none.course.live.is_empty() && none.course.latency.is_empty() && none.histogram.is_empty());
 }
 
 #[test]

@@ -22,8 +22,12 @@ pub(crate) struct Engine {
     rounds: u32,
 
     /// Print one JSON object
-    #[arg(long)]
+    #[arg(long, conflicts_with = "markdown")]
     json: bool,
+
+    /// Print the goals as a Markdown table: ours, the peer's, the ratio
+    #[arg(long)]
+    markdown: bool,
 
     /// Fail if a goal is missed
     #[arg(long)]
@@ -37,6 +41,7 @@ without permissions. A goal is a limit to our value, or to a ratio of ours and a
 Examples:
   cargo xtask bench engine
   cargo xtask bench engine --group translate --rounds 5
+  cargo xtask bench engine --markdown
   cargo xtask bench engine --check --json";
 
 /// What is to be reached.
@@ -82,6 +87,9 @@ const GOALS: &[(&str, Goal)] = &[
 #[derive(Debug, serde::Serialize)]
 struct Outcome {
     op: &'static str,
+    /// What we measured, and the peer that the goal names with what it did.
+    ours: f64,
+    peer: Option<(&'static str, f64)>,
     what: String,
     value: f64,
     held: bool,
@@ -124,19 +132,19 @@ impl Measured {
         let outcome = |&(op, goal): &(&'static str, Goal)| {
             let ours = self.value(op, "ioasid")?;
             let peer = |who: &str| self.value(op, who);
-            let (what, value, held) = match goal {
-                Goal::AtMost(limit) => (format!("at most {limit}"), ours, ours <= limit),
-                Goal::AtLeast(limit) => (format!("at least {limit}"), ours, ours >= limit),
+            let (peer, what, value, held) = match goal {
+                Goal::AtMost(limit) => (None, format!("at most {limit}"), ours, ours <= limit),
+                Goal::AtLeast(limit) => (None, format!("at least {limit}"), ours, ours >= limit),
                 Goal::TimesPeer(who, limit) => {
-                    let ratio = ours / peer(who)?;
-                    (format!("at most {limit:.2} of {who}"), ratio, ratio <= limit)
+                    let (peer, ratio) = (peer(who)?, ours / peer(who)?);
+                    (Some((who, peer)), format!("at most {limit:.2} of {who}"), ratio, ratio <= limit)
                 }
                 Goal::Faster(who, limit) => {
-                    let ratio = peer(who)? / ours;
-                    (format!("{who} at least {limit} times"), ratio, ratio >= limit)
+                    let (peer, ratio) = (peer(who)?, peer(who)? / ours);
+                    (Some((who, peer)), format!("{who} at least {limit} times"), ratio, ratio >= limit)
                 }
             };
-            Some(Outcome { op, what, value, held })
+            Some(Outcome { op, ours, peer, what, value, held })
         };
         GOALS.iter().filter_map(outcome).collect()
     }
@@ -160,6 +168,8 @@ pub(crate) fn run(arguments: &Engine) -> Result<()> {
     let outcomes = measured.outcomes();
     if arguments.json {
         json(&measured, &outcomes, arguments.rounds)?;
+    } else if arguments.markdown {
+        print!("{}", markdown(&outcomes));
     } else {
         table(&measured, &outcomes);
     }
@@ -180,9 +190,23 @@ fn table(measured: &Measured, outcomes: &[Outcome]) {
         println!();
     }
     println!("(nanoseconds where the name says nothing else)\n");
-    for Outcome { op, what, value, held } in outcomes {
+    for Outcome { op, what, value, held, .. } in outcomes {
         println!("{}  {op}: {what}, is {value:.2}", if *held { "held  " } else { "missed" });
     }
+}
+
+/// The goals, for a document.
+fn markdown(outcomes: &[Outcome]) -> String {
+    let mut text = "| operation | ioasid | beside | ratio | goal | |\n|---|---|---|---|---|---|\n".to_owned();
+    for Outcome { op, ours, peer, what, value, held } in outcomes {
+        let (peer, ratio) = match peer {
+            Some((who, peer)) => (format!("{who} {peer:.2}"), format!("{value:.2}")),
+            None => (String::new(), String::new()),
+        };
+        let held = if *held { "held" } else { "**missed**" };
+        text += &format!("| `{op}` | {ours:.2} | {peer} | {ratio} | {what} | {held} |\n");
+    }
+    text
 }
 
 fn json(measured: &Measured, outcomes: &[Outcome], rounds: u32) -> Result<()> {
@@ -205,6 +229,18 @@ fn json(measured: &Measured, outcomes: &[Outcome], rounds: u32) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// What the README shows of a table is in docs/benchmarks.md, word for word.
+    #[test]
+    fn the_readme_has_rows_of_the_benchmarks() {
+        let rows = |text: &'static str| text.lines().filter(|line| line.starts_with('|')).collect::<Vec<_>>();
+        let known = rows(include_str!("../../../docs/benchmarks.md"));
+        let shown = rows(include_str!("../../../README.md"));
+        assert!(shown.len() >= 5, "{shown:?}");
+        for row in shown {
+            assert!(known.contains(&row), "not in docs/benchmarks.md: {row}");
+        }
+    }
+
     #[test]
     fn goals_are_judged_by_medians() {
         let mut measured = Measured::default();
@@ -218,6 +254,15 @@ mod tests {
         let held: Vec<_> = outcomes.iter().map(|outcome| (outcome.op, outcome.held)).collect();
         assert_eq!(held, [("translate_random_1M", true), ("dma_64B_hot", false)]);
         assert!((outcomes[0].value - 56.0 / 11.0).abs() < 1e-9);
+        let table = markdown(&outcomes);
+        let rows: Vec<_> = table.lines().skip(2).collect();
+        assert_eq!(
+            rows,
+            [
+                "| `translate_random_1M` | 11.00 | btree 56.00 | 5.09 | btree at least 5 times | held |",
+                "| `dma_64B_hot` | 26.00 |  |  | at most 25 | **missed** |",
+            ]
+        );
         assert!(measured.add("nonsense").is_err() && measured.add("a,b,c").is_err());
     }
 }

@@ -197,25 +197,29 @@ pub(crate) fn replay(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let plot = arguments.plot.as_ref().map(PlotFile::open).transpose()?;
     let mut output = io::stdout();
     let palette = Palette::of(&output);
-    let mut print = |text: &str| output.write_all(text.as_bytes()).context(CANNOT_PRINT);
+    let mut separator = "";
+    let mut print = |text: &str| {
+        let printed = output.write_all(format!("{separator}{text}").as_bytes()).context(CANNOT_PRINT);
+        separator = "\n";
+        printed
+    };
     let mut all: Vec<Replayed> = Vec::new();
     for trace in &arguments.traces {
         let first = all.len();
         for choice in &choices {
             let report =
                 replay_one(trace, *choice, arguments).with_context(|| trace.display().to_string())?;
-            let separator = if all.is_empty() { "" } else { "\n" };
             let replayed = Replayed { trace: trace.display().to_string(), report };
             // Of what is compared, only what went wrong is told at length.
-            if !arguments.json && !(arguments.compare && replayed.report.is_right()) {
-                print(&format!("{separator}{}", text::describe(&replayed.trace, &replayed.report, palette)))?;
+            let is_told = !arguments.compare || !replayed.report.is_right();
+            if is_told && !arguments.json {
+                print(&text::describe(&replayed.trace, &replayed.report, palette))?;
             }
             all.push(replayed);
         }
         if arguments.compare && !arguments.json {
             let rows: Vec<Row<'_>> = all[first..].iter().map(Replayed::row).collect();
-            let separator = if first == 0 { "" } else { "\n" };
-            print(&format!("{separator}{}", comparison::describe(&rows, palette)))?;
+            print(&comparison::describe(&rows, palette))?;
         }
     }
     if arguments.json {

@@ -45,6 +45,9 @@ pub(crate) const ALL: &[Case] = cases! {
     pairs_are_measured;
     a_trace_is_replayed_on_several_tables;
     what_is_wrong_with_a_trace_is_said;
+    a_replay_is_drawn;
+    a_picture_that_cannot_be_written_is_known_before_the_replay;
+    replays_are_compared_and_the_numbers_are_those_of_the_json;
     pasids_are_played_with;
     a_storm_of_pasids_adds_up;
     the_doctor_is_content;
@@ -440,6 +443,131 @@ fn what_is_wrong_with_a_trace_is_said(command: &Command<'_>) -> Outcome {
     command.run(&["replay", "--mode", "lazy", &path]).exits(2)?.complains("strict or deferred")?;
     command.run(&["replay", "--threads", "0", &path]).exits(2)?.complains("1..=256")?;
     command.run(&["replay", "--table", "vtd", "--table", "vtd57", "-"]).exits(2)?.complains("read once")?;
+    Ok(())
+}
+
+/// A trace of two events, and a file for a picture that is not there yet, in a directory of this user's.
+fn with_directory(
+    command: &Command<'_>,
+    name: &str,
+    work: impl FnOnce(&str, &std::path::Path) -> Outcome,
+) -> Outcome {
+    let trace = lines(command, &format!("{name}.csv"), &[HEADER, MAP, UNMAP])?;
+    let directory = command.writable_directory(name).map_err(|error| error.to_string())?;
+    let outcome = work(&trace, &directory);
+    fs::remove_dir_all(&directory).map_err(|error| error.to_string())?;
+    outcome
+}
+
+fn a_replay_is_drawn(command: &Command<'_>) -> Outcome {
+    with_directory(command, "drawn", |trace, directory| {
+        let path = directory.join("one.svg");
+        let file = path.to_str().ok_or("the temporary directory's name is not text")?;
+        let drawn = || fs::read_to_string(&path).map_err(|error| error.to_string());
+        let ended = command.run(&["replay", "--plot", file, "--table", "vtd", trace]).exits(0)?;
+        ended.prints("every byte right")?;
+        let picture = drawn()?;
+        for words in ["<svg xmlns=", "<title>", "vtd table, strict, 1 thread, 1 device; 2 events", "</svg>"] {
+            if !picture.contains(words) {
+                return Err(format!("{words} is not in {picture}"));
+            }
+        }
+        // What was there is replaced whole, however long it was.
+        fs::write(&path, "old ".repeat(100_000)).map_err(|error| error.to_string())?;
+        let compare = ["replay", "--compare", "--table", "native", "--table", "riscv", "--mode", "deferred"];
+        command.run(&[&compare[..], &["--plot", file, trace, trace]].concat()).exits(0)?;
+        let picture = drawn()?;
+        if !picture.starts_with("<svg")
+            || !picture.ends_with("</svg>\n")
+            || !picture.contains("sv48 deferred")
+        {
+            return Err(picture);
+        }
+        // A pipe has no end to cut off.
+        command
+            .run(&[
+                "run",
+                "--",
+                "sh",
+                "-c",
+                "\"$IOASID\" replay --plot /dev/stdout --json \"$0\" | cat",
+                trace,
+            ])
+            .exits(0)?
+            .prints("</svg>")?;
+        Ok(())
+    })
+}
+
+fn a_picture_that_cannot_be_written_is_known_before_the_replay(command: &Command<'_>) -> Outcome {
+    with_directory(command, "not-drawn", |trace, directory| {
+        let nowhere = "/nonexistent/one.svg";
+        let ended = command.run(&["replay", "--plot", nowhere, trace]).exits(1)?;
+        let ended = ended.complains("cannot write /nonexistent/one.svg: No such file")?;
+        if !ended.output.is_empty() {
+            return Err(ended.report("the trace was replayed"));
+        }
+        command.run(&["replay", "--plot", "/proc", trace]).exits(1)?.complains("cannot write /proc: ")?;
+        command
+            .run(&["replay", "--plot", "-", trace])
+            .exits(2)?
+            .complains("standard output is for the report")?;
+        command.run(&["replay", "--plot", "one.png", trace]).exits(2)?.complains("pictures are SVG")?;
+        let several = ["replay", "--table", "vtd", "--table", "native", "--plot", "one.svg", trace];
+        command.run(&several).exits(2)?.complains("add --compare")?;
+        // After a replay that came to nothing there is no empty file, and an old picture stays.
+        let path = directory.join("none.svg");
+        let file = path.to_str().ok_or("the temporary directory's name is not text")?;
+        command.run(&["replay", "--plot", file, "/nonexistent"]).exits(1)?;
+        if path.exists() {
+            return Err("an empty picture was left behind".to_owned());
+        }
+        command.run(&["replay", "--plot", file, trace]).exits(0)?;
+        let before = fs::read(&path).map_err(|error| error.to_string())?;
+        command.run(&["replay", "--plot", file, "/nonexistent"]).exits(1)?;
+        let after = fs::read(&path).map_err(|error| error.to_string())?;
+        if before.is_empty() || before != after { Err("the old picture is gone".to_owned()) } else { Ok(()) }
+    })
+}
+
+fn replays_are_compared_and_the_numbers_are_those_of_the_json(command: &Command<'_>) -> Outcome {
+    let path = lines(command, "compared.csv", &[HEADER, MAP, UNMAP])?;
+    let ended = command.run(&["replay", "--compare", &path]).exits(0)?;
+    let rows: Vec<_> =
+        ended.output.lines().skip(2).filter_map(|line| line.trim().split("  ").next()).collect();
+    let choices = ["native", "vtd", "amdv1", "x86-64", "sv48"];
+    let expected: Vec<_> = choices
+        .iter()
+        .flat_map(|table| ["strict", "deferred"].map(|mode| format!("{table} {mode}")))
+        .collect();
+    if rows != expected {
+        return Err(ended.report("not one row for each table and mode"));
+    }
+    ended.prints("compared.csv: 2 events, 1 thread\n")?.prints("map p50")?;
+    let compared =
+        command.run(&["replay", "--compare", "--mode", "strict", "--json", &path]).exits(0)?.json()?;
+    let compared = compared.as_array().ok_or("no list")?;
+    let tables: Vec<_> = compared.iter().map(|one| one["table"].as_str().unwrap_or_default()).collect();
+    if tables != choices || compared.iter().any(|one| one["mode"] != "strict") {
+        return Err(format!("{tables:?}"));
+    }
+    // The parts say the same as the whole: a map, an unmap, and DMA in both directions.
+    for one in compared {
+        let course = &one["course"];
+        let (live, histogram) = (course["live"].as_array(), one["histogram"].as_array());
+        let most =
+            live.and_then(|steps| steps.iter().map(|step| step["most_mappings"].as_u64()).max().flatten());
+        let maps = |name: &str| -> Option<u64> { histogram?.iter().map(|bin| bin[name].as_u64()).sum() };
+        let counted = (maps("maps"), maps("unmaps"), maps("dma")) == (Some(1), Some(1), Some(2));
+        if most != one["peak"]["mappings"].as_u64() || !counted || course["latency"][0]["map"]["count"] != 1 {
+            return Err(one.to_string());
+        }
+    }
+    let wrong = "0,0,00:03.0,map,fee00000,1000,4096,TO_DEVICE";
+    let wrong = lines(command, "wrong.csv", &[HEADER, wrong])?;
+    let ended =
+        command.run(&["replay", "--compare", "--table", "vtd", "--mode", "strict", &wrong]).exits(1)?;
+    ended.prints("maps or unmaps refused: 1")?.prints("  WRONG\n")?;
     Ok(())
 }
 

@@ -143,6 +143,14 @@ impl<'tests> Command<'tests> {
         Ok(path)
     }
 
+    /// A new directory that this user may write to.
+    pub(crate) fn writable_directory(&self, name: &str) -> io::Result<PathBuf> {
+        let path = self.installed.directory.join(format!("{}-{name}", self.who.name()));
+        fs::create_dir(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777))?;
+        Ok(path)
+    }
+
     /// Python's client, if Python is here.
     pub(crate) fn python_client(&self) -> Option<(&'tests Path, &'static str)> {
         self.installed.python.as_deref().map(|python| (python, include_str!("client.py")))

@@ -9,7 +9,7 @@
 //! The trace's own mappings are disturbed too: now and then, [just before one is unmapped](cut_and_mend), a part is cut out of it and
 //! mapped back. Nobody else may do that, because only the trace's worker knows that the mapping is there.
 //!
-//! A device that was recorded with its DMA is left alone, with its space: it is there to show again what was seen, in the very order.
+//! A device that was recorded with its DMA is left alone, with its space: it is there to show again what was seen, in the same order.
 //!
 //! # Room
 //!

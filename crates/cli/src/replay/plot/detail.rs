@@ -7,8 +7,8 @@ use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
 
 use super::page::{
-    Area, Axis, BELOW, BESIDE, BLUE, Drawn, GREEN, HEADING, Marker, Sample, VERMILION, axes, dashed, figure,
-    heading, light, line, named, text,
+    Area, Axis, BELOW, BESIDE, BLUE, Drawn, HEADING, Kind, Sample, VERMILION, axes, dashed, figure, heading,
+    light, line, named, text,
 };
 use super::scale::{Unit, bytes_unit, count, decades, nanoseconds, number, time_unit};
 use crate::quantity::rate;
@@ -20,6 +20,8 @@ const LATENCIES: u32 = 640;
 const HISTOGRAM: u32 = 600;
 /// The axis of live mappings goes so far at least, so that its ticks are whole numbers.
 const FEWEST: u64 = 5;
+/// That of bytes goes so far at least.
+const PAGE: u64 = 4096;
 /// Of the line below the title.
 const SETTING: u32 = 62;
 
@@ -60,7 +62,7 @@ pub(super) fn live(area: &Area<'_>, report: &Report) -> Drawn {
     let (unit, times) = recorded(report);
     let course = &report.course;
     let most = course.live.iter().map(|step| step.most_mappings).max().unwrap_or(0).max(FEWEST) as f64;
-    let most_bytes = course.live.iter().map(|step| step.most_bytes).max().unwrap_or(0).max(1);
+    let most_bytes = course.live.iter().map(|step| step.most_bytes).max().unwrap_or(0).max(PAGE);
     let bytes = bytes_unit(most_bytes);
     let mappings_line = line(BLUE, 5);
     let bytes_line = line(VERMILION, 5);
@@ -120,11 +122,6 @@ pub(super) fn live(area: &Area<'_>, report: &Report) -> Drawn {
 fn latencies(area: &Area<'_>, report: &Report) -> Drawn {
     let legend = [(Sample::Line(line(BLACK, 7)), "p50"), (Sample::Area(line(BLACK, 3), light(BLACK)), "p99")];
     heading(area, "Latency", &legend)?;
-    let kinds: [(&str, RGBColor, fn(&LatencyStep) -> BriefLatency); 3] = [
-        ("map", BLUE, |step| step.map),
-        ("unmap", VERMILION, |step| step.unmap),
-        ("DMA", GREEN, |step| step.dma),
-    ];
     let (unit, times) = recorded(report);
     let course = &report.course;
     let briefs = course.latency.iter().flat_map(|step| [step.map, step.unmap, step.dma]);
@@ -133,11 +130,12 @@ fn latencies(area: &Area<'_>, report: &Report) -> Drawn {
     let (across, _) = area.dim_in_pixel();
     let each = (across - BESIDE) / 3;
     let mut rest = area;
-    for (index, (name, color, latency_of)) in kinds.into_iter().enumerate() {
+    for (index, kind) in Kind::ALL.into_iter().enumerate() {
+        let color = kind.color();
         let labels = if index == 0 { BESIDE } else { 0 };
         let (panel, others) = rest.split_horizontally(each + labels);
         rest = others;
-        let panel = named(&panel, name, labels)?;
+        let panel = named(&panel, kind.name(), labels)?;
         let mut chart = ChartBuilder::on(&panel)
             .margin_right(66)
             .x_label_area_size(BELOW)
@@ -150,7 +148,7 @@ fn latencies(area: &Area<'_>, report: &Report) -> Drawn {
             &x,
             &Axis { labels: 6, label: &|value| nanoseconds(*value), means: "time for one" },
         )?;
-        for run in runs(&course.latency, course.latency_step_nanoseconds, latency_of) {
+        for run in runs(&course.latency, course.latency_step_nanoseconds, kind) {
             let along = |value: fn(BriefLatency) -> u64| {
                 let ends = run.iter().flat_map(|&(begin, brief)| {
                     let end = begin.saturating_add(course.latency_step_nanoseconds);
@@ -170,13 +168,9 @@ fn latencies(area: &Area<'_>, report: &Report) -> Drawn {
 }
 
 /// The steps in which there were calls of a kind, in runs without gaps: when each begins, and how long its calls took.
-fn runs(
-    steps: &[LatencyStep],
-    length: u64,
-    latency_of: fn(&LatencyStep) -> BriefLatency,
-) -> Vec<Vec<(u64, BriefLatency)>> {
+fn runs(steps: &[LatencyStep], length: u64, kind: Kind) -> Vec<Vec<(u64, BriefLatency)>> {
     let mut runs: Vec<Vec<(u64, BriefLatency)>> = Vec::new();
-    let known = steps.iter().map(|step| (step.begin_nanoseconds, latency_of(step)));
+    let known = steps.iter().map(|step| (step.begin_nanoseconds, kind.of(step.map, step.unmap, step.dma)));
     for (begin, brief) in known.filter(|(_, brief)| brief.count > 0) {
         match runs.last_mut() {
             Some(run) if run.last().is_some_and(|(last, _)| last.saturating_add(length) == begin) => {
@@ -190,13 +184,10 @@ fn runs(
 
 /// How many calls took how long.
 fn histogram(area: &Area<'_>, bins: &[HistogramBin]) -> Drawn {
-    let kinds: [(&str, ShapeStyle, bool, Marker, fn(&HistogramBin) -> u64); 3] = [
-        ("map", line(BLUE, 5), false, Marker::Disc, |bin| bin.maps),
-        ("unmap", line(VERMILION, 5), true, Marker::Triangle, |bin| bin.unmaps),
-        ("DMA", line(GREEN, 4), false, Marker::Cross, |bin| bin.dma),
-    ];
-    let legend =
-        kinds.map(|(name, style, is_dashed, marker, _)| (Sample::Marked(style, is_dashed, marker), name));
+    let style = |kind: Kind| line(kind.color(), kind.of(5, 5, 4));
+    let count_of = |kind: Kind, bin: &HistogramBin| kind.of(bin.maps, bin.unmaps, bin.dma);
+    let sample = |kind: Kind| Sample::Marked(style(kind), kind.is_dashed(), kind.marker());
+    let legend = Kind::ALL.map(|kind| (sample(kind), kind.name()));
     heading(area, "Latency histogram", &legend)?;
     let (low, high) = decades(bins.iter().flat_map(|bin| [bin.from_nanoseconds, bin.below_nanoseconds]));
     let most = bins.iter().flat_map(|bin| [bin.maps, bin.unmaps, bin.dma]).max().unwrap_or(0).max(1);
@@ -213,7 +204,8 @@ fn histogram(area: &Area<'_>, bins: &[HistogramBin]) -> Drawn {
     axes(&mut chart, &x, &Axis { labels: 8, label: &|value| count(*value), means: "calls" })?;
     // Charts and areas count from their own corners, but `map_coordinate` from the figure's.
     let paper = area.use_screen_coord();
-    for (_, style, is_dashed, marker, count_of) in kinds {
+    for kind in Kind::ALL {
+        let (style, count_of) = (style(kind), |bin: &HistogramBin| count_of(kind, bin));
         let middle = |bin: &HistogramBin| (bin.from_nanoseconds as f64 * bin.below_nanoseconds as f64).sqrt();
         let point = |bin: &HistogramBin| {
             let point = (middle(bin), (count_of(bin) as f64).max(none));
@@ -227,14 +219,14 @@ fn histogram(area: &Area<'_>, bins: &[HistogramBin]) -> Drawn {
         let near: Vec<usize> = (0..bins.len()).filter(is_near).collect();
         for run in near.chunk_by(|one, next| one + 1 == *next) {
             let line: Vec<_> = run.iter().map(|index| point(&bins[*index])).collect();
-            if is_dashed {
+            if kind.is_dashed() {
                 dashed(&paper, &line, style)?;
             } else {
                 paper.draw(&PathElement::new(line, style))?;
             }
         }
         for bin in bins.iter().filter(|bin| count_of(bin) > 0) {
-            marker.draw(&paper, point(bin), style)?;
+            kind.marker().draw(&paper, point(bin), style)?;
         }
     }
     Ok(())

@@ -29,7 +29,7 @@ const SAMPLE: i32 = 70;
 
 pub(super) const BLUE: RGBColor = RGBColor(0, 114, 178);
 pub(super) const VERMILION: RGBColor = RGBColor(213, 94, 0);
-pub(super) const GREEN: RGBColor = RGBColor(0, 130, 95);
+const GREEN: RGBColor = RGBColor(0, 130, 95);
 pub(super) const GREY: RGBColor = RGBColor(228, 228, 228);
 const GRID: RGBColor = RGBColor(214, 214, 214);
 const AXIS: RGBColor = RGBColor(60, 60, 60);
@@ -110,6 +110,43 @@ pub(super) fn figure(
     ))
 }
 
+/// The kinds of calls, which look the same in all figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Map,
+    Unmap,
+    Dma,
+}
+
+impl Kind {
+    pub(super) const ALL: [Kind; 3] = [Kind::Map, Kind::Unmap, Kind::Dma];
+
+    /// The one of three that is this kind's.
+    pub(super) fn of<T>(self, map: T, unmap: T, dma: T) -> T {
+        match self {
+            Kind::Map => map,
+            Kind::Unmap => unmap,
+            Kind::Dma => dma,
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        self.of("map", "unmap", "DMA")
+    }
+
+    pub(super) fn color(self) -> RGBColor {
+        self.of(BLUE, VERMILION, GREEN)
+    }
+
+    pub(super) fn marker(self) -> Marker {
+        self.of(Marker::Disc, Marker::Triangle, Marker::Cross)
+    }
+
+    pub(super) fn is_dashed(self) -> bool {
+        self == Kind::Unmap
+    }
+}
+
 /// What stands in a legend before its words.
 #[derive(Clone, Copy)]
 pub(super) enum Sample {
@@ -151,7 +188,7 @@ impl Marker {
             Marker::Triangle => area.draw(&TriangleMarker::new(middle, 12, filled))?,
             Marker::Cross => area.draw(&Cross::new(middle, 8, hollow))?,
             Marker::Tick => {
-                area.draw(&PathElement::new([(x, y - 14), (x, y + 14)], hollow.stroke_width(6)))?
+                area.draw(&PathElement::new([(x, y - 14), (x, y + 14)], hollow.stroke_width(6)))?;
             }
         }
         Ok(())

@@ -2,15 +2,15 @@
 
 use std::collections::HashSet;
 
-use ioasid_replay::{Latency, Report};
+use ioasid_replay::Latency;
 use plotters::coord::combinators::IntoLogRange;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::detail;
 use super::page::{
-    Area, Axis, BELOW, BLUE, Drawn, GREEN, GREY, HEADING, Marker, NAME, Sample, VERMILION, axes, bold,
-    figure, fitting, heading, line, named, text,
+    Area, Axis, BELOW, Drawn, GREY, HEADING, Kind, Marker, NAME, Sample, axes, bold, figure, fitting,
+    heading, line, named, text,
 };
 use super::scale::{around, count, nanoseconds};
 use crate::replay::comparison::Row;
@@ -82,15 +82,11 @@ fn section(area: &Area<'_>, trace: &str, rows: &[&Row<'_>]) -> Drawn {
         names.draw_text(&fitting(&row.label, LETTERS), &style, (0, middle))?;
     }
     let each = (across - NAMES) / 4;
-    let kinds: [(&str, RGBColor, fn(&Report) -> &Latency); 3] = [
-        ("map", BLUE, |report| &report.map),
-        ("unmap", VERMILION, |report| &report.unmap),
-        ("DMA", GREEN, |report| &report.dma),
-    ];
     let mut rest = rest;
-    for (name, color, latency_of) in kinds {
+    for kind in Kind::ALL {
         let (column, others) = rest.split_horizontally(each);
-        latencies(&column, name, color, &rows.iter().map(|row| latency_of(row.report)).collect::<Vec<_>>())?;
+        let rows = rows.iter().map(|row| kind.of(row.report.map, row.report.unmap, row.report.dma));
+        latencies(&column, kind, &rows.collect::<Vec<_>>())?;
         rest = others;
     }
     throughput(&rest, rows)
@@ -109,11 +105,12 @@ fn stripes(rows: usize, low: f64, high: f64) -> impl Iterator<Item = Rectangle<(
     })
 }
 
-fn latencies(area: &Area<'_>, name: &str, color: RGBColor, rows: &[&Latency]) -> Drawn {
-    let area = named(area, name, LEFT)?;
+fn latencies(area: &Area<'_>, kind: Kind, rows: &[Latency]) -> Drawn {
+    let color = kind.color();
+    let area = named(area, kind.name(), LEFT)?;
     let values =
         |latency: &Latency| [latency.p50_nanoseconds, latency.p99_nanoseconds, latency.p999_nanoseconds];
-    let (low, high) = around(rows.iter().flat_map(|latency| values(latency)));
+    let (low, high) = around(rows.iter().flat_map(values));
     let mut chart = ChartBuilder::on(&area)
         .margin_left(LEFT)
         .margin_right(RIGHT)
@@ -139,7 +136,8 @@ fn latencies(area: &Area<'_>, name: &str, color: RGBColor, rows: &[&Latency]) ->
 fn throughput(area: &Area<'_>, rows: &[&Row<'_>]) -> Drawn {
     let area = named(area, "throughput", LEFT)?;
     let rates = rows.iter().flat_map(|row| [row.report.calls_per_second, row.report.events_per_second]);
-    let most = rates.fold(1.0, f64::max) * 1.06;
+    // No machine does more, and ticks are counted with so many.
+    let most = rates.fold(1.0, f64::max).min(1e15) * 1.06;
     let mut chart = ChartBuilder::on(&area)
         .margin_left(LEFT)
         .margin_right(RIGHT)
@@ -150,7 +148,7 @@ fn throughput(area: &Area<'_>, rows: &[&Row<'_>]) -> Drawn {
     axes(&mut chart, &x, &Axis { labels: 0, label: &|_| String::new(), means: "" })?;
     for (index, row) in rows.iter().enumerate() {
         let bar = |up: f64, down: f64, rate: f64, fill: ShapeStyle| {
-            let corners = [(0.0, index as f64 + up), (rate, index as f64 + down)];
+            let corners = [(0.0, index as f64 + up), (rate.min(most), index as f64 + down)];
             [Rectangle::new(corners, fill), Rectangle::new(corners, line(BLACK, 3))]
         };
         chart.draw_series(bar(0.14, 0.5, row.report.calls_per_second, BLACK.mix(0.45).filled()))?;
