@@ -15,6 +15,7 @@ mod generic_pt;
 mod kernel_selftest;
 mod kernel_source;
 mod msrv;
+mod rounds;
 mod sequences;
 mod soak;
 mod uapi_check;

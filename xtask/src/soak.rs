@@ -7,18 +7,19 @@
 //! page tables can be told.
 
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    process::Command,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use crate::workspace;
+use crate::{
+    rounds::{self, Span},
+    workspace,
+};
 
 const GUIDE: &str = "\
 Examples:
@@ -32,17 +33,8 @@ same trace, table, mode and threads, and the same disturbances. When they happen
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = GUIDE)]
 pub(crate) struct Arguments {
-    /// How long to go on; the round that is running then is finished
-    #[arg(long, value_name = "NUMBER", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=100_000))]
-    minutes: u64,
-
-    /// The seed of the first round; each round has the next one [default: of the moment]
-    #[arg(long, value_name = "NUMBER")]
-    seed: Option<u64>,
-
-    /// Run so many rounds, however long they take
-    #[arg(long, value_name = "NUMBER", conflicts_with = "minutes")]
-    rounds: Option<u64>,
+    #[command(flatten)]
+    span: Span,
 
     /// Traces, or directories of them (*.csv, *.csv.zst), in turn [default: traces/]
     #[arg(value_name = "TRACE")]
@@ -83,13 +75,12 @@ impl Round {
         })
     }
 
-    fn start(&self, program: &Path, log: &Path) -> Result<Child> {
-        let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.arg(&self.trace).args([self.table, self.mode]);
         command.args([self.threads, self.seed, self.disturbers].map(|number| number.to_string()));
-        command.env("RUST_BACKTRACE", "1").stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        command.spawn().with_context(|| format!("cannot run {}", program.display()))
+        command.env("RUST_BACKTRACE", "1");
+        command
     }
 
     fn described(&self) -> String {
@@ -105,72 +96,27 @@ impl Round {
 /// The chore.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let traces = traces(&arguments.traces)?;
-    let program = build()?;
-    let log = workspace::target_directory()?.join("soak.log");
-    let moment = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-    let first = arguments.seed.unwrap_or_else(moment);
-    let (began, time) = (Instant::now(), Duration::from_secs(arguments.minutes * 60));
-    let bar = match arguments.rounds {
-        Some(rounds) => ProgressBar::new(rounds).with_style(style("{bar:24} {pos}/{len} rounds  {msg}")?),
-        None => ProgressBar::new(time.as_secs()).with_style(style("{bar:24} {pos}/{len} s  {msg}")?),
+    let program = rounds::build(&["build", "-p", "ioasid-replay", "--example", "disturbed"], "disturbed")?;
+    let round = |seed| {
+        let round = Round::new(seed, &traces)?;
+        // With one trace the seed chooses it, and everything else as it did.
+        let again = format!("cargo xtask soak --seed {seed} --rounds 1 {}", round.trace.display());
+        Ok(rounds::Round { command: round.command(&program), described: round.described(), again })
     };
-    let mut rounds = 0;
-    let mut done = [("events", 0u64), ("episodes", 0), ("cuts", 0), ("revocations", 0), ("attachments", 0)];
-    loop {
-        let ended = match arguments.rounds {
-            Some(wanted) => rounds >= wanted,
-            None => began.elapsed() >= time,
-        };
-        if ended {
-            break;
+    let mut counted =
+        [("events", 0u64), ("episodes", 0), ("cuts", 0), ("revocations", 0), ("attachments", 0)];
+    let count = |report: &str| {
+        let report: Value = serde_json::from_str(report).context("the report is not JSON")?;
+        for (what, count) in &mut counted {
+            let found = report[*what].as_u64().or_else(|| report["disturbed"][*what].as_u64());
+            *count = count.saturating_add(found.unwrap_or(0));
         }
-        let round = Round::new(first.wrapping_add(rounds), &traces)?;
-        bar.set_message(round.described());
-        let mut child = round.start(&program, &log)?;
-        let right = wait(&mut child, || match arguments.rounds {
-            Some(_) => bar.set_position(rounds),
-            None => bar.set_position(began.elapsed().min(time).as_secs()),
-        });
-        let again = || {
-            let trace = round.trace.display();
-            // With one trace the seed chooses it, and everything else as it did.
-            format!("cargo xtask soak --seed {} --rounds 1 {trace}", round.seed)
-        };
-        match right {
-            Ok(true) => {
-                rounds += 1;
-                let report = fs::read_to_string(&log).context("the round has left no report")?;
-                let report: Value = serde_json::from_str(&report).context("the report is not JSON")?;
-                for (what, count) in &mut done {
-                    let found = report[*what].as_u64().or_else(|| report["disturbed"][*what].as_u64());
-                    *count = count.saturating_add(found.unwrap_or(0));
-                }
-            }
-            Ok(false) => {
-                bar.finish_and_clear();
-                print!("{}", fs::read_to_string(&log).context("the round has left no output")?);
-                bail!("round {} was not right ({}); again: {}", rounds + 1, round.described(), again());
-            }
-            Err(error) => {
-                bar.finish_and_clear();
-                let round = format!("round {} ({}); again: {}", rounds + 1, round.described(), again());
-                return Err(error.context(round));
-            }
-        }
-    }
-    bar.finish_and_clear();
-    let last = first.wrapping_add(rounds.saturating_sub(1));
-    let done: Vec<String> = done.iter().map(|(what, count)| format!("{count} {what}")).collect();
-    println!(
-        "{rounds} rounds, seeds {first} to {last}, in {} s: all right ({})",
-        began.elapsed().as_secs(),
-        done.join(", ")
-    );
+        Ok(())
+    };
+    let done = rounds::run(&arguments.span, "soak", PATIENCE, round, count)?;
+    let counted: Vec<String> = counted.iter().map(|(what, count)| format!("{count} {what}")).collect();
+    println!("{done}: all right ({})", counted.join(", "));
     Ok(())
-}
-
-fn style(template: &str) -> Result<ProgressStyle> {
-    ProgressStyle::with_template(template).context("the progress bar's template")
 }
 
 /// The files that are named, and the traces in the directories that are, in an order that does not change.
@@ -199,40 +145,6 @@ fn traces(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
         bail!("there are no traces (*.csv, *.csv.zst)");
     }
     Ok(traces)
-}
-
-/// Builds the example that a round is, with optimisation.
-fn build() -> Result<PathBuf> {
-    let mut cargo = workspace::cargo();
-    cargo.args(["build", "--release", "--locked", "-p", "ioasid-replay", "--example", "disturbed"]);
-    cargo.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
-    let output = cargo.output().context("cannot run cargo")?;
-    if !output.status.success() {
-        bail!("the example that replays does not build");
-    }
-    let messages = String::from_utf8(output.stdout).context("cargo printed something that is no text")?;
-    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let of_example = |message: &Value| message["target"]["name"] == "disturbed";
-    let mut programs =
-        messages.filter(of_example).filter_map(|message| message["executable"].as_str().map(PathBuf::from));
-    programs.next().context("cargo names no program")
-}
-
-/// Whether the round was right.
-fn wait(child: &mut Child, mut tick: impl FnMut()) -> Result<bool> {
-    let began = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status.success());
-        }
-        if began.elapsed() > PATIENCE {
-            child.kill()?;
-            child.wait()?;
-            bail!("a round did not end in {} s", PATIENCE.as_secs());
-        }
-        tick();
-        thread::sleep(Duration::from_millis(100));
-    }
 }
 
 #[cfg(test)]
