@@ -199,14 +199,14 @@ impl Writing {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use ioasid_replay::trace::Trace;
     use std::sync::Arc;
 
     /// A file whose content can be looked at.
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
+    pub(in crate::record) struct Shared(pub(in crate::record) Arc<Mutex<Vec<u8>>>);
 
     impl Write for Shared {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

@@ -1,9 +1,8 @@
 //! Whatever a program does, its recording replays: every DMA that was let through is let through again, every one that was
 //! refused is refused, and no line is a misfit.
 
-use std::io::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use ioasid_replay::trace::Trace;
 use ioasid_replay::{Options, Report, play};
@@ -13,6 +12,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::recorder::Recorder;
+use super::recorder::tests::Shared;
 
 const PAGE: u64 = 4096;
 const BUFFER: u64 = 0x7f12_3460_0000;
@@ -44,20 +44,6 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => two().prop_map(|device| Step::Reopen { device }),
     ];
     vec(step, 1..50)
-}
-
-/// Where the trace goes.
-#[derive(Clone, Default)]
-struct Shared(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Shared {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// A program with an iommufd, two spaces and two devices.
