@@ -7,7 +7,8 @@
 //! The numbers are guarded by the system's lock, which whoever charges holds anyway. So all levels change at once, and
 //! nobody sees a charge that is going to be taken back.
 
-use super::{OverLimit, PasidSystem, State};
+use super::state::State;
+use super::{OverLimit, PasidSystem};
 use slab::Slab;
 use std::fmt;
 use std::sync::Arc;

@@ -75,9 +75,7 @@ impl PasidSet {
     /// # Errors
     /// It is not an ID of this set.
     pub fn lookup(&self, pasid: Pasid) -> Result<Status, UnknownPasid> {
-        let state = self.system.lock();
-        state.records.get(pasid.0).filter(|record| record.set == self.key).ok_or(UnknownPasid { pasid })?;
-        state.status(pasid).ok_or(UnknownPasid { pasid })
+        self.system.lock().lookup(self.key, pasid)
     }
 
     /// All IDs of the set, those that are parked among them; the youngest first.

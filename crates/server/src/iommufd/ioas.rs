@@ -20,71 +20,39 @@
 //! maps, so that an area is mapped in all tables or in none; it is never held while a call reads or writes its client's
 //! memory.
 
+mod accesses;
 pub(crate) mod change_process;
 mod cut;
+mod tables;
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, Mutex, RwLock, Weak};
 
-use ioasid::pagetable::Native;
-use ioasid::{
-    Bus, Device, Iova, IovaRange, Memory, PageSize, Permissions, Requirements, ReservationOwner, Space,
-    Table, TableClass,
-};
+use ioasid::{Bus, IovaRange, Memory, PageSize, Permissions, ReservationOwner, Space};
 use ioasid_uapi::iommufd_test::MOCK_PAGE_SIZE;
 use rustix::io::Errno;
 
 use super::areas::{Areas, Piece};
-use super::errno::{attach_errno, map_errno, reserve_errno, unmap_errno};
+use super::errno::{reserve_errno, unmap_errno};
 use super::hwpt::Hwpt;
-use super::objects::{Counted, Held, Users};
+use super::objects::{Counted, Users};
 use super::placement;
-use super::testing::{self, Access};
+use super::testing::Access;
 use crate::PinnedMemory;
 use crate::limits::{Budget, Taken};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
 use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
+use tables::populate;
+
+pub(crate) use tables::TableUse;
 
 /// How many ranges a client may allow, and how many it may reserve for tests, in one address space.
 pub(crate) const RANGES_PER_IOAS: usize = 1 << 12;
 
-/// Registered memory remembers where each GiB of it is. Beyond the first few, so many bytes of it count as an area.
-const BYTES_COUNTED_AS_AREA: u64 = 64 << 30;
-
 /// Who reserved the ranges that the self-test's command adds.
 const SELFTEST_OWNER: ReservationOwner = ReservationOwner::User(0);
-
-/// A piece of an area that software is going to copy.
-#[derive(Debug)]
-pub(crate) struct PieceToCopy {
-    source: Slice,
-    /// The area's memory, if it is registered, and where the piece is in it.
-    registered: Option<(Arc<Memory>, u64)>,
-}
-
-impl PieceToCopy {
-    pub(crate) fn length(&self) -> u64 {
-        self.source.length
-    }
-
-    /// Memory that holds the piece: the area's, or for as long as the caller keeps it.
-    ///
-    /// # Errors
-    /// See [`Pages::register`].
-    pub(crate) fn memory(&self) -> Result<Arc<Memory>, Errno> {
-        match &self.registered {
-            Some((memory, _)) => Ok(Arc::clone(memory)),
-            None => self.source.pages.register(self.source.offset, self.source.length),
-        }
-    }
-
-    /// Where in [`PieceToCopy::memory`] the piece begins.
-    pub(crate) fn offset(&self) -> u64 {
-        self.registered.as_ref().map_or(0, |(_, offset)| *offset)
-    }
-}
 
 /// An I/O address space.
 #[derive(Debug)]
@@ -169,15 +137,6 @@ pub(crate) enum Placement {
     Anywhere,
 }
 
-/// What a table is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TableUse {
-    /// Every device of the class that attaches to the space.
-    Shared,
-    /// Whoever names it.
-    Own,
-}
-
 impl Counted for Ioas {
     fn users(&self) -> &Users {
         &self.users
@@ -201,48 +160,6 @@ impl State {
     fn all_aligned(&self, alignment: u64) -> bool {
         self.areas.iter().all(|(range, area)| is_aligned(range, &area.source, alignment))
     }
-
-    /// Makes the engine's space have a granule that a table of this class can follow. Native tables follow any.
-    ///
-    /// # Errors
-    /// `EINVAL`: there are tables that could not. `EADDRINUSE`, never: what was reserved and allowed goes together.
-    fn set_granule(&mut self, class: TableClass) -> Result<(), Errno> {
-        let wanted = testing::mock::granule(class);
-        if self.space.granule() == wanted {
-            return Ok(());
-        }
-        if self.tables > 0 {
-            return if class == TableClass::NATIVE { Ok(()) } else { Err(Errno::INVAL) };
-        }
-        let format = Native::new().with_granule(wanted).ok_or(Errno::INVAL)?;
-        let space = Space::with_format(self.space.bus(), format);
-        space.set_allowed(&self.space.allowed_ranges()).map_err(reserve_errno)?;
-        for range in &self.test_reservations {
-            space.reserve(*range, SELFTEST_OWNER).map_err(reserve_errno)?;
-        }
-        self.space = space;
-        Ok(())
-    }
-
-    fn count_table(&mut self, class: TableClass) {
-        self.tables += 1;
-        self.coarse_tables += usize::from(testing::mock::alignment(class) == PAGE_SIZE);
-    }
-
-    fn discount_table(&mut self, class: TableClass) {
-        self.tables -= 1;
-        self.coarse_tables -= usize::from(testing::mock::alignment(class) == PAGE_SIZE);
-    }
-}
-
-/// Whether no area lies where the device cannot have a mapping. The engine finds out too, but only when all of the
-/// memory is registered and mapped.
-fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
-    let aperture = requirements.aperture;
-    let below = aperture.first().checked_sub(1).and_then(|last| IovaRange::new(0, last));
-    let above = aperture.last().checked_add(1).and_then(|first| IovaRange::new(first, u64::MAX));
-    let mut forbidden = requirements.reserved.iter().copied().chain(below).chain(above);
-    !forbidden.any(|range| areas.overlaps(range))
 }
 
 /// Ends an area that the engine has unmapped. Its memory goes with it, unless it was registered together with that of
@@ -259,68 +176,6 @@ fn give_back(area: Area) {
 
 fn is_aligned(range: IovaRange, source: &Slice, alignment: u64) -> bool {
     [range.first(), source.length, source.start()].iter().all(|value| value % alignment == 0)
-}
-
-fn may_access(pages: &Pages, write: bool) -> Result<(), Errno> {
-    if !pages.is_accessible() {
-        Err(Errno::INVAL)
-    } else if write && !pages.writable() {
-        Err(Errno::PERM)
-    } else {
-        Ok(())
-    }
-}
-
-/// Registers areas and maps them in the engine's space: all, or none.
-fn populate<'a>(
-    space: &Arc<Space>,
-    budget: &Arc<Budget>,
-    areas: impl Iterator<Item = (IovaRange, &'a mut Area)>,
-) -> Result<(), Errno> {
-    let mut done: Vec<(IovaRange, &mut Area)> = Vec::new();
-    let mut result = Ok(());
-    for (range, area) in areas {
-        match populate_one(space, budget, range, area) {
-            Ok(()) => done.push((range, area)),
-            Err(error) => {
-                result = Err(error);
-                break;
-            }
-        }
-    }
-    if result.is_err() {
-        for (range, area) in done {
-            forget_memory(space, range, area);
-        }
-    }
-    result
-}
-
-fn populate_one(
-    space: &Arc<Space>,
-    budget: &Arc<Budget>,
-    range: IovaRange,
-    area: &mut Area,
-) -> Result<(), Errno> {
-    let source = &area.source;
-    if source.pages.is_revoked() {
-        return Ok(());
-    }
-    let counted = match usize::try_from(source.length / BYTES_COUNTED_AS_AREA).unwrap_or(usize::MAX) {
-        0 => None,
-        count => Some(Arc::new(Taken::some(budget, count)?)),
-    };
-    let memory = source.pages.register(source.offset, source.length)?;
-    space.map(Iova::new(range.first()), &memory, 0, source.length, area.permissions).map_err(map_errno)?;
-    area.memory = Some(Registered { memory, offset: 0, _counted: counted });
-    Ok(())
-}
-
-fn forget_memory(space: &Arc<Space>, range: IovaRange, area: &mut Area) {
-    if let Err(error) = space.unmap(range) {
-        tracing::error!(%range, ?error, "the engine did not unmap an area");
-    }
-    area.memory = None;
 }
 
 impl Ioas {
@@ -472,84 +327,6 @@ impl Ioas {
         Ok(bytes)
     }
 
-    /// Lets an access use the space.
-    ///
-    /// # Errors
-    /// `EADDRINUSE`: it pins pages, and an area is not aligned to pages.
-    pub(crate) fn add_access(&self, access: &Arc<Access>) -> Result<(), Errno> {
-        let mut state = lock(&self.state);
-        if access.pins_pages() && !state.all_aligned(PAGE_SIZE) {
-            return Err(Errno::ADDRINUSE);
-        }
-        state.accesses.push(Arc::clone(access));
-        Ok(())
-    }
-
-    /// Ends an access's use of the space, and what it has pinned.
-    pub(crate) fn remove_access(&self, access: &Arc<Access>) {
-        let mut state = lock(&self.state);
-        access.let_go(IovaRange::ALL);
-        state.accesses.retain(|other| !Arc::ptr_eq(other, access));
-    }
-
-    /// Registers what is mapped in `range` for `access`; returns the number of the pin and the memory, in order.
-    ///
-    /// # Errors
-    /// `ENOENT`: a byte of it belongs to no area. `EPERM`: the memory may not be written. `EINVAL`: it is a dma-buf's.
-    /// `ENOMEM`: too many pins, or over the account's limit. `EFAULT`: the memory is not there.
-    pub(crate) fn pin(
-        &self,
-        access: &Access,
-        range: IovaRange,
-        write: bool,
-    ) -> Result<(u32, Vec<Arc<Memory>>), Errno> {
-        let state = lock(&self.state);
-        let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
-        let share = Taken::some(&self.budget, pieces.len())?;
-        let mut memory = Vec::with_capacity(pieces.len());
-        for piece in pieces {
-            let source = &piece.payload.source;
-            may_access(&source.pages, write)?;
-            let length = piece.range.length().ok_or(Errno::INVAL)?;
-            memory.push(source.pages.register(source.offset + piece.offset, length)?);
-        }
-        let id = access.enter_pin(range, memory.clone(), share)?;
-        Ok((id, memory))
-    }
-
-    /// Held while software copies what [`Ioas::pieces_to_copy`] finds.
-    pub(crate) fn begin_copies(&self) -> RwLockReadGuard<'_, ()> {
-        self.copies.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns when no copy is running that began before.
-    fn wait_for_copies(&self) {
-        drop(self.copies.write().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// The memory under `range`, to be copied between [`Ioas::begin_copies`] and the end of that.
-    ///
-    /// # Errors
-    /// `ENOENT`: a byte of it belongs to no area. `EPERM`: it may not be written. `EINVAL`: it is a dma-buf's.
-    pub(crate) fn pieces_to_copy(&self, range: IovaRange, write: bool) -> Result<Vec<PieceToCopy>, Errno> {
-        let state = lock(&self.state);
-        let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
-        pieces
-            .into_iter()
-            .map(|piece| {
-                let area = piece.payload;
-                may_access(&area.source.pages, write)?;
-                let length = piece.range.length().ok_or(Errno::INVAL)?;
-                let offset = area.source.offset + piece.offset;
-                let source = Slice { pages: Arc::clone(&area.source.pages), offset, length };
-                let registered = area.memory.as_ref();
-                let registered =
-                    registered.map(|part| (Arc::clone(&part.memory), part.offset + piece.offset));
-                Ok(PieceToCopy { source, registered })
-            })
-            .collect()
-    }
-
     /// A watched device has been attached: what is mapped is told, and all changes from now on.
     pub(crate) fn add_watched(&self, watched: &Arc<Watched>) {
         let mut state = lock(&self.state);
@@ -645,95 +422,6 @@ impl Ioas {
         }
         state.large_pages = large_pages;
         Ok(())
-    }
-
-    /// Makes a table for `device` and lets `install` use it; the first table brings all areas into the engine's space.
-    /// If that or `install` fails nothing has changed. With [`TableUse::Shared`] the `install` gets the table object
-    /// of an earlier call if it is of the device's class.
-    ///
-    /// # Errors
-    /// - `EADDRINUSE`: an area is not aligned to pages, or lies where the device cannot have it.
-    /// - `EFAULT`, `EINVAL`, `ENOMEM`: an area's memory cannot be had, see [`Pages::register`].
-    /// - `EINVAL`: the device has no such table. What `install` answers.
-    pub(crate) fn with_table(
-        &self,
-        device: &Device,
-        table_use: TableUse,
-        install: impl FnOnce(Arc<Table>, Option<Held<Hwpt>>) -> Result<Arc<Hwpt>, Errno>,
-    ) -> Result<Arc<Hwpt>, Errno> {
-        let mut state = lock(&self.state);
-        let first = state.tables == 0;
-        state.set_granule(device.requirements().class)?;
-        let alignment = testing::mock::alignment(device.requirements().class);
-        if alignment > state.alignment() && !state.all_aligned(alignment) {
-            return Err(Errno::ADDRINUSE);
-        }
-        if first {
-            if !fits(&state.areas, device.requirements()) {
-                return Err(Errno::ADDRINUSE);
-            }
-            let State { space, areas, .. } = &mut *state;
-            populate(space, &self.budget, areas.iter_mut())?;
-        }
-        let result = self.make_table(&mut state, device, table_use, install);
-        if first && state.tables == 0 {
-            self.depopulate(&mut state);
-        }
-        result
-    }
-
-    fn make_table(
-        &self,
-        state: &mut State,
-        device: &Device,
-        table_use: TableUse,
-        install: impl FnOnce(Arc<Table>, Option<Held<Hwpt>>) -> Result<Arc<Hwpt>, Errno>,
-    ) -> Result<Arc<Hwpt>, Errno> {
-        let table = match table_use {
-            TableUse::Shared => Table::for_device(&state.space, device),
-            TableUse::Own => Table::new(&state.space, device),
-        }
-        .map_err(|error| attach_errno(&error))?;
-        state.shared.retain(|hwpt| hwpt.strong_count() > 0);
-        let existing = state
-            .shared
-            .iter()
-            .filter(|_| table_use == TableUse::Shared)
-            .filter_map(Weak::upgrade)
-            .filter(|hwpt| hwpt.is_over(&table))
-            .find_map(|hwpt| Held::new(&hwpt));
-        let existed = existing.is_some();
-        let hwpt = install(table, existing)?;
-        if !existed {
-            state.count_table(device.requirements().class);
-            if table_use == TableUse::Shared {
-                state.shared.push(Arc::downgrade(&hwpt));
-            }
-        }
-        Ok(hwpt)
-    }
-
-    /// Drops a table that [`Ioas::with_table`] made. With the last one the areas' memory is given back.
-    pub(crate) fn remove_table(&self, table: Arc<Table>) {
-        let mut state = lock(&self.state);
-        let class = table.class();
-        drop(table);
-        state.discount_table(class);
-        if state.tables == 0 {
-            self.depopulate(&mut state);
-        }
-    }
-
-    fn depopulate(&self, state: &mut State) {
-        if state.areas.is_empty() {
-            return;
-        }
-        if let Err(error) = state.space.unmap(IovaRange::ALL) {
-            tracing::error!(?error, "the engine did not unmap an address space without tables");
-        }
-        for (_, area) in state.areas.iter_mut() {
-            area.memory = None;
-        }
     }
 
     /// Unmaps everything, for good.
