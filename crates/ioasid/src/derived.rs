@@ -113,7 +113,8 @@ fn map_error(error: MapError, range: IovaRange) -> TableError {
     }
 }
 
-fn cut_error(error: CutError) -> TableError {
+/// What a table says when it was not cut.
+pub(crate) fn cut_error(error: CutError) -> TableError {
     match error {
         CutError::OutOfTables(_) => TableError::OutOfTables,
         CutError::NeedsBreak { at, .. } | CutError::Contended { at } | CutError::Misaligned { at } => {
@@ -210,6 +211,12 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         let merged = self.radix.merge(range, &mut gather).unwrap_or(0);
         epoch::retire(gather.retired);
         merged
+    }
+
+    fn split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        let mut gather = Gather::new();
+        self.radix.split(range, largest, &mut gather).map_err(cut_error)?;
+        Ok(gather.tables_changed)
     }
 
     fn invalidate(&self, _runs: &Runs) {

@@ -210,6 +210,12 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
         0
     }
 
+    /// Makes leaves of at most `largest` of all larger ones that have an address in the range, and changes no translation. Whether
+    /// any was cut; on an error some may have been. A table that does not know its leaves refuses, as this does.
+    fn split(&self, range: IovaRange, _largest: PageSize) -> Result<bool, TableError> {
+        Err(TableError::CannotCut { at: range.first() })
+    }
+
     /// Returns when no translation of these ranges is cached anywhere any more that the table does not hold now.
     fn invalidate(&self, runs: &Runs);
 

@@ -8,7 +8,7 @@
 use crate::derived::leaves_by_size;
 use crate::device::Device;
 use crate::epoch;
-use crate::iommu::{AttachError, DerivedTable, TableClass};
+use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
 use crate::space::{ReservationOwner, ReserveError, Space};
 use ioasid_pagetable::{IovaRange, PageSize};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -158,6 +158,37 @@ impl Table {
     pub fn take_written(&self, range: IovaRange, report: impl FnMut(IovaRange)) -> Result<(), NoRecord> {
         self.space.take_written(self.recorder()?, range, report);
         Ok(())
+    }
+
+    /// Makes leaves of at most `largest` of all larger ones of this table that have an address in the range. No translation
+    /// changes, no device notices, and the space's other tables stay as they are. [`Space::merge`] is the way back.
+    ///
+    /// This is how finely [writes are recorded](Self::record_writes): split before the record begins, or every piece of a leaf
+    /// that was written counts as written. What is mapped later has the largest leaves again, until it is split too.
+    ///
+    /// It goes on in pieces, beside other operations. For each 2 MiB that become pages of 4 KiB it takes a table page of
+    /// 4 KiB.
+    ///
+    /// ```
+    /// # use ioasid::{Account, Backing, Bus, Device, Iova, IovaRange, Memory, PageSize, Permissions, Space, Table};
+    /// # fn example(device: &Device, space: &std::sync::Arc<Space>) -> Result<(), Box<dyn std::error::Error>> {
+    /// let table = Table::for_device(space, device)?;
+    /// let guest = IovaRange::with_length(0x1_0000_0000, 1 << 30).unwrap();
+    /// table.split(guest, PageSize::SIZE_4K)?;
+    /// table.record_writes(true)?;
+    /// // The guest is copied, while its devices write on.
+    /// table.take_written(guest, |written| println!("copy {written} again"))?;
+    /// table.record_writes(false)?;
+    /// space.merge(guest);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// There is no memory for table pages, or the table has a leaf that cannot be cut while devices use it. What comes before
+    /// that leaf stays split.
+    pub fn split(&self, range: IovaRange, largest: PageSize) -> Result<(), TableError> {
+        self.space.split(self.derived.as_deref(), range, largest)
     }
 
     /// Records what is mapped in the range as written; for who has taken a report and cannot use it.

@@ -85,18 +85,27 @@ pub(crate) enum Call {
     Cut,
     Protect,
     Remap,
+    Split,
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 7] =
-        [Call::NewTable, Call::Attach, Call::Map, Call::Fill, Call::Cut, Call::Protect, Call::Remap];
+    pub(crate) const ALL: [Call; 8] = [
+        Call::NewTable,
+        Call::Attach,
+        Call::Map,
+        Call::Fill,
+        Call::Cut,
+        Call::Protect,
+        Call::Remap,
+        Call::Split,
+    ];
 }
 
 /// What the double shall do wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Switches {
     /// Calls of each kind until one fails: 1 is the next; 0: none fails.
-    countdown: [AtomicI64; 7],
+    countdown: [AtomicI64; Call::ALL.len()],
     /// The same for calls of any kind.
     any: AtomicU64,
     any_failed: AtomicBool,
@@ -327,7 +336,7 @@ impl DoubleTable {
         join(self.inner.leaves(range))
     }
 
-    fn note(&self, call: Call, result: Result<(), TableError>) -> Result<(), TableError> {
+    fn note<T>(&self, call: Call, result: Result<T, TableError>) -> Result<T, TableError> {
         if result.is_err() {
             self.refused.store(true, Ordering::SeqCst);
             // What follows is the way back, which cannot fail.
@@ -377,6 +386,30 @@ impl DoubleTable {
             return Err(refused());
         }
         Ok(())
+    }
+
+    fn try_split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Split);
+        if fails && !self.switches.late.load(Ordering::SeqCst) {
+            return Err(refused());
+        }
+        // Leaves may reach over the ends, where others are at work.
+        let said = || {
+            let inside = |(iova, length, oa, attributes): Mapping| {
+                let part = IovaRange::with_length(iova, length).unwrap().intersection(&range).unwrap();
+                (part, oa + (part.first() - iova), attributes)
+            };
+            self.mappings_in(range).into_iter().map(inside).collect::<Vec<_>>()
+        };
+        let before = said();
+        let result = self.inner.split(range, largest);
+        assert_eq!(said(), before, "splitting {range} has changed a translation");
+        let cut = result?;
+        if cut {
+            self.changed.lock().unwrap().push(range);
+        }
+        if fails { Err(refused()) } else { Ok(cut) }
     }
 
     /// Refuses to change a range at whose ends a leaf would have to be cut, if leaves cannot be cut.
@@ -467,6 +500,10 @@ impl DerivedTable for DoubleTable {
             self.changed.lock().unwrap().push(range);
         }
         merged
+    }
+
+    fn split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        self.note(Call::Split, self.try_split(range, largest))
     }
 
     fn invalidate(&self, runs: &Runs) {

@@ -265,6 +265,7 @@ impl World {
                     self.check_merged(space, pages);
                 }
             }
+            Step::Split { device, pages, power } => self.split(device, pages, power),
             Step::Reserve { space, pages, owner } => self.reserve(space, pages, owner),
             Step::Unreserve { space, owner } => {
                 let owner = ReservationOwner::User(owner);
@@ -358,6 +359,19 @@ impl World {
                     || (out_of_reach && kind == Some(Kind::OutOfReach));
                 assert!(told, "{kind:?}, but a table cannot take pages {pages:?} of object {object}");
                 true
+            }
+        }
+    }
+
+    /// Nothing is different afterwards but the leaves of one table.
+    fn split(&mut self, device: usize, pages: Pages, power: u8) {
+        let (Some(range), Some(table)) = (pages.range(), self.devices[device].table()) else { return };
+        let largest = PageSize::from_log2(12 + u32::from(power)).unwrap();
+        match self.call(|_| table.split(range, largest)) {
+            Ok(()) => self.check_split(device, range, largest),
+            Err(error) => {
+                let rigid = RIGID.contains(&DEVICES[device]);
+                assert!(self.is_explained(rigid, Some(Kind::of(&error))), "{error:?}");
             }
         }
     }
