@@ -300,6 +300,22 @@ pub(super) mod tests {
         assert!(lines.windows(2).all(|two| two[0].time <= two[1].time));
     }
 
+    #[test]
+    fn each_pasid_is_a_device_of_its_own() {
+        let file = Shared::default();
+        let (recorder, writing) = Recorder::start(file.clone(), false).unwrap();
+        let other = Requester { device: Rid(16), pasid: Pasid::new(5) };
+        let requesters = [requester(None), requester(Some(5)), requester(Some(6)), other, requester(Some(5))];
+        for requester in requesters {
+            recorder.happened(&Event::Attached { requester });
+        }
+        drop(recorder);
+        assert_eq!(writing.finish().unwrap(), 5);
+        let text = String::from_utf8(file.0.lock().unwrap().clone()).unwrap();
+        let devices: Vec<_> = text.lines().skip(1).map(|line| line.split(',').nth(2).unwrap()).collect();
+        assert_eq!(devices, ["00:01.0", "0001:00:01.0", "0002:00:01.0", "0003:00:02.0", "0001:00:01.0"]);
+    }
+
     /// However much is told to a recorder whose disk is full, it says so at the end and keeps nobody waiting.
     #[test]
     fn a_full_disk_stops_the_recording_and_nothing_else() {
