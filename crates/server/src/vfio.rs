@@ -56,20 +56,11 @@ pub(crate) struct MachineDevice {
     /// How many bits its PASIDs have; 0: it has none.
     pub(crate) pasid_bits: u32,
     pub(crate) bound: AtomicBool,
+    /// Who watches it, if anybody does.
     pub(crate) watched: Option<Arc<WatchedDevice>>,
 }
 
 impl MachineDevice {
-    /// Who watches it, if anybody does.
-    pub(crate) fn watched(&self) -> Option<&WatchedDevice> {
-        self.watched.as_deref()
-    }
-
-    /// How many bits its PASIDs have; 0: it has none.
-    pub(crate) fn pasid_bits(&self) -> u32 {
-        self.pasid_bits
-    }
-
     /// Its file and how its DMA fared, for the status.
     pub(crate) fn status(&self) -> DeviceStatus {
         let path = format!("/dev/vfio/devices/vfio{}", self.number);

@@ -11,6 +11,7 @@ use ioasid_uapi::iommufd;
 use ioasid_uapi::iommufd_test as test;
 use ioasid_uapi::vfio as uapi;
 use program::*;
+use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
 const SOURCE: u64 = 0x10_0000;
@@ -463,4 +464,147 @@ fn a_table_that_records_writes_needs_a_device_that_can() {
     let unable = Mock::new(&program, iommu, beside, unable);
     assert_eq!(unable.attach(100, recording), Err(Errno::INVAL));
     assert_eq!(unable.attach(100, beside), Ok(beside));
+}
+
+/// Writes with a PASID are writes of the table's.
+#[test]
+fn writes_with_a_pasid_are_recorded() {
+    let mut m = Machine::new("edu:table=vtd");
+    let (other, _) = m.space(1);
+    let ioas = m.program.ioas(m.iommu);
+    m.program.map_fixed(m.iommu, ioas, BUFFER + m.mapped, 2 * PAGE, SOURCE).unwrap();
+    let flags = (iommufd::HwptAllocFlags::PASID | iommufd::HwptAllocFlags::DIRTY_TRACKING).bits();
+    let command = iommufd::HwptAlloc { flags, dev_id: m.device.id, pt_id: ioas, ..Default::default() };
+    let table = m.program.run(m.iommu, command).unwrap().out_hwpt_id;
+    m.program.attach(&m.device, other).unwrap();
+    m.attach(5, table).unwrap();
+    let track = iommufd::HwptSetDirtyTracking { flags: 1, hwpt_id: table, ..Default::default() };
+    m.program.run(m.iommu, track).unwrap();
+    let written = || {
+        let bitmap = BUFFER + BUFFER_SIZE - PAGE;
+        m.program.put(bitmap, &[0; 8]).unwrap();
+        let get = iommufd::HwptGetDirtyBitmap {
+            hwpt_id: table,
+            iova: SOURCE,
+            length: 2 * PAGE,
+            page_size: PAGE,
+            data: bitmap,
+            ..Default::default()
+        };
+        m.program.run(m.iommu, get).unwrap();
+        m.program.get(bitmap, 1).unwrap()[0]
+    };
+    m.program.device_copies(&m.device, SOURCE, TARGET, 16);
+    assert_eq!(written(), 0, "requests without the PASID are on another table");
+    m.program.use_pasid(&m.device, Some(5));
+    m.program.device_copies(&m.device, SOURCE, SOURCE + PAGE, 16);
+    assert_eq!(written(), 2);
+    assert_eq!(written(), 0);
+}
+
+/// What may be attached: an address space, a table of it that is not for PASIDs, and tables of two spaces that are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Table {
+    Space,
+    Plain,
+    First,
+    Second,
+}
+
+impl Table {
+    const ALL: [Table; 4] = [Table::Space, Table::Plain, Table::First, Table::Second];
+
+    fn is_for_pasids(self) -> bool {
+        matches!(self, Table::First | Table::Second)
+    }
+
+    /// The mark of the space that it leads to.
+    fn mark(self) -> u8 {
+        if self == Table::Second { 2 } else { 1 }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// Requests with this PASID; 0: without one.
+    Attach(u32, Table),
+    Detach(u32),
+    Reset,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let attach = (0..3_u32, 0..4_usize).prop_map(|(pasid, table)| Step::Attach(pasid, Table::ALL[table]));
+    let step = prop_oneof![6 => attach, 2 => (0..3_u32).prop_map(Step::Detach), 1 => Just(Step::Reset)];
+    prop::collection::vec(step, 1..30)
+}
+
+/// The rules, as plainly as they can be said.
+fn allowed(attached: &[Option<Table>; 3], pasid: u32, table: Table) -> bool {
+    match pasid {
+        0 => table.is_for_pasids() || attached[1..].iter().all(Option::is_none),
+        _ => table.is_for_pasids() && attached[0].is_none_or(Table::is_for_pasids),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    /// Whatever is attached and detached in whatever order: each call answers by the rules, and each request goes where the
+    /// latest call that succeeded has sent it.
+    #[test]
+    fn every_request_goes_where_it_was_sent(steps in steps()) {
+        let mut m = Machine::new("edu");
+        let (first, _) = m.space(1);
+        let (second, _) = m.space(2);
+        // The address space has the number before its table's.
+        let space = first - 1;
+        let plain = m.program.hwpt(m.iommu, m.device.id, space).unwrap();
+        let number = |table| match table {
+            Table::Space => space,
+            Table::Plain => plain,
+            Table::First => first,
+            Table::Second => second,
+        };
+        let mut attached = [None; 3];
+        for step in steps {
+            match step {
+                Step::Attach(pasid, table) => {
+                    let result = match pasid {
+                        0 => m.program.attach(&m.device, number(table)),
+                        _ => m.attach(pasid, number(table)),
+                    };
+                    let expected = allowed(&attached, pasid, table);
+                    prop_assert_eq!(result.map(drop), if expected { Ok(()) } else { Err(Errno::INVAL) });
+                    if expected {
+                        attached[pasid as usize] = Some(table);
+                    }
+                }
+                Step::Detach(pasid) => {
+                    let result = match pasid {
+                        0 => m.program.detach(&m.device),
+                        _ => m.program.detach_pasid(&m.device, pasid),
+                    };
+                    prop_assert_eq!(result, Ok(()));
+                    attached[pasid as usize] = None;
+                }
+                Step::Reset => {
+                    m.program.ioctl(m.device.fd, uapi::DEVICE_RESET, 0).unwrap();
+                }
+            }
+            for (pasid, table) in (0..3).zip(attached) {
+                m.program.use_pasid(&m.device, Some(pasid).filter(|pasid| *pasid != 0));
+                let faults = m.device_status().dma_faults;
+                m.program.device_copies(&m.device, SOURCE, TARGET, 1);
+                let faults = m.device_status().dma_faults - faults;
+                prop_assert_eq!(faults, if table.is_some() { 0 } else { 2 });
+                if let Some(table) = table {
+                    let target = BUFFER + 2 * PAGE * u64::from(table.mark() - 1) + PAGE;
+                    prop_assert_eq!(at(&m, target), table.mark());
+                    m.program.put(target, &[0]).unwrap();
+                }
+            }
+            let status = m.device_status();
+            prop_assert_eq!(status.pasid_count, attached[1..].iter().flatten().count());
+        }
+    }
 }

@@ -84,7 +84,7 @@ impl BoundDevice {
     /// Who watches its requests without a PASID. Nobody watches mock devices: they do no DMA.
     fn watched(&self) -> Option<&Arc<Watched>> {
         match &self.behind {
-            Behind::Machine { machine, .. } => machine.watched().map(|watched| watched.plain()),
+            Behind::Machine { machine, .. } => machine.watched.as_ref().map(|watched| watched.plain()),
             Behind::Mock(_) => None,
         }
     }
