@@ -183,12 +183,17 @@ impl Machine {
 
     /// A device model: reads and writes wherever its port leads.
     fn dma(&self, mut random: Random) {
+        let mut buffer = vec![0; 16 * PAGE as usize];
         while !self.is_over() {
             let port = random.of(&self.ports);
-            let iova = AT + random.below(PAGES) * PAGE + random.below(PAGE - 64);
-            let mut bytes = [0; 64];
+            // A word or two, or as much as is copied in one piece: that takes long enough for others to come in between.
+            let (offset, length) =
+                if random.below(2) == 0 { (random.below(PAGE - 64), 64) } else { (0, 16 * PAGE) };
+            let iova = AT + random.below(PAGES) * PAGE + offset;
+            let bytes = &mut buffer[..length as usize];
             let reads = random.below(2) == 0;
-            let result = if reads { port.read(iova, &mut bytes) } else { port.write(iova, &[0x11; 64]) };
+            bytes.fill(0x11);
+            let result = if reads { port.read(iova, bytes) } else { port.write(iova, bytes) };
             match result {
                 Ok(()) => {
                     assert!(!bytes.contains(&GONE), "a device has read memory that has gone");
