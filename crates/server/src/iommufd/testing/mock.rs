@@ -100,7 +100,8 @@ impl Iommu for MockIommu {
             class: self.0.class(),
             aperture: self.0.aperture(),
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         })
     }
 
