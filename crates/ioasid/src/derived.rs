@@ -98,7 +98,8 @@ impl<F: Format> RadixTable<F> {
             Change::Remap(oa, attributes) => {
                 let output = oa.get().wrapping_add(leaf.iova.wrapping_sub(range.first()));
                 let fits = range.covers(&leaf.range()) && output & (leaf.size.bytes() - 1) == 0;
-                let changes = (self.said(leaf, attributes | self.always) ^ leaf.attributes).difference(Attributes::USED);
+                let changes = (self.said(leaf, attributes | self.always) ^ leaf.attributes)
+                    .difference(Attributes::USED);
                 if fits && output == leaf.oa.get() && changes.is_empty() {
                     return None;
                 }

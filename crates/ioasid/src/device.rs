@@ -192,9 +192,7 @@ impl Device {
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
         let carry_out = || self.iommu.attach(self.rid, table);
-        let route = self
-            .membership
-            .attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
+        let route = self.membership.attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
         leave(routes.plain.replace(route), Some(table));
         Ok(())
     }

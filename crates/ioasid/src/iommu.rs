@@ -114,7 +114,9 @@ pub enum AttachError {
     },
     /// The table promises that all accesses are coherent, and those of the device might not be. A table
     /// [for the device](Table::for_device) keeps the promise, if its IOMMU can.
-    #[error("requests of device {0} can bypass the CPU's caches, and the table does not prevent it although it has to")]
+    #[error(
+        "requests of device {0} can bypass the CPU's caches, and the table does not prevent it although it has to"
+    )]
     Incoherent(Rid),
     /// Requests of the device cannot be told from those of another one, which is attached to another table. They have to be
     /// attached to the same, or the other one be detached first.

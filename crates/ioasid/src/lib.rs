@@ -78,13 +78,15 @@ pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
 pub use device::{Device, DeviceError};
 pub use dma::{DmaError, Here, Late, Translated};
+pub use group::{DeviceOwner, DriverClaim, InTheWay};
 #[cfg(feature = "vm-memory")]
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
 pub use ioasid_pagetable::{
     Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
 };
-pub use group::{DeviceOwner, DriverClaim, InTheWay};
-pub use iommu::{AttachError, Change, Coherency, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
+pub use iommu::{
+    AttachError, Change, Coherency, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError,
+};
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
 pub use place::{BusObserver, HostBytes, HostPlace};
