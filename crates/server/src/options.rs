@@ -1,5 +1,6 @@
 //! What the imaginary machine has: its devices and how their IOMMU stores page tables.
 
+use std::num::NonZeroU8;
 use std::str::FromStr;
 
 use ioasid_soft::iommu::{TableKind, UnknownTableKind};
@@ -126,7 +127,8 @@ impl Default for ServerOptions {
 /// ```
 /// use ioasid_server::{DeviceOptions, TableKind};
 /// let options: DeviceOptions = "edu:table=vtd,dma-mask=40".parse()?;
-/// assert_eq!(options, DeviceOptions { table: TableKind::VtdSecondStage, dma_mask_bits: 40 });
+/// let expected = DeviceOptions { table: TableKind::VtdSecondStage, dma_mask_bits: 40, ..Default::default() };
+/// assert_eq!(options, expected);
 /// # Ok::<(), ioasid_server::OptionsError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,11 +137,17 @@ pub struct DeviceOptions {
     pub table: TableKind,
     /// How many low bits of a memory address the device drives, 12 to 64; edu's default is 28.
     pub dma_mask_bits: u32,
+    /// The conventional bus that the device is on, behind a bridge from PCI Express. Devices on one bus are a group: the
+    /// bridge makes requests for all of them. `None`: a group of its own.
+    pub conventional_bus: Option<NonZeroU8>,
+    /// Whether the device could make requests that bypass the CPU's caches. It makes none, but who asks whether its
+    /// DMA is coherent gets the answer for a device that does.
+    pub no_snoop: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { table: TableKind::Native, dma_mask_bits: 28 }
+        Self { table: TableKind::Native, dma_mask_bits: 28, conventional_bus: None, no_snoop: false }
     }
 }
 
@@ -150,7 +158,7 @@ pub enum OptionsError {
     #[error("unknown device model {0:?}; there is \"edu\"")]
     UnknownModel(String),
     /// A setting has an unknown name or no value.
-    #[error("unknown device setting {0:?}; there are table=KIND and dma-mask=12..64")]
+    #[error("unknown device setting {0:?}; there are table=KIND, dma-mask=12..64, bus=1..255 and no-snoop")]
     UnknownSetting(String),
     /// A limit has an unknown name or no number.
     #[error("bad limit {0:?}; there are files, objects and areas, as in areas=1000 or areas=1000:5000")]
@@ -178,13 +186,17 @@ impl FromStr for DeviceOptions {
         }
         let mut options = Self::default();
         for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
+            let bad_value =
+                |setting, value: &str| OptionsError::BadValue { setting, value: value.to_owned() };
             match setting.split_once('=') {
+                None if setting == "no-snoop" => options.no_snoop = true,
+                Some(("bus", value)) => {
+                    options.conventional_bus = Some(value.parse().map_err(|_| bad_value("bus", value))?);
+                }
                 Some(("table", kind)) => options.table = kind.parse()?,
                 Some(("dma-mask", value)) => {
-                    options.dma_mask_bits =
-                        value.parse().ok().filter(|bits| (12..=64).contains(bits)).ok_or_else(|| {
-                            OptionsError::BadValue { setting: "dma-mask", value: value.to_owned() }
-                        })?;
+                    let bits = value.parse().ok().filter(|bits| (12..=64).contains(bits));
+                    options.dma_mask_bits = bits.ok_or_else(|| bad_value("dma-mask", value))?;
                 }
                 _ => return Err(OptionsError::UnknownSetting(setting.to_owned())),
             }
@@ -210,11 +222,27 @@ mod tests {
         assert_eq!("edu".parse(), Ok(DeviceOptions::default()));
         assert_eq!(
             "edu:dma-mask=64,table=native".parse(),
-            Ok(DeviceOptions { table: TableKind::Native, dma_mask_bits: 64 })
+            Ok(DeviceOptions { dma_mask_bits: 64, ..DeviceOptions::default() })
+        );
+        assert_eq!(
+            "edu:bus=2,no-snoop".parse(),
+            Ok(DeviceOptions {
+                conventional_bus: NonZeroU8::new(2),
+                no_snoop: true,
+                ..DeviceOptions::default()
+            })
         );
         assert_eq!("ioat".parse::<DeviceOptions>(), Err(OptionsError::UnknownModel("ioat".to_owned())));
-        for bad in ["edu:dma-mask=11", "edu:dma-mask=65", "edu:dma-mask=x", "edu:table=arm", "edu:colour=red"]
-        {
+        for bad in [
+            "edu:bus=0",
+            "edu:bus=256",
+            "edu:no-snoop=1",
+            "edu:dma-mask=11",
+            "edu:dma-mask=65",
+            "edu:dma-mask=x",
+            "edu:table=arm",
+            "edu:colour=red",
+        ] {
             assert!(bad.parse::<DeviceOptions>().is_err(), "{bad}");
         }
     }

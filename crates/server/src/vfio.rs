@@ -4,6 +4,9 @@
 //! until that file is closed. Only then do the other calls work. ATTACH points the device's DMA at an address space or
 //! a page table of that context; attaching again replaces it in one step; DETACH blocks it.
 //!
+//! The context is the device's owner: devices of one group can only be bound to the same, and EPERM comes with a line in the log
+//! that names the one in the way.
+//!
 //! ```text
 //!   DeviceFile ──► Binding ──► Context            kept alive by the binding
 //!      │             └──────► BoundDevice ──► Held<Hwpt>    what the device is attached to
@@ -19,7 +22,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ioasid::{Device, Iommu, Rid};
+use ioasid::{Device, DeviceError, Iommu, Rid};
 use ioasid_soft::iommu::Port;
 use ioasid_soft::pci::{AccessError, PciDevice};
 use ioasid_uapi::Command;
@@ -70,11 +73,15 @@ impl MachineDevice {
         self.watched.as_ref()
     }
 
+    fn path(&self) -> String {
+        format!("/dev/vfio/devices/vfio{}", self.number)
+    }
+
     /// Its file and how its DMA fared, for the status.
     pub(crate) fn status(&self) -> DeviceStatus {
         let dma = self.port.statistics();
         DeviceStatus {
-            path: format!("/dev/vfio/devices/vfio{}", self.number),
+            path: self.path(),
             dma_faults: dma.faults,
             last_dma_fault: dma.last_fault.map(|fault| fault.to_string()),
             ..DeviceStatus::default()
@@ -253,7 +260,11 @@ impl DeviceFile {
 }
 
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
-    let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).map_err(|_| Errno::NODEV)?;
+    let owner = context.device_owner();
+    let engine = Device::bind(Arc::clone(&machine.iommu), machine.rid, owner).map_err(|error| {
+        tracing::warn!(%error, file = machine.path(), "a device is not bound");
+        bind_errno(&error)
+    })?;
     let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
     // The file is a user of the object, so that DESTROY cannot take it away.
     bound.users().acquire();
@@ -333,6 +344,15 @@ fn region_of(offset: u64) -> Result<(u32, u64), Errno> {
     let inside = offset & !REGION_MAGIC_MASK;
     let index = u32::try_from(inside >> REGION_SHIFT).map_err(|_| Errno::INVAL)?;
     Ok((index, inside & ((1 << REGION_SHIFT) - 1)))
+}
+
+/// The error numbers that Linux has for devices that an owner cannot have.
+fn bind_errno(error: &DeviceError) -> Errno {
+    match error {
+        DeviceError::Unknown(_) => Errno::NODEV,
+        DeviceError::Taken(_) => Errno::BUSY,
+        DeviceError::NotViable { .. } => Errno::PERM,
+    }
 }
 
 /// The error numbers that Linux has for refused accesses.

@@ -106,9 +106,12 @@ impl BoundDevice {
 
     /// Moves the device's DMA to `table`.
     fn attach_engine(&self, table: &Arc<Table>) -> Result<(), Errno> {
-        let of_class = |engine: &&Device| engine.requirements().class == table.class();
-        let engine = self.engines().iter().find(of_class).ok_or(Errno::INVAL)?;
-        engine.attach(table).map_err(|error| attach_errno(&error))?;
+        let usable = |engine: &&Device| engine.can_use(table).is_ok();
+        let engine = self.engines().iter().find(usable).ok_or(Errno::INVAL)?;
+        engine.attach(table).map_err(|error| {
+            tracing::debug!(%error, "a device is not attached");
+            attach_errno(&error)
+        })?;
         // A mock device does no DMA, so that it is attached to two tables for a moment has no effect.
         for other in self.engines().iter().filter(|other| !std::ptr::eq(*other, engine)) {
             other.detach();

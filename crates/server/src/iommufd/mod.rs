@@ -27,6 +27,7 @@ mod vfio_compat;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use ioasid::DeviceOwner;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
 use ioasid_uapi::iommufd_test::TestCommand;
 use ioasid_uapi::{Command, IOCTL_TYPE};
@@ -47,6 +48,8 @@ use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 #[derive(Debug)]
 pub(crate) struct Context {
     number: u64,
+    /// As what the context has devices.
+    owner: DeviceOwner,
     memory: Arc<MemoryRegistry>,
     objects: Objects,
     allowance: Arc<Allowance>,
@@ -70,6 +73,7 @@ impl Context {
     ) -> Self {
         Self {
             number,
+            owner: DeviceOwner::new(format!("the open /dev/iommu number {number}")),
             memory,
             test_devices,
             objects: Objects::new(Arc::clone(&allowance.objects)),
@@ -83,6 +87,11 @@ impl Context {
     /// Which open it is, counted from 1.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// As what it has devices.
+    pub(crate) fn device_owner(&self) -> &DeviceOwner {
+        &self.owner
     }
 
     /// What is made in it is taken from this.
