@@ -84,7 +84,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use ioasid::Bus;
 use ioasid_soft::edu::EduError;
-use ioasid_soft::iommu::RidTaken;
+use ioasid_soft::iommu::{PlugError, TopologyError};
 
 use crate::iommufd::Context;
 use crate::iommufd::pasids::Pasids;
@@ -148,7 +148,10 @@ pub enum ServerError {
     Device(#[from] EduError),
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
-    Place(#[from] RidTaken),
+    Place(#[from] PlugError),
+    /// The machine has no place for a bridge that the options ask for.
+    #[error("a bridge cannot be made")]
+    Bridge(#[from] TopologyError),
 }
 
 /// How much memory a process has pinned by mapping it, in pages of 4 KiB. Every map call counts.

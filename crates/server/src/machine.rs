@@ -1,13 +1,16 @@
 //! Putting the machine together: each device of the options behind the IOMMU.
 //!
 //! One software IOMMU serves all devices, as one unit serves a whole bus; which table a device walks is its own
-//! property. A device model is given the ports through which it does DMA, and knows nothing else of all this.
+//! property. Devices stand alone on bus 0, unless the options put several behind a bridge to conventional PCI, which makes a group of
+//! them. A device model is given the ports through which it does DMA, and knows nothing else of all this.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU8;
 use std::sync::Arc;
 
 use ioasid::{Iommu, Rid};
 use ioasid_soft::edu::{Edu, EduOptions};
-use ioasid_soft::iommu::SoftIommu;
+use ioasid_soft::iommu::{Bridge, SoftIommu, Topology, TopologyError};
 use ioasid_soft::pci::PciDevice;
 
 use crate::dma::{DevicePasids, DevicePort, DmaFaults};
@@ -15,8 +18,11 @@ use crate::observer::{Observer, WatchedDevice};
 use crate::vfio::MachineDevice;
 use crate::{DeviceOptions, ServerError};
 
-/// Devices have one function each on bus 0, and device 0 is the root complex's.
+/// Devices have one function each, all a number of their own, and device 0 of bus 0 is the root complex's.
 const LARGEST_COUNT: usize = 31;
+
+/// The root complex, which has the bridges.
+const ROOT: Rid = Rid(0);
 
 /// Makes the devices.
 ///
@@ -29,10 +35,15 @@ pub(crate) fn devices(
     if options.len() > LARGEST_COUNT {
         return Err(ServerError::TooManyDevices { asked: options.len(), most: LARGEST_COUNT });
     }
-    let iommu = SoftIommu::new();
-    let rids = (1_u16..).map(|device| Rid(device << 3));
-    let device = |(number, (options, rid)): (usize, (DeviceOptions, Rid))| {
-        let port = iommu.add_device(rid, options.table)?;
+    let iommu = SoftIommu::with_topology(topology(&options)?);
+    let device = |((number, options), slot): ((usize, DeviceOptions), u16)| {
+        let bus = options.conventional_bus.map_or(0, NonZeroU8::get);
+        let rid = Rid(u16::from(bus) << 8 | slot << 3);
+        let port = if options.no_snoop {
+            iommu.add_no_snoop_device(rid, options.table)?
+        } else {
+            iommu.add_device(rid, options.table)?
+        };
         let edu_options = EduOptions { dma_mask_bits: options.dma_mask_bits, ..EduOptions::default() };
         let watched = observer.map(|observer| Arc::new(WatchedDevice::new(rid, observer)));
         let faults = Arc::new(DmaFaults::default());
@@ -41,19 +52,20 @@ pub(crate) fn devices(
             faults: Arc::clone(&faults),
             watched: watched.as_ref().map(|watched| Arc::clone(watched.plain())),
         };
+        // On conventional PCI no request has a PASID.
+        let pasid_bits = if bus == 0 { options.pasid_bits } else { 0 };
         let pasids = DevicePasids {
             iommu: Arc::clone(&iommu),
             device: rid,
-            bits: options.pasid_bits,
+            bits: pasid_bits,
             faults: Arc::clone(&faults),
             watched: watched.clone(),
         };
-        let model: Arc<dyn PciDevice> = match options.pasid_bits {
+        let model: Arc<dyn PciDevice> = match pasid_bits {
             0 => Arc::new(Edu::new(Arc::new(plain), edu_options)?),
             _ => Arc::new(Edu::with_pasids(Arc::new(plain), Arc::new(pasids), edu_options)?),
         };
         let iommu = Arc::clone(&iommu) as Arc<dyn Iommu>;
-        let pasid_bits = options.pasid_bits;
         Ok(Arc::new(MachineDevice {
             number,
             rid,
@@ -65,5 +77,13 @@ pub(crate) fn devices(
             watched,
         }))
     };
-    options.into_iter().zip(rids).enumerate().map(device).collect()
+    options.into_iter().enumerate().zip(1..).map(device).collect()
+}
+
+/// A bridge for each bus that a device is on.
+fn topology(options: &[DeviceOptions]) -> Result<Topology, TopologyError> {
+    let buses: BTreeSet<_> = options.iter().filter_map(|options| options.conventional_bus).collect();
+    buses
+        .into_iter()
+        .try_fold(Topology::new(), |topology, bus| topology.bridge(ROOT, bus.get(), Bridge::ToConventional))
 }

@@ -1,5 +1,6 @@
 //! What the imaginary machine has: its devices and how their IOMMU stores page tables.
 
+use std::num::NonZeroU8;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
@@ -139,11 +140,23 @@ pub struct DeviceOptions {
     pub dma_mask_bits: u32,
     /// How many bits the device's PASIDs have, 1 to 20; 0: it has none.
     pub pasid_bits: u32,
+    /// The conventional bus that the device is on, behind a bridge from PCI Express. Devices on one bus are a group: the
+    /// bridge makes requests for all of them, and none has a PASID. `None`: a group of its own.
+    pub conventional_bus: Option<NonZeroU8>,
+    /// Whether the device could make requests that bypass the CPU's caches. It makes none, but who asks whether its
+    /// DMA is coherent gets the answer for a device that does.
+    pub no_snoop: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { table: TableKind::Native, dma_mask_bits: 28, pasid_bits: 20 }
+        Self {
+            table: TableKind::Native,
+            dma_mask_bits: 28,
+            pasid_bits: 20,
+            conventional_bus: None,
+            no_snoop: false,
+        }
     }
 }
 
@@ -154,7 +167,9 @@ pub enum OptionsError {
     #[error("unknown device model {0:?}; there is \"edu\"")]
     UnknownModel(String),
     /// A setting has an unknown name or no value.
-    #[error("unknown device setting {0:?}; there are table=KIND, dma-mask=12..64 and pasids=0..20")]
+    #[error(
+        "unknown device setting {0:?}; there are table=KIND, dma-mask=12..64, pasids=0..20, bus=1..255 and no-snoop"
+    )]
     UnknownSetting(String),
     /// A limit has an unknown name or no number.
     #[error("bad limit {0:?}; there are files, objects and areas, as in areas=1000 or areas=1000:5000")]
@@ -183,6 +198,11 @@ impl FromStr for DeviceOptions {
         let mut options = Self::default();
         for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
             match setting.split_once('=') {
+                None if setting == "no-snoop" => options.no_snoop = true,
+                Some(("bus", value)) => {
+                    let unknown = || OptionsError::BadValue { setting: "bus", value: value.to_owned() };
+                    options.conventional_bus = Some(value.parse().map_err(|_| unknown())?);
+                }
                 Some(("table", kind)) => options.table = kind.parse()?,
                 Some(("dma-mask", value)) => options.dma_mask_bits = bits("dma-mask", value, 12..=64)?,
                 Some(("pasids", value)) => options.pasid_bits = bits("pasids", value, 0..=20)?,
@@ -216,10 +236,16 @@ mod tests {
         assert_eq!("edu".parse(), Ok(DeviceOptions::default()));
         assert_eq!(
             "edu:dma-mask=64,table=native,pasids=0".parse(),
-            Ok(DeviceOptions { table: TableKind::Native, dma_mask_bits: 64, pasid_bits: 0 })
+            Ok(DeviceOptions { dma_mask_bits: 64, pasid_bits: 0, ..DeviceOptions::default() })
+        );
+        let conventional_bus = NonZeroU8::new(2);
+        assert_eq!(
+            "edu:bus=2,no-snoop".parse(),
+            Ok(DeviceOptions { conventional_bus, no_snoop: true, ..DeviceOptions::default() })
         );
         assert_eq!("ioat".parse::<DeviceOptions>(), Err(OptionsError::UnknownModel("ioat".to_owned())));
-        for bad in ["dma-mask=11", "dma-mask=65", "dma-mask=x", "pasids=21", "table=arm", "colour=red"] {
+        let bad = ["dma-mask=11", "dma-mask=65", "dma-mask=x", "pasids=21", "table=arm", "colour=red"];
+        for bad in bad.into_iter().chain(["bus=0", "bus=256", "no-snoop=1"]) {
             assert!(format!("edu:{bad}").parse::<DeviceOptions>().is_err(), "{bad}");
         }
     }

@@ -5,6 +5,9 @@
 //! a page table of that context; attaching again replaces it in one step; DETACH blocks it. With a PASID, both mean the
 //! device's requests that have this PASID, which go their own way.
 //!
+//! The context is the device's owner: devices of one group can only be bound to the same, and EPERM comes with a line in the log
+//! that names the one in the way.
+//!
 //! ```text
 //!   DeviceFile ──► Binding ──► Context            kept alive by the binding
 //!      │             └──────► BoundDevice ──► Held<Hwpt>    what the device is attached to
@@ -20,7 +23,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ioasid::{Device, Iommu, Rid};
+use ioasid::{Device, DeviceError, Iommu, Rid};
 use ioasid_soft::pci::{AccessError, PciDevice};
 use ioasid_uapi::Command;
 use ioasid_uapi::vfio as uapi;
@@ -61,11 +64,14 @@ pub(crate) struct MachineDevice {
 }
 
 impl MachineDevice {
+    fn path(&self) -> String {
+        format!("/dev/vfio/devices/vfio{}", self.number)
+    }
+
     /// Its file and how its DMA fared, for the status.
     pub(crate) fn status(&self) -> DeviceStatus {
-        let path = format!("/dev/vfio/devices/vfio{}", self.number);
         let (dma_faults, last_dma_fault) = self.faults.told();
-        DeviceStatus { path, dma_faults, last_dma_fault, ..DeviceStatus::default() }
+        DeviceStatus { path: self.path(), dma_faults, last_dma_fault, ..DeviceStatus::default() }
     }
 }
 
@@ -240,7 +246,11 @@ impl DeviceFile {
 }
 
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
-    let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).map_err(|_| Errno::NODEV)?;
+    let owner = context.device_owner();
+    let engine = Device::bind(Arc::clone(&machine.iommu), machine.rid, owner).map_err(|error| {
+        tracing::warn!(%error, file = machine.path(), "a device is not bound");
+        bind_errno(&error)
+    })?;
     let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
     // The file is a user of the object, so that DESTROY cannot take it away.
     bound.users().acquire();
@@ -328,6 +338,15 @@ fn region_of(offset: u64) -> Result<(u32, u64), Errno> {
     let inside = offset & !REGION_MAGIC_MASK;
     let index = u32::try_from(inside >> REGION_SHIFT).map_err(|_| Errno::INVAL)?;
     Ok((index, inside & ((1 << REGION_SHIFT) - 1)))
+}
+
+/// The error numbers that Linux has for devices that an owner cannot have.
+fn bind_errno(error: &DeviceError) -> Errno {
+    match error {
+        DeviceError::Unknown(_) => Errno::NODEV,
+        DeviceError::Taken(_) => Errno::BUSY,
+        DeviceError::NotViable { .. } => Errno::PERM,
+    }
 }
 
 /// The error numbers that Linux has for refused accesses.

@@ -594,19 +594,22 @@ impl Double {
             class: TableClass::NATIVE,
             aperture: IovaRange::ALL,
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let of_variant = |variant| Requirements {
             class: TableClass::Derived { iommu: 1, format: "vtdss", variant },
             aperture: aperture(),
             reserved: vec![interrupts()],
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let of_format = |format, variant| Requirements {
             class: TableClass::Derived { iommu: 1, format, variant },
             aperture: lower_half(),
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let devices = [
             (NATIVE, native.clone()),

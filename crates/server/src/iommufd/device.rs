@@ -48,7 +48,7 @@ struct Attached {
 /// What a bound device is.
 #[derive(Debug)]
 enum Behind {
-    Machine { machine: Arc<MachineDevice>, engine: Device },
+    Machine { machine: Arc<MachineDevice>, engine: Box<Device> },
     Mock(MockDevice),
 }
 
@@ -61,7 +61,7 @@ impl Counted for BoundDevice {
 impl BoundDevice {
     /// A device of the machine, as the engine sees it.
     pub(crate) fn of_machine(machine: Arc<MachineDevice>, engine: Device) -> Self {
-        Self::new(Behind::Machine { machine, engine })
+        Self::new(Behind::Machine { machine, engine: Box::new(engine) })
     }
 
     /// A device that the test-only command has made.
@@ -104,7 +104,7 @@ impl BoundDevice {
 
     fn engines(&self) -> &[Device] {
         match &self.behind {
-            Behind::Machine { engine, .. } => std::slice::from_ref(engine),
+            Behind::Machine { engine, .. } => std::slice::from_ref(&**engine),
             Behind::Mock(mock) => mock.engines(),
         }
     }
@@ -134,14 +134,17 @@ impl BoundDevice {
 
     /// The engine's view of the device for which `table` is.
     fn engine_for(&self, table: &Arc<Table>) -> Result<&Device, Errno> {
-        let of_class = |engine: &&Device| engine.requirements().class == table.class();
-        self.engines().iter().find(of_class).ok_or(Errno::INVAL)
+        let usable = |engine: &&Device| engine.can_use(table).is_ok();
+        self.engines().iter().find(usable).ok_or(Errno::INVAL)
     }
 
     /// Moves the device's DMA to `table`.
     fn attach_engine(&self, table: &Arc<Table>) -> Result<(), Errno> {
         let engine = self.engine_for(table)?;
-        engine.attach(table).map_err(|error| attach_errno(&error))?;
+        engine.attach(table).map_err(|error| {
+            tracing::debug!(%error, "a device is not attached");
+            attach_errno(&error)
+        })?;
         // A mock device does no DMA, so that it is attached to two tables for a moment has no effect.
         for other in self.engines().iter().filter(|other| !std::ptr::eq(*other, engine)) {
             other.detach();

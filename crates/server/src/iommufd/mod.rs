@@ -28,6 +28,7 @@ mod vfio_compat;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use ioasid::DeviceOwner;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
 use ioasid_uapi::iommufd_test::TestCommand;
 use ioasid_uapi::{Command, IOCTL_TYPE};
@@ -49,6 +50,8 @@ use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 #[derive(Debug)]
 pub(crate) struct Context {
     number: u64,
+    /// As what the context has devices.
+    owner: DeviceOwner,
     memory: Arc<MemoryRegistry>,
     pasids: Arc<Pasids>,
     objects: Objects,
@@ -74,6 +77,7 @@ impl Context {
     ) -> Self {
         Self {
             number,
+            owner: DeviceOwner::new(format!("the open /dev/iommu number {number}")),
             memory,
             pasids,
             test_devices,
@@ -88,6 +92,11 @@ impl Context {
     /// Which open it is, counted from 1.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// As what it has devices.
+    pub(crate) fn device_owner(&self) -> &DeviceOwner {
+        &self.owner
     }
 
     /// What is made in it is taken from this.

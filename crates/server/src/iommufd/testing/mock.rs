@@ -107,7 +107,8 @@ impl Iommu for MockIommu {
             class: self.table.class(),
             aperture: self.table.aperture(),
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         })
     }
 
