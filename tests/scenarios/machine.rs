@@ -25,7 +25,12 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub(crate) fn new() -> Machine {
-        Machine { bus: Bus::new(), iommu: SoftIommu::new(), rids: AtomicU16::new(8) }
+        Machine::of(&Bus::new(), &SoftIommu::new())
+    }
+
+    /// One whose devices the IOMMU knows to be connected in some way.
+    pub(crate) fn of(bus: &Arc<Bus>, iommu: &Arc<SoftIommu>) -> Machine {
+        Machine { bus: bus.clone(), iommu: iommu.clone(), rids: AtomicU16::new(8) }
     }
 
     /// A new device, attached to nothing.

@@ -12,10 +12,12 @@ mod charged_once;
 mod dirty_log;
 mod fault_attribution;
 mod history_independence;
+mod incompatible_coherency;
 mod machine;
 mod ownership_between_vms;
 #[path = "../../crates/server/tests/program/mod.rs"]
 mod program;
 mod quota;
+mod unsafe_groups;
 mod viommu_storm;
 mod virtio_mem;
