@@ -17,7 +17,7 @@
 //! number, and finds the PASID that stands for it at this device ([`Device::pasid`]): the numbers of two devices, or of two
 //! guests, have nothing to do with each other.
 
-use crate::group::{DeviceOwner, InTheWay, Membership};
+use crate::group::{DeviceOwner, Group, InTheWay, Membership};
 use crate::iommu::{AttachError, Coherency, Iommu, Requirements, Rid, TableClass};
 use crate::pasid::{Pasid, PasidBinding, Spid};
 use crate::space::ReservationOwner;
@@ -34,7 +34,8 @@ static ROUTES: AtomicU64 = AtomicU64::new(0);
 ///
 /// Of devices that share a requester ID all are attached as soon as one is; see [`Device::bind`].
 pub struct Device {
-    membership: Membership,
+    owner: DeviceOwner,
+    group: Arc<Group>,
     iommu: Arc<dyn Iommu>,
     rid: Rid,
     requirements: Requirements,
@@ -63,8 +64,9 @@ pub enum DeviceError {
     },
 }
 
-#[derive(Debug, Default)]
 struct Routes {
+    /// Its place in its group, until it is unbound.
+    membership: Option<Membership>,
     /// That of requests without a PASID.
     plain: Option<Route>,
     /// By what the device's user calls them.
@@ -115,17 +117,19 @@ impl Device {
     pub fn bind(iommu: Arc<dyn Iommu>, rid: Rid, owner: &DeviceOwner) -> Result<Device, DeviceError> {
         let requirements = iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
         let membership = Membership::bind(&iommu, rid, owner)?;
-        Ok(Device { membership, iommu, rid, requirements, routes: Mutex::default() })
+        let (owner, group) = (owner.clone(), Arc::clone(membership.group()));
+        let routes = Routes { membership: Some(membership), plain: None, pasids: BTreeMap::new() };
+        Ok(Device { owner, group, iommu, rid, requirements, routes: Mutex::new(routes) })
     }
 
     /// Whose it is.
     pub fn owner(&self) -> &DeviceOwner {
-        self.membership.owner()
+        &self.owner
     }
 
     /// The devices that it cannot be kept apart from, itself included, as they were when the first of them was taken.
     pub fn group(&self) -> &[Rid] {
-        self.membership.members()
+        self.group.members()
     }
 
     /// Its requester ID.
@@ -192,7 +196,8 @@ impl Device {
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
         let carry_out = || self.iommu.attach(self.rid, table);
-        let route = self.membership.attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
+        let membership = routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?;
+        let route = membership.attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
         leave(routes.plain.replace(route), Some(table));
         Ok(())
     }
@@ -201,11 +206,19 @@ impl Device {
     ///
     /// As long as another device is attached that shares the requester ID, requests with that ID go on.
     pub fn detach(&self) {
+        self.routes().detach();
+    }
+
+    /// Gives the device back, as dropping it does: for an owner who cannot tell whether somebody is still looking at it. All its
+    /// requests are blocked, and somebody else may bind it. From now on it cannot be attached.
+    pub fn unbind(&self) {
         let mut routes = self.routes();
-        if let Some(old) = routes.plain.take() {
-            self.membership.detach();
-            leave(Some(old), None);
+        routes.detach();
+        for (binding, route) in std::mem::take(&mut routes.pasids).into_values() {
+            self.iommu.block_pasid(self.rid, binding.pasid());
+            leave(Some(route), None);
         }
+        routes.membership = None;
     }
 
     /// The table that requests without a PASID are attached to.
@@ -239,7 +252,7 @@ impl Device {
     /// ```
     ///
     /// # Errors
-    /// The device uses the number, or the PASID under another number; the device has no PASIDs, or shares its requester ID; it is
+    /// The device uses the number, or the PASID under another number; it is unbound, has no PASIDs, or shares its requester ID; it is
     /// not isolated from other devices, and its owner has not accepted that; or the table is not for it.
     pub fn attach_pasid(
         &self,
@@ -255,7 +268,7 @@ impl Device {
         if let Some((number, (taken, _))) = routes.pasids.iter().find(same) {
             return Err(AttachError::PasidTaken { device: self.rid, pasid: taken.pasid(), number: *number });
         }
-        self.membership.check_pasids()?;
+        routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?.check_pasids()?;
         let route = self.route(None, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
         routes.pasids.insert(number, (binding, route));
         Ok(())
@@ -326,14 +339,18 @@ fn leave(old: Option<Route>, new: Option<&Arc<Table>>) {
     }
 }
 
+impl Routes {
+    fn detach(&mut self) {
+        if let (Some(old), Some(membership)) = (self.plain.take(), &self.membership) {
+            membership.detach();
+            leave(Some(old), None);
+        }
+    }
+}
+
 impl Drop for Device {
     fn drop(&mut self) {
-        self.detach();
-        let routes = std::mem::take(&mut self.routes().pasids);
-        for (binding, route) in routes.into_values() {
-            self.iommu.block_pasid(self.rid, binding.pasid());
-            leave(Some(route), None);
-        }
+        self.unbind();
     }
 }
 

@@ -196,13 +196,8 @@ impl Membership {
         Ok(membership)
     }
 
-    pub(crate) fn owner(&self) -> &DeviceOwner {
-        &self.owner
-    }
-
-    /// All devices of the group.
-    pub(crate) fn members(&self) -> &[Rid] {
-        &self.group.members
+    pub(crate) fn group(&self) -> &Arc<Group> {
+        &self.group
     }
 
     /// Whether the device can be attached to this table, and if so has it attached; no other device of the group is
@@ -239,7 +234,7 @@ impl Membership {
     /// Whether the device may use PASIDs, which lead to address spaces that no other device of its group uses.
     pub(crate) fn check_pasids(&self) -> Result<(), AttachError> {
         let (device, iommu) = (self.rid, &self.iommu);
-        let mut others = self.members().iter().filter(|member| **member != device);
+        let mut others = self.group.members().iter().filter(|member| **member != device);
         if self.requester != device || others.clone().any(|other| iommu.requester(*other) == self.requester) {
             return Err(AttachError::NoPasids(device));
         }
@@ -259,6 +254,11 @@ impl Drop for Membership {
 }
 
 impl Group {
+    /// All devices of the group.
+    pub(crate) fn members(&self) -> &[Rid] {
+        &self.members
+    }
+
     fn attached(&self) -> MutexGuard<'_, BTreeMap<Rid, Attached>> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }

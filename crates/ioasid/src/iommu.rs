@@ -76,6 +76,9 @@ pub enum AttachError {
     /// The IOMMU does not know the device.
     #[error("the IOMMU has no device {0}")]
     NoDevice(Rid),
+    /// The device was given back.
+    #[error("device {0} is not bound any more; bind it anew")]
+    Unbound(Rid),
     /// The device cannot use that table.
     #[error("the table is of a kind that the device cannot use")]
     Incompatible,

@@ -214,6 +214,8 @@ impl BoundDevice {
     pub(crate) fn end(&self, context: &Context) {
         self.detach_pasids();
         self.detach(context);
+        // Whoever looks at the status may keep this for a moment longer, and the next owner need not wait.
+        self.engines().iter().for_each(Device::unbind);
     }
 
     /// Blocks the device's requests without a PASID and lets go of their table.

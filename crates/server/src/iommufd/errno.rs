@@ -43,7 +43,7 @@ pub(super) fn reserve_errno(error: ReserveError) -> Errno {
 /// For a device that was not attached, or a table not made.
 pub(crate) fn attach_errno(error: &AttachError) -> Errno {
     match error {
-        AttachError::NoDevice(_) => Errno::NODEV,
+        AttachError::NoDevice(_) | AttachError::Unbound(_) => Errno::NODEV,
         AttachError::Incompatible
         | AttachError::Incoherent(_)
         | AttachError::SharedRequester { .. }

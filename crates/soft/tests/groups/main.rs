@@ -129,6 +129,27 @@ fn a_group_has_one_owner_until_its_last_device_is_unbound() {
 }
 
 #[test]
+fn what_is_unbound_is_free_although_somebody_still_looks_at_it() {
+    let machine = Machine::new();
+    let [.., graphics] = machine.plug_all();
+    let (guest, other) = (DeviceOwner::new("the guest"), DeviceOwner::new("the other guest"));
+    let space = machine.space();
+    let device = machine.bind(GRAPHICS, &guest).unwrap();
+    attach(&device, &space).unwrap();
+    device.unbind();
+    assert_eq!(write(&graphics, 1), BLOCKED);
+    assert!(device.table().is_none());
+    assert!(matches!(attach(&device, &space), Err(AttachError::Unbound(GRAPHICS))));
+    let next = machine.bind(GRAPHICS, &other).unwrap();
+    attach(&next, &space).unwrap();
+    // That the first owner lets go for good, and more than once, is nothing to the next one.
+    device.unbind();
+    drop(device);
+    assert_eq!(write(&graphics, 1), Ok(()));
+    assert_eq!(machine.bind(GRAPHICS, &guest).unwrap_err(), DeviceError::Taken(GRAPHICS));
+}
+
+#[test]
 fn a_driver_that_does_dma_is_in_the_way_of_its_neighbours_owner_and_the_other_way_round() {
     let machine = Machine::new();
     machine.plug_all();
