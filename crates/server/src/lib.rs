@@ -82,7 +82,7 @@ mod vfio;
 use std::path::Path;
 use std::sync::{Arc, Mutex, Weak};
 
-use ioasid::Bus;
+use ioasid::{Bus, DeviceError};
 use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
@@ -149,6 +149,9 @@ pub enum ServerError {
     /// The IOMMU has a device in that place.
     #[error("a device cannot be plugged in")]
     Place(#[from] RidTaken),
+    /// The IOMMU does not have a device that was plugged in.
+    #[error("a device cannot be used")]
+    Engine(#[from] DeviceError),
 }
 
 /// How much memory a process has pinned by mapping it, in pages of 4 KiB. Every map call counts.

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use ioasid::{Iommu, Rid};
+use ioasid::{Device, Iommu, Rid};
 use ioasid_soft::edu::{Edu, EduOptions};
 use ioasid_soft::iommu::SoftIommu;
 use ioasid_soft::pci::PciDevice;
@@ -52,14 +52,13 @@ pub(crate) fn devices(
             0 => Arc::new(Edu::new(Arc::new(plain), edu_options)?),
             _ => Arc::new(Edu::with_pasids(Arc::new(plain), Arc::new(pasids), edu_options)?),
         };
-        let iommu = Arc::clone(&iommu) as Arc<dyn Iommu>;
+        let engine = Device::new(Arc::clone(&iommu) as Arc<dyn Iommu>, rid)?;
         let pasid_bits = options.pasid_bits;
         Ok(Arc::new(MachineDevice {
             number,
-            rid,
             model,
             faults,
-            iommu,
+            engine,
             pasid_bits,
             bound: false.into(),
             watched,

@@ -20,7 +20,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ioasid::{Device, Iommu, Rid};
+use ioasid::Device;
 use ioasid_soft::pci::{AccessError, PciDevice};
 use ioasid_uapi::Command;
 use ioasid_uapi::vfio as uapi;
@@ -49,10 +49,11 @@ const LARGEST_PASID: u32 = i32::MAX as u32;
 #[derive(Debug)]
 pub(crate) struct MachineDevice {
     pub(crate) number: usize,
-    pub(crate) rid: Rid,
     pub(crate) model: Arc<dyn PciDevice>,
     pub(crate) faults: Arc<DmaFaults>,
-    pub(crate) iommu: Arc<dyn Iommu>,
+    /// The engine's view of it. It is the machine's, not the binding's: whoever looks at a binding may keep that for a moment longer,
+    /// and the next owner need not wait.
+    pub(crate) engine: Device,
     /// How many bits its PASIDs have; 0: it has none.
     pub(crate) pasid_bits: u32,
     pub(crate) bound: AtomicBool,
@@ -240,8 +241,7 @@ impl DeviceFile {
 }
 
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
-    let engine = Device::new(Arc::clone(&machine.iommu), machine.rid).map_err(|_| Errno::NODEV)?;
-    let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
+    let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine)));
     // The file is a user of the object, so that DESTROY cannot take it away.
     bound.users().acquire();
     let reservation = context.objects().reserve()?;

@@ -48,7 +48,7 @@ struct Attached {
 /// What a bound device is.
 #[derive(Debug)]
 enum Behind {
-    Machine { machine: Arc<MachineDevice>, engine: Device },
+    Machine(Arc<MachineDevice>),
     Mock(MockDevice),
 }
 
@@ -59,9 +59,9 @@ impl Counted for BoundDevice {
 }
 
 impl BoundDevice {
-    /// A device of the machine, as the engine sees it.
-    pub(crate) fn of_machine(machine: Arc<MachineDevice>, engine: Device) -> Self {
-        Self::new(Behind::Machine { machine, engine })
+    /// A device of the machine.
+    pub(crate) fn of_machine(machine: Arc<MachineDevice>) -> Self {
+        Self::new(Behind::Machine(machine))
     }
 
     /// A device that the test-only command has made.
@@ -76,7 +76,7 @@ impl BoundDevice {
     /// The mock device, if it is one.
     pub(crate) fn mock(&self) -> Option<&MockDevice> {
         match &self.behind {
-            Behind::Machine { .. } => None,
+            Behind::Machine(_) => None,
             Behind::Mock(mock) => Some(mock),
         }
     }
@@ -84,7 +84,7 @@ impl BoundDevice {
     /// Who watches its requests without a PASID. Nobody watches mock devices: they do no DMA.
     fn watched(&self) -> Option<&Arc<Watched>> {
         match &self.behind {
-            Behind::Machine { machine, .. } => machine.watched.as_ref().map(|watched| watched.plain()),
+            Behind::Machine(machine) => machine.watched.as_ref().map(|watched| watched.plain()),
             Behind::Mock(_) => None,
         }
     }
@@ -92,7 +92,7 @@ impl BoundDevice {
     /// The engine's view of the device, for tables of the kind that it has by default.
     pub(crate) fn engine(&self) -> &Device {
         match &self.behind {
-            Behind::Machine { engine, .. } => engine,
+            Behind::Machine(machine) => &machine.engine,
             Behind::Mock(mock) => mock.engine(MockTable::Default),
         }
     }
@@ -104,7 +104,7 @@ impl BoundDevice {
 
     fn engines(&self) -> &[Device] {
         match &self.behind {
-            Behind::Machine { engine, .. } => std::slice::from_ref(engine),
+            Behind::Machine(machine) => std::slice::from_ref(&machine.engine),
             Behind::Mock(mock) => mock.engines(),
         }
     }
@@ -112,7 +112,7 @@ impl BoundDevice {
     /// What the device is attached to and how its DMA fared, for the status.
     pub(crate) fn status(&self, id: u32) -> DeviceStatus {
         let status = match &self.behind {
-            Behind::Machine { machine, .. } => machine.status(),
+            Behind::Machine(machine) => machine.status(),
             Behind::Mock(_) => DeviceStatus { path: "mock device".to_owned(), ..DeviceStatus::default() },
         };
         let attached = lock(&self.attached);
