@@ -16,7 +16,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use ioasid_server::{DeviceOptions, InProcess, Opened, Server, ServerOptions, TableKind};
 use ioasid_uapi::{Command, iommufd, iommufd_test, vfio};
 use libfuzzer_sys::fuzz_target;
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::FromZeros;
 
 const PAGE: u64 = 4096;
 /// Memory of the first program: small, where most addresses point, and large, for large leaves.

@@ -7,7 +7,7 @@ use ioasid::pasid::Pasid;
 use ioasid_soft::dma::{DmaFault, DmaPort, PasidPorts};
 use ioasid_soft::iommu::{FaultRecord, Port, SoftIommu};
 
-use crate::observer::{Watched, WatchedDevice};
+use crate::observer::{Transfer, Watched, WatchedDevice};
 use crate::poison::lock;
 
 /// What became of a device's DMA, whatever PASID it had. A port counts for itself only, and those of PASIDs come and go.
@@ -42,14 +42,12 @@ pub(crate) struct DevicePort {
 impl DevicePort {
     fn through(
         &self,
-        iova: u64,
-        length: usize,
-        write: bool,
-        transfer: impl FnOnce() -> Result<(), DmaFault>,
+        transfer: Transfer,
+        carry_out: impl FnOnce() -> Result<(), DmaFault>,
     ) -> Result<(), DmaFault> {
         let result = match &self.watched {
-            Some(watched) => watched.dma(iova, length, write, transfer),
-            None => transfer(),
+            Some(watched) => watched.dma(transfer, carry_out),
+            None => carry_out(),
         };
         result.inspect_err(|fault| {
             let (device, pasid) = (self.port.rid(), self.port.pasid());
@@ -60,11 +58,13 @@ impl DevicePort {
 
 impl DmaPort for DevicePort {
     fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
-        self.through(iova, buffer.len(), false, || self.port.read(iova, buffer))
+        let transfer = Transfer { iova, length: buffer.len(), write: false };
+        self.through(transfer, || self.port.read(iova, buffer))
     }
 
     fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault> {
-        self.through(iova, bytes.len(), true, || self.port.write(iova, bytes))
+        let transfer = Transfer { iova, length: bytes.len(), write: true };
+        self.through(transfer, || self.port.write(iova, bytes))
     }
 }
 

@@ -144,6 +144,16 @@ pub(crate) struct Watched {
     left: Condvar,
 }
 
+/// A DMA that is to be done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Transfer {
+    pub(crate) iova: u64,
+    /// In bytes.
+    pub(crate) length: usize,
+    /// Whether memory is written.
+    pub(crate) write: bool,
+}
+
 /// Who is inside of the gate.
 #[derive(Debug, Default)]
 struct Inside {
@@ -210,18 +220,17 @@ impl Watched {
     /// Does a DMA and tells of it.
     pub(crate) fn dma(
         &self,
-        iova: u64,
-        length: usize,
-        write: bool,
-        transfer: impl FnOnce() -> Result<(), DmaFault>,
+        transfer: Transfer,
+        carry_out: impl FnOnce() -> Result<(), DmaFault>,
     ) -> Result<(), DmaFault> {
+        let Transfer { iova, length, write } = transfer;
         if length == 0 {
-            return transfer();
+            return carry_out();
         }
         let inside = lock(&self.inside);
         let waited = self.left.wait_timeout_while(inside, PATIENCE, |inside| inside.changes > 0);
         waited.unwrap_or_else(PoisonError::into_inner).0.dma += 1;
-        let result = transfer();
+        let result = carry_out();
         let (requester, length) = (self.requester, length as u64);
         self.observer.happened(&Event::Dma { requester, iova, length, write, result });
         self.leave(|inside| inside.dma -= 1);

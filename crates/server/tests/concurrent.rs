@@ -3,6 +3,7 @@
 mod program;
 
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ioasid_server::Errno;
 use ioasid_uapi::iommufd as uapi;
@@ -49,7 +50,7 @@ fn any_mixture_of_calls_ends_with_nothing(device: &str) {
                     let ioas = spaces[random.below(2) as usize];
                     let iova = random.below(12) * PAGE;
                     let length = (1 + random.below(4)) * PAGE;
-                    match random.below(10) {
+                    match random.below(12) {
                         0..3 => drop(program.map_fixed(iommu, ioas, BUFFER + iova, length, iova)),
                         3..5 => drop(program.unmap(iommu, ioas, iova, length)),
                         5 => drop(program.attach(device, ioas)),
@@ -73,8 +74,18 @@ fn any_mixture_of_calls_ends_with_nothing(device: &str) {
                             };
                             let _ = program.run(iommu, copy);
                         }
+                        9 => {
+                            let pasid = 1 + random.below(3) as u32;
+                            if let Ok(table) = program.hwpt_for_pasids(iommu, device.id, ioas) {
+                                let _ = program.attach_pasid(device, pasid, table);
+                                let _ = program.destroy(iommu, table);
+                            }
+                        }
+                        10 => drop(program.detach_pasid(device, 1 + random.below(3) as u32)),
                         _ => {
                             // A transfer that nobody waits for.
+                            program
+                                .use_pasid(device, Some(random.below(4) as u32).filter(|pasid| *pasid > 0));
                             let registers = [iova, program::EDU_BUFFER, 64, 1].map(u64::to_le_bytes).concat();
                             let _ = program.pwrite(device.fd, region(0) + 0x80, &registers);
                             assert!(status_adds_up(program));
@@ -125,4 +136,26 @@ fn a_device_is_bound_by_one_of_many() {
             program.close(fd).unwrap();
         }
     }
+}
+
+/// Whoever looks at what a device is bound to keeps nobody from binding it next.
+#[test]
+fn a_device_is_free_at_once_when_it_is_closed() {
+    let program = Program::new();
+    let iommu = program.iommu();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                program.server.status();
+            }
+        });
+        let bound = (0..2000).try_for_each(|_| {
+            let fd = program.open("/dev/vfio/devices/vfio0");
+            program.bind_at(fd, iommu)?;
+            program.close(fd)
+        });
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(bound, Ok(()));
+    });
 }

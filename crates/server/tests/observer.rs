@@ -265,4 +265,16 @@ fn a_pasid_is_a_requester_of_its_own() {
         format!("{five} reads 0x10000+0x10 and faults"),
         format!("{five} writes 0x20000+0x10 and faults"),
     ]);
+
+    // What is attached when the device is closed is heard of to the end.
+    m.program.attach_pasid(&device, 5, other_table).unwrap();
+    m.notes.0.lock().unwrap().clear();
+    m.program.close(device.fd).unwrap();
+    m.heard(&[
+        "vfio0 closing, 2 areas".to_owned(),
+        format!("{five} unmapped 0x10000+0x1000"),
+        format!("{five} unmapped 0x30000+0x1000"),
+        format!("{five} detached"),
+        format!("{FIRST} detached"),
+    ]);
 }

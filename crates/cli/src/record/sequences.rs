@@ -22,12 +22,46 @@ const IOVA: u64 = 0x10_0000;
 
 #[derive(Debug, Clone)]
 enum Step {
-    Map { space: usize, page: u64, pages: u64, memory: u64, flags: u32 },
-    Unmap { space: usize, page: u64, pages: u64 },
-    Attach { device: usize, space: usize },
-    Detach { device: usize },
-    Dma { device: usize, at: u64, length: u64, write: bool },
-    Reopen { device: usize },
+    Map {
+        space: usize,
+        page: u64,
+        pages: u64,
+        memory: u64,
+        flags: u32,
+    },
+    Unmap {
+        space: usize,
+        page: u64,
+        pages: u64,
+    },
+    Attach {
+        device: usize,
+        space: usize,
+    },
+    Detach {
+        device: usize,
+    },
+    /// To a table of its own; 0: the requests without a PASID, which may not be beside PASIDs otherwise.
+    AttachTable {
+        device: usize,
+        pasid: u32,
+        space: usize,
+    },
+    DetachPasid {
+        device: usize,
+        pasid: u32,
+    },
+    /// With PASID 0: without one.
+    Dma {
+        device: usize,
+        pasid: u32,
+        at: u64,
+        length: u64,
+        write: bool,
+    },
+    Reopen {
+        device: usize,
+    },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -39,8 +73,11 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (two(), 0..12_u64, 1..8_u64).prop_map(|(space, page, pages)| Step::Unmap { space, page, pages }),
         2 => (two(), two()).prop_map(|(device, space)| Step::Attach { device, space }),
         1 => two().prop_map(|device| Step::Detach { device }),
-        4 => (two(), 0..12 * PAGE, 1..=PAGE, any::<bool>())
-            .prop_map(|(device, at, length, write)| Step::Dma { device, at, length, write }),
+        3 => (two(), 0..3_u32, two())
+            .prop_map(|(device, pasid, space)| Step::AttachTable { device, pasid, space }),
+        1 => (two(), 1..3_u32).prop_map(|(device, pasid)| Step::DetachPasid { device, pasid }),
+        6 => (two(), 0..3_u32, 0..12 * PAGE, 1..=PAGE, any::<bool>())
+            .prop_map(|(device, pasid, at, length, write)| Step::Dma { device, pasid, at, length, write }),
         1 => two().prop_map(|device| Step::Reopen { device }),
     ];
     vec(step, 1..50)
@@ -53,17 +90,22 @@ struct Program {
     iommu: i32,
     spaces: Vec<u32>,
     devices: Vec<i32>,
+    /// The devices' numbers, and the tables that were made of each space for each device, which stay.
+    numbers: Vec<u32>,
+    tables: [[Option<u32>; 2]; 2],
 }
 
 impl Program {
     fn new(server: Arc<Server>) -> Program {
         let client = InProcess::new(1000);
         client.map_memory(BUFFER, BUFFER_PAGES * PAGE);
-        let mut program = Program { server, client, iommu: 0, spaces: Vec::new(), devices: Vec::new() };
+        let (spaces, devices, numbers) = (Vec::new(), vec![-1; 2], vec![0; 2]);
+        let tables = <[[Option<u32>; 2]; 2]>::default();
+        let mut program = Program { server, client, iommu: 0, spaces, devices, numbers, tables };
         program.iommu = program.open("/dev/iommu");
         program.spaces =
             (0..2).map(|_| program.call(program.iommu, 0x3b81, &[12, 0, 0]).unwrap()[2]).collect();
-        program.devices = (0..2).map(|number| program.device(number)).collect();
+        (0..2).for_each(|number| program.open_device(number));
         program
     }
 
@@ -75,11 +117,21 @@ impl Program {
     }
 
     /// Opens and binds, and lets the device do DMA.
-    fn device(&self, number: usize) -> i32 {
+    fn open_device(&mut self, number: usize) {
         let fd = self.open(&format!("/dev/vfio/devices/vfio{number}"));
-        self.call(fd, 0x3b76, &[24, 0, self.iommu as u32, 0, 0, 0]).unwrap();
+        let bound = self.call(fd, 0x3b76, &[24, 0, self.iommu as u32, 0, 0, 0]).unwrap();
         self.client.pwrite(fd, REGION_MAGIC + (7 << 40) + 4, &[6, 0]).unwrap();
-        fd
+        (self.devices[number], self.numbers[number]) = (fd, bound[3]);
+    }
+
+    /// A table for PASIDs, if the space can have one for the device at the moment.
+    fn table(&mut self, device: usize, space: usize) -> Option<u32> {
+        if self.tables[device][space].is_none() {
+            let mut command = [0; 12];
+            command[..4].copy_from_slice(&[48, 8, self.numbers[device], self.spaces[space]]);
+            self.tables[device][space] = Some(self.call(self.iommu, 0x3b89, &command)?[4]);
+        }
+        self.tables[device][space]
     }
 
     fn call(&self, fd: i32, command: u32, words: &[u32]) -> Option<Vec<u32>> {
@@ -107,13 +159,22 @@ impl Program {
             Step::Detach { device } => {
                 self.call(self.devices[device], 0x3b78, &[8, 0]);
             }
-            Step::Dma { device, at, length, write } => {
+            Step::AttachTable { device, pasid, space } => {
+                let Some(table) = self.table(device, space) else { return };
+                self.call(self.devices[device], 0x3b77, &[16, u32::from(pasid != 0), table, pasid]);
+            }
+            Step::DetachPasid { device, pasid } => {
+                self.call(self.devices[device], 0x3b78, &[12, 1, pasid]);
+            }
+            Step::Dma { device, pasid, at, length, write } => {
                 const OWN: u64 = 0x40000;
                 let (memory, command) = (IOVA + at, if write { 3 } else { 1 });
                 let (source, destination) = if write { (OWN, memory) } else { (memory, OWN) };
                 let registers: Vec<u8> =
                     [source, destination, length, command].into_iter().flat_map(u64::to_le_bytes).collect();
                 let fd = self.devices[device];
+                let chosen = if pasid == 0 { 0 } else { u64::from(pasid) | 1 << 31 };
+                self.client.pwrite(fd, REGION_MAGIC + 0xa0, &chosen.to_le_bytes()).unwrap();
                 self.client.pwrite(fd, REGION_MAGIC + 0x80, &registers).unwrap();
                 while self.client.pread(fd, REGION_MAGIC + 0x98, 8).unwrap()[0] & 1 != 0 {
                     std::thread::yield_now();
@@ -121,7 +182,7 @@ impl Program {
             }
             Step::Reopen { device } => {
                 self.client.close(self.devices[device]).unwrap();
-                self.devices[device] = self.device(device);
+                self.open_device(device);
             }
         }
     }
