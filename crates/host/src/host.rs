@@ -195,7 +195,7 @@ impl Machine {
         if let Some(registered) = all.iter().find_map(of_bus) {
             return Ok(registered);
         }
-        let registered = Registered::new(self.iommufd.clone(), bus, self.options.mapping)?;
+        let registered = Registered::new(self.iommufd.clone(), bus, &self.options)?;
         all.push((Arc::downgrade(bus), Arc::downgrade(&registered)));
         Ok(registered)
     }

@@ -31,7 +31,7 @@
 //! | a [`Table`](ioasid::Table) | an I/O address space (IOAS); which hardware tables that takes is Linux's to decide |
 //! | attach, replace | VFIO ATTACH_PT; a second one replaces the first in one step |
 //! | block | VFIO DETACH_PT: Linux refuses the device's DMA |
-//! | map | IOAS_COPY, one for each block of the cut granule |
+//! | map | IOAS_COPY, one for any number of blocks of the cut granule; and one to cut each block when it is first mapped together with others |
 //! | unmap | IOAS_UNMAP, one for each range whatever the number of areas |
 //!
 //! # What Linux cannot do
@@ -58,6 +58,7 @@
 
 mod areas;
 mod calls;
+mod cut;
 mod host;
 mod kernel;
 mod registered;

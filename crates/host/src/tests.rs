@@ -1,6 +1,6 @@
 //! What happens when Linux fails, against a stand-in for it that knows the rules of areas and fails when it is told to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -134,14 +134,30 @@ impl State {
             }
             IoasCopy::NUMBER => {
                 let copy: IoasCopy = read(argument);
+                // As many areas as there are in the source, without a hole.
                 let source = self.spaces.get(&copy.src_ioas_id).ok_or(Errno::NOENT)?;
-                let (first, (last, va)) = source.range(..=copy.src_iova).next_back().ok_or(Errno::NOENT)?;
-                let within = copy.src_iova - first;
-                if copy.src_iova + (copy.length - 1) > *last {
-                    return Err(Errno::NOENT);
+                let end = copy.src_iova + (copy.length - 1);
+                let mut parts = Vec::new();
+                let mut at = copy.src_iova;
+                loop {
+                    let (first, (last, va)) = source.range(..=at).next_back().ok_or(Errno::NOENT)?;
+                    if at > *last {
+                        return Err(Errno::NOENT);
+                    }
+                    let length = end.min(*last) - at + 1;
+                    parts.push((at - copy.src_iova + copy.dst_iova, length, va + (at - first)));
+                    if *last >= end {
+                        break;
+                    }
+                    at = last + 1;
                 }
-                let va = va + within;
-                self.map(copy.dst_ioas_id, copy.dst_iova, copy.length, va)?;
+                let there = self.spaces.get(&copy.dst_ioas_id).ok_or(Errno::NOENT)?;
+                if !overlapping(there, copy.dst_iova, copy.dst_iova + (copy.length - 1)).is_empty() {
+                    return Err(Errno::EXIST);
+                }
+                for (iova, length, va) in parts {
+                    self.map(copy.dst_ioas_id, iova, length, va)?;
+                }
             }
             IoasUnmap::NUMBER => {
                 let unmap: IoasUnmap = read(argument);
@@ -327,14 +343,55 @@ fn areas_are_bounded() {
 #[test]
 fn calls_are_as_few_as_areas_allow() {
     let scene = Scene::new(21, HostOptions::default());
-    // A part of a block, two whole ones, and a part.
-    scene.map(M2 + K4, 0, 3 * M2).unwrap();
-    assert_eq!(scene.kernel.count::<IoasCopy>(), 4);
+    let copies = || scene.kernel.count::<IoasCopy>();
+    let areas = || scene.mapped().len();
+    // A part of a block, two whole ones, and a part; the memory is cut into as many blocks for it.
+    scene.map(M2 + K4, K4, 3 * M2).unwrap();
+    assert_eq!((copies(), areas()), (4 + 1, 4));
+    // Where it is cut, one call is enough; also for parts.
+    scene.map(16 * M2, 0, 4 * M2).unwrap();
+    scene.map(24 * M2 + 2 * K4, 2 * K4, 2 * M2 + K4).unwrap();
+    assert_eq!((copies(), areas()), (4 + 3, 4 + 4 + 3));
+    // So many are missing.
+    scene.map(32 * M2, 2 * M2, 4 * M2).unwrap();
+    assert_eq!((copies(), areas()), (4 + 3 + 2 + 1, 4 + 4 + 3 + 4));
+    // Within a block nothing has to be cut, and where blocks do not match nothing can.
+    scene.map(40 * M2, 7 * M2, 4 * K4).unwrap();
+    scene.map(48 * M2 + K4, 0, 2 * M2).unwrap();
+    assert_eq!((copies(), areas()), (10 + 1 + 3, 15 + 1 + 3));
+    scene.in_step();
+    // The memory was registered once.
     assert_eq!(scene.kernel.count::<IoasMap>(), 1);
-    scene.map(16 * M2, 0, 4 * K4).unwrap();
-    assert_eq!((scene.kernel.count::<IoasCopy>(), scene.kernel.count::<IoasMap>()), (5, 1));
-    scene.space.unmap(range(0, 32 * M2)).unwrap();
-    assert_eq!(scene.kernel.count::<IoasUnmap>(), 2, "one for each run of neighbours");
+    scene.space.unmap(range(0, 64 * M2)).unwrap();
+    assert_eq!(scene.kernel.count::<IoasUnmap>(), 6, "one for each run of neighbours");
+    scene.end();
+}
+
+#[test]
+fn memory_that_goes_is_in_blocks_no_more() {
+    let scene = Scene::new(12, HostOptions { most_areas: 24, ..HostOptions::default() });
+    for _ in 0..4 {
+        // The next one gets the same place on the bus, and as many blocks.
+        let backing = Backing::anonymous(&scene.bus, 16 * K4).unwrap();
+        let memory = Memory::register(&backing, 0, 16 * K4, &scene.account).unwrap();
+        for at in [0, 32 * K4] {
+            let before = scene.kernel.count::<IoasCopy>();
+            scene.space.map(Iova::new(at), &memory, 0, 12 * K4, RW).unwrap();
+            let copies = scene.kernel.count::<IoasCopy>() - before;
+            assert_eq!(copies, if at == 0 { 12 + 1 } else { 1 });
+        }
+        drop((memory, backing));
+        assert_eq!(scene.mapped(), []);
+    }
+    // Nothing is left in any space.
+    assert_eq!(scene.kernel.state().spaces.values().map(BTreeMap::len).sum::<usize>(), 0);
+    // More blocks than there may be of a size: each takes a call, as if there were none.
+    scene.map(0, 0, 16 * K4).unwrap();
+    scene.space.unmap(IovaRange::ALL).unwrap();
+    let before = scene.kernel.count::<IoasCopy>();
+    scene.map(0, 16 * K4, 16 * K4).unwrap();
+    assert_eq!(scene.kernel.count::<IoasCopy>() - before, 8 + 16);
+    scene.in_step();
     scene.end();
 }
 
@@ -381,6 +438,8 @@ proptest! {
         let mapping = if map { Mapping::Map } else { Mapping::Copy };
         let scene = Scene::new(12, HostOptions { mapping, ..HostOptions::default() });
         let mut model: BTreeMap<u64, u64> = BTreeMap::new();
+        // Pages of the memory that are cut.
+        let mut cut: BTreeSet<u64> = BTreeSet::new();
         for (step, fails) in steps {
             if let Some(after) = fails {
                 match mapping {
@@ -392,7 +451,16 @@ proptest! {
                 Step::Map { at, from, pages } => {
                     let taken = (at..at + pages).any(|page| model.contains_key(&page));
                     let result = scene.map(at * K4, from * K4, pages * K4);
-                    let failed = fails.is_some_and(|after| u64::from(after) < pages);
+                    let missing: Vec<u64> = (from..from + pages).filter(|page| !cut.contains(page)).collect();
+                    let (cuts, calls) = match mapping {
+                        Mapping::Copy if pages > 1 => (missing.len(), missing.len() + 1),
+                        _ => (0, pages as usize),
+                    };
+                    let failed = fails.is_some_and(|after| (after as usize) < calls);
+                    if !taken {
+                        let done = fails.map_or(cuts, |after| cuts.min(after as usize));
+                        cut.extend(&missing[..done]);
+                    }
                     prop_assert_eq!(result.is_err(), taken || failed, "{:?}", result);
                     if result.is_ok() {
                         model.extend((0..pages).map(|page| (at + page, from + page)));
