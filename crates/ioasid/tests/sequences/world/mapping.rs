@@ -4,9 +4,10 @@ use super::errors::{Kind, expect};
 use super::{LARGE, World};
 use crate::plain::{Lead, numbers};
 use crate::steps::{
-    COUNTED, END, GIANT, LOW, MOST, Manner, PAGE, Pages, SMALL_LEAVES, WHOLE, What, permissions,
+    COUNTED, DEVICES, END, GIANT, LOW, MOST, Manner, PAGE, Pages, RIGID, SMALL_LEAVES, WHOLE, What,
+    permissions,
 };
-use ioasid::{AliasError, Iova, Memory, UnmapError};
+use ioasid::{AliasError, Iova, Memory, PageSize, UnmapError};
 use rangemap::RangeSet;
 use std::ops::Range;
 use std::sync::Arc;
@@ -163,6 +164,19 @@ impl World {
     pub(super) fn flush(&mut self, space: usize) {
         self.spaces[space].flush();
         self.deferred[space] = false;
+    }
+
+    /// Nothing is different afterwards but the leaves of one table.
+    pub(super) fn split(&mut self, device: usize, pages: Pages, power: u8) {
+        let (Some(range), Some(table)) = (pages.range(), self.devices[device].table()) else { return };
+        let largest = PageSize::from_log2(12 + u32::from(power)).unwrap();
+        match self.call(|_| table.split(range, largest)) {
+            Ok(()) => self.check_split(device, range, largest),
+            Err(error) => {
+                let rigid = RIGID.contains(&DEVICES[device]);
+                assert!(self.is_explained(rigid, Some(Kind::of(&error))), "{error:?}");
+            }
+        }
     }
 
     pub(super) fn protect(&mut self, space: usize, pages: Pages, bits: u8) {

@@ -196,6 +196,7 @@ impl World {
                     self.check_merged(space, pages);
                 }
             }
+            Step::Split { device, pages, power } => self.split(device, pages, power),
             Step::Reserve { space, pages, owner } => self.reserve(space, pages, owner),
             Step::Unreserve { space, owner } => {
                 let owner = ReservationOwner::User(owner);
