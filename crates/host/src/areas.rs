@@ -14,7 +14,7 @@ use ioasid::{Attributes, IovaRange, PageSize};
 /// How many maps there are; a power of two.
 const SHARDS: usize = 64;
 
-/// What was mapped by one call.
+/// What is unmapped as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Area {
     pub(crate) range: IovaRange,
@@ -22,6 +22,18 @@ pub(crate) struct Area {
     pub(crate) oa: u64,
     /// Reading and writing.
     pub(crate) rights: Attributes,
+}
+
+/// The parts of a range that lie in one block each, in ascending order.
+pub(crate) fn in_blocks(range: IovaRange, block: PageSize) -> impl Iterator<Item = IovaRange> + use<> {
+    let low = block.bytes() - 1;
+    let mut next = Some(range.first());
+    std::iter::from_fn(move || {
+        let first = next.filter(|first| *first <= range.last())?;
+        let last = (first | low).min(range.last());
+        next = last.checked_add(1);
+        IovaRange::new(first, last)
+    })
 }
 
 impl Area {
@@ -58,20 +70,20 @@ impl Areas {
 
     /// The parts of a range that lie in one block each, in ascending order.
     pub(crate) fn in_blocks(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> + use<> {
-        let low = self.block.bytes() - 1;
-        let mut next = Some(range.first());
-        std::iter::from_fn(move || {
-            let first = next.filter(|first| *first <= range.last())?;
-            let last = (first | low).min(range.last());
-            next = last.checked_add(1);
-            IovaRange::new(first, last)
-        })
+        in_blocks(range, self.block)
     }
 
-    /// Makes room for one more area, if there may be so many.
-    pub(crate) fn count_in(&self) -> bool {
-        let more = |count: u64| Some(count + 1).filter(|count| *count <= self.most);
-        self.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    pub(crate) fn block(&self) -> PageSize {
+        self.block
+    }
+
+    /// Makes room for one more area in each block that a range has a part in, if there may be so many; returns how many
+    /// those are.
+    pub(crate) fn count_in(&self, range: IovaRange) -> Option<u64> {
+        let log2 = self.block.log2();
+        let areas = (range.last() >> log2) - (range.first() >> log2) + 1;
+        let more = |count: u64| count.checked_add(areas).filter(|count| *count <= self.most);
+        self.count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| areas)
     }
 
     /// Takes that back.

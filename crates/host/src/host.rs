@@ -1,6 +1,6 @@
 //! The machine's IOMMU with the devices that were handed over.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -17,7 +17,7 @@ use crate::kernel::{Kernel, KernelFile};
 use crate::registered::{Mapping, Registered};
 use crate::sys::Linux;
 use crate::table::HostTable;
-use crate::{CallError, HostError, OpenError};
+use crate::{CallError, HostError, OpenError, RemoveError};
 
 static HOSTS: AtomicU64 = AtomicU64::new(0);
 
@@ -47,7 +47,10 @@ pub struct Host(Arc<Machine>);
 /// What tables keep alive: dropped with the last of them, devices first.
 #[derive(Debug)]
 pub(crate) struct Machine {
+    /// May be locked while a group is, and not the other way round.
     devices: RwLock<HashMap<Rid, Arc<HostDevice>>>,
+    /// Held by who adds a device.
+    adding: Mutex<()>,
     /// The apertures of devices that there are. Devices that have the same one share tables.
     apertures: Mutex<Vec<IovaRange>>,
     /// What tables on each bus share.
@@ -61,22 +64,33 @@ pub(crate) struct Machine {
 /// A device that was handed over.
 #[derive(Debug)]
 struct HostDevice {
+    rid: Rid,
     cdev: Cdev,
     requirements: Requirements,
     /// What the mappings of its tables must be multiples of.
     alignment: u64,
-    /// The address space that it is attached to.
-    attached: Mutex<Option<u32>>,
+    group: Arc<Group>,
+}
+
+/// Devices that Linux cannot tell apart. Most are alone in theirs.
+#[derive(Debug, Default)]
+struct Group {
+    /// Its name, if anybody knows it.
+    number: Option<u32>,
+    /// The address spaces that devices are attached to.
+    attached: Mutex<BTreeMap<Rid, u32>>,
+}
+
+impl Group {
+    fn attached(&self) -> MutexGuard<'_, BTreeMap<Rid, u32>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl HostDevice {
-    fn attached(&self) -> MutexGuard<'_, Option<u32>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Refuses its DMA.
-    fn block(&self, attached: &mut Option<u32>) {
-        if attached.take().is_some() {
+    fn block(&self, attached: &mut BTreeMap<Rid, u32>) {
+        if attached.remove(&self.rid).is_some() {
             // Of a bound device Linux can refuse nothing but arguments that make no sense.
             let detached = self.cdev.detach();
             debug_assert!(detached.is_ok(), "{detached:?}");
@@ -84,8 +98,8 @@ impl HostDevice {
     }
 }
 
-/// An open device, for whoever drives it: a view of its file, which must not outlive the [`Host`] if the device is to be
-/// let go with it.
+/// An open device, for whoever drives it: a view of its file. The device is let go when the last one is dropped, after it was
+/// given back or the [`Host`] is gone.
 #[derive(Clone, Debug)]
 pub struct DeviceFile(Arc<dyn KernelFile>);
 
@@ -143,6 +157,7 @@ impl Host {
         let iommufd = Arc::new(Iommufd::open(&*kernel)?);
         Ok(Arc::new(Host(Arc::new(Machine {
             devices: RwLock::default(),
+            adding: Mutex::default(),
             apertures: Mutex::default(),
             registered: Mutex::default(),
             iommufd,
@@ -152,27 +167,59 @@ impl Host {
         }))))
     }
 
-    /// Takes over the device behind a VFIO file, such as `/dev/vfio/devices/vfio0`, which is this host's alone until the host
-    /// is gone. From now on its DMA is refused until it is attached.
+    /// Takes over the device behind a VFIO file, such as `/dev/vfio/devices/vfio0`, which is this host's alone until it is
+    /// [given back](Self::remove_device) or the host is gone. From now on its DMA is refused until it is attached.
     ///
-    /// Linux attaches devices that it cannot tell apart (of one IOMMU group) to the same table only.
+    /// Linux cannot tell devices of one IOMMU group apart. They can be attached to the same table only, and all are added
+    /// before one is attached.
     ///
     /// # Errors
-    /// [`OpenError`]: the requester ID is taken, the file cannot be opened, or somebody else has the device.
+    /// [`OpenError`]: the requester ID is taken, the file cannot be opened, somebody else has the device, or another one of
+    /// its group is attached.
     pub fn add_device(&self, rid: Rid, path: impl AsRef<Path>) -> Result<DeviceFile, OpenError> {
         let machine = &self.0;
-        let mut devices = machine.devices.write().unwrap_or_else(PoisonError::into_inner);
-        if devices.contains_key(&rid) {
+        let _adding = machine.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        if machine.device(rid).is_some() {
             return Err(OpenError::RidTaken(rid));
         }
         let cdev = Cdev::open(&*machine.kernel, path.as_ref())?;
-        cdev.bind(&machine.iommufd)?;
-        let Ranges { usable, alignment } = machine.ranges_of(&cdev)?;
-        let requirements = machine.requirements_of(&usable).ok_or(OpenError::NoAddresses)?;
+        let number = machine.kernel.group(path.as_ref(), &*cdev.0);
+        let group = number.and_then(|number| machine.group(number));
+        let group = group.unwrap_or_else(|| Arc::new(Group { number, ..Group::default() }));
+        let (requirements, alignment) = {
+            let attached = group.attached();
+            if let (Some(group), Some((device, _))) = (number, attached.first_key_value()) {
+                return Err(OpenError::GroupAttached { group, device: *device });
+            }
+            cdev.bind(&machine.iommufd)?;
+            let Ranges { usable, alignment } = machine.ranges_of(&cdev)?;
+            (machine.requirements_of(&usable).ok_or(OpenError::NoAddresses)?, alignment)
+        };
         let file = DeviceFile(cdev.0.clone());
-        let device = HostDevice { cdev, requirements, alignment, attached: Mutex::new(None) };
-        devices.insert(rid, Arc::new(device));
+        let device = Arc::new(HostDevice { rid, cdev, requirements, alignment, group });
+        machine.devices.write().unwrap_or_else(PoisonError::into_inner).insert(rid, device);
         Ok(file)
+    }
+
+    /// Gives a device back: its file is closed, and anybody can open it. It must not be attached, and every [`DeviceFile`] of
+    /// it must be dropped; the engine's `Device`, if there still is one, cannot be attached any more.
+    ///
+    /// # Errors
+    /// [`RemoveError`]; then the device is this host's as before.
+    pub fn remove_device(&self, rid: Rid) -> Result<(), RemoveError> {
+        let machine = &self.0;
+        let device = machine.device(rid).ok_or(RemoveError::NoDevice(rid))?;
+        // Who attaches it holds this, and looks whether the device is still there.
+        let attached = device.group.attached();
+        if attached.contains_key(&rid) {
+            return Err(RemoveError::Attached(rid));
+        }
+        if Arc::strong_count(&device.cdev.0) > 1 {
+            return Err(RemoveError::FileInUse(rid));
+        }
+        let removed = machine.devices.write().unwrap_or_else(PoisonError::into_inner).remove(&rid);
+        drop(attached);
+        removed.map(drop).ok_or(RemoveError::NoDevice(rid))
     }
 }
 
@@ -195,13 +242,19 @@ impl Machine {
         if let Some(registered) = all.iter().find_map(of_bus) {
             return Ok(registered);
         }
-        let registered = Registered::new(self.iommufd.clone(), bus, self.options.mapping)?;
+        let registered = Registered::new(self.iommufd.clone(), bus, &self.options)?;
         all.push((Arc::downgrade(bus), Arc::downgrade(&registered)));
         Ok(registered)
     }
 
     fn device(&self, rid: Rid) -> Option<Arc<HostDevice>> {
         self.devices.read().unwrap_or_else(PoisonError::into_inner).get(&rid).cloned()
+    }
+
+    /// A group that has devices here.
+    fn group(&self, number: u32) -> Option<Arc<Group>> {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        devices.values().map(|device| &device.group).find(|group| group.number == Some(number)).cloned()
     }
 
     /// What can be mapped for a device. Linux says so of an address space that the device is attached to; an empty one is.
@@ -241,8 +294,8 @@ impl Machine {
         let devices: Vec<_> =
             self.devices.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         for device in devices {
-            let mut attached = device.attached();
-            if *attached == Some(ioas) {
+            let mut attached = device.group.attached();
+            if attached.get(&device.rid) == Some(&ioas) {
                 device.block(&mut attached);
             }
         }
@@ -279,20 +332,28 @@ impl Iommu for Host {
         if table.space().granule().bytes() < device.alignment {
             return Err(AttachError::Incompatible);
         }
-        let mut attached = device.attached();
+        let mut attached = device.group.attached();
+        if !self.0.device(rid).is_some_and(|there| Arc::ptr_eq(&there, &device)) {
+            return Err(AttachError::NoDevice(rid));
+        }
         derived.usable().map_err(refused)?;
+        // Linux would refuse this, or move the others along.
+        let elsewhere = |(other, ioas): &(&Rid, &u32)| **other != rid && **ioas != derived.ioas();
+        if let (Some(group), Some((other, _))) = (device.group.number, attached.iter().find(elsewhere)) {
+            return Err(refused(HostError::Group { group, device: *other }));
+        }
         // If Linux refuses, the device stays where it was.
         device.cdev.attach(derived.ioas()).map_err(|error| match error.errno {
             Errno::INVAL => AttachError::Incompatible,
             _ => refused(error),
         })?;
-        *attached = Some(derived.ioas());
+        attached.insert(rid, derived.ioas());
         Ok(())
     }
 
     fn block(&self, rid: Rid) {
         if let Some(device) = self.0.device(rid) {
-            device.block(&mut device.attached());
+            device.block(&mut device.group.attached());
         }
     }
 }

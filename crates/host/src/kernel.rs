@@ -12,6 +12,9 @@ use rustix::io::Errno;
 pub(crate) trait Kernel: Send + Sync + fmt::Debug {
     /// Opens a file for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn KernelFile>>;
+
+    /// The number of the IOMMU group of a device that was opened by this path, if anybody knows.
+    fn group(&self, path: &Path, file: &dyn KernelFile) -> Option<u32>;
 }
 
 /// An open file. Dropping the last reference closes it.

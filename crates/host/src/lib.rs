@@ -31,7 +31,7 @@
 //! | a [`Table`](ioasid::Table) | an I/O address space (IOAS); which hardware tables that takes is Linux's to decide |
 //! | attach, replace | VFIO ATTACH_PT; a second one replaces the first in one step |
 //! | block | VFIO DETACH_PT: Linux refuses the device's DMA |
-//! | map | IOAS_COPY, one for each block of the cut granule |
+//! | map | IOAS_COPY, one for any number of blocks of the cut granule; and one to cut each block when it is first mapped together with others |
 //! | unmap | IOAS_UNMAP, one for each range whatever the number of areas |
 //!
 //! # What Linux cannot do
@@ -44,6 +44,8 @@
 //!   nothing.
 //! - **Memory that is reached by calls**, such as another process's: the kernel cannot be told of it, and so such a space is
 //!   refused ([`HostError::ReachedByCalls`]). Files have to be of memory (memfd, tmpfs, hugetlbfs) and need Linux 6.13.
+//! - **Tell devices of one IOMMU group apart.** They are attached to the same table or not at all, and while one of them is
+//!   attached a blocked one may reach what that one does.
 //! - **Be late with invalidations.** A deferred unmap is as strict as any.
 //!
 //! [`HostTable`] says what happens when Linux fails late, and `registered` in the source what is pinned and charged when.
@@ -58,6 +60,7 @@
 
 mod areas;
 mod calls;
+mod cut;
 mod host;
 mod kernel;
 mod registered;
@@ -95,7 +98,7 @@ fn hint(call: &str, errno: Errno) -> &'static str {
         ) => " (pinned memory counts against RLIMIT_MEMLOCK: raise it with `ulimit -l` or LimitMEMLOCK=)",
         ("IOMMU_IOAS_MAP_FILE", Errno::NOTTY) => " (mapping files needs Linux 6.13)",
         ("VFIO_DEVICE_BIND_IOMMUFD", Errno::BUSY | Errno::INVAL) => {
-            " (maybe somebody else has the device open)"
+            " (maybe somebody else has the device open, or a driver has another one of its IOMMU group)"
         }
         _ => "",
     }
@@ -116,6 +119,15 @@ pub enum OpenError {
     /// There is a device with this requester ID already.
     #[error("there is a device {0} already")]
     RidTaken(Rid),
+    /// Another device of the IOMMU group is attached. What can be mapped for a device is found out with the group detached, so
+    /// all devices of a group are added before one is attached.
+    #[error("device {device}, which is in the same IOMMU group {group}, is attached")]
+    GroupAttached {
+        /// The group's number, which is its name.
+        group: u32,
+        /// The other device.
+        device: Rid,
+    },
     /// Nothing could be mapped for the device.
     #[error("the device has no usable I/O virtual addresses")]
     NoAddresses,
@@ -124,7 +136,22 @@ pub enum OpenError {
     Call(#[from] CallError),
 }
 
-/// Why something was not mapped in a table of the machine's IOMMU: the source of
+/// Why a device was not given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    /// There is no such device.
+    #[error("there is no device {0}")]
+    NoDevice(Rid),
+    /// It is attached to a table.
+    #[error("device {0} is attached")]
+    Attached(Rid),
+    /// Somebody has its [`DeviceFile`].
+    #[error("the file of device {0} is in use")]
+    FileInUse(Rid),
+}
+
+/// Why something was not mapped in a table of the machine's IOMMU, or a device not attached to one: the source of
 /// [`TableError::Refused`](ioasid::TableError::Refused).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -143,6 +170,16 @@ pub enum HostError {
     TooManyAreas {
         /// How many are allowed.
         most: u64,
+    },
+    /// Linux cannot tell a device's DMA from that of another one, which is attached to another table.
+    #[error(
+        "device {device} is attached to another table, and is in the same IOMMU group {group}: detach it first"
+    )]
+    Group {
+        /// The group's number, which is its name.
+        group: u32,
+        /// The other device.
+        device: Rid,
     },
     /// The table is out of use.
     #[error("the table is out of use since an unmap failed: {0}")]

@@ -7,6 +7,10 @@
 //! parent. Linux is lazy about such an address space, and so mapping all of a window there costs a few hundred bytes and
 //! pins nothing: what is pinned is what is copied to address spaces with devices, for as long as it is in any.
 //!
+//! A range of several blocks, each of which has to be an area of its own, is copied by one call from where the memory is
+//! [cut](crate::cut) into such blocks. That works where memory and mapping have the same offset in their blocks, which is
+//! always so for pages. Where they have not, and with [`Mapping::Map`], each block takes a call.
+//!
 //! The parent's addresses are the bus's. So the source of a copy is the output address itself, nothing has to be looked
 //! up, and pieces that are neighbours on the bus can be copied by one call. When memory leaves the bus its piece leaves
 //! the parent, before the addresses can be anybody else's.
@@ -19,13 +23,16 @@
 //! locked memory is no concern.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
-use ioasid::{Attributes, Bus, BusObserver, HostBytes, HostPlace, IovaRange, Oa};
+use ioasid::{Attributes, Bus, BusObserver, HostBytes, HostPlace, IovaRange, Oa, PageSize};
 use rustix::io::Errno;
 
+use crate::areas::in_blocks;
 use crate::calls::Iommufd;
-use crate::{CallError, HostError};
+use crate::cut::Cuts;
+use crate::{CallError, HostError, HostOptions};
 
 /// How mappings are made; see [`HostOptions::mapping`](crate::HostOptions::mapping).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,7 +47,7 @@ pub enum Mapping {
 
 /// Pages, which are what Linux maps.
 const PAGE: u64 = 4096;
-const BOTH: Attributes = Attributes::READ.union(Attributes::WRITE);
+pub(crate) const BOTH: Attributes = Attributes::READ.union(Attributes::WRITE);
 
 /// The way of memory into Linux's address spaces.
 #[derive(Debug)]
@@ -51,19 +58,22 @@ pub(crate) struct Registered {
     parent: u32,
     /// What is mapped in the parent: first and last address of each piece.
     known: RwLock<BTreeMap<u64, u64>>,
+    cuts: Cuts,
 }
 
 impl Registered {
     pub(crate) fn new(
         iommufd: Arc<Iommufd>,
         bus: &Arc<Bus>,
-        mapping: Mapping,
+        options: &HostOptions,
     ) -> Result<Arc<Registered>, CallError> {
         let parent = iommufd.alloc()?;
+        let cuts = Cuts::new(iommufd.clone(), options.most_areas);
+        let (bus, mapping) = (bus.clone(), options.mapping);
         let registered =
-            Arc::new(Registered { iommufd, bus: bus.clone(), mapping, parent, known: RwLock::default() });
+            Arc::new(Registered { iommufd, bus, mapping, parent, known: RwLock::default(), cuts });
         let itself: Weak<Registered> = Arc::downgrade(&registered);
-        bus.observe(itself);
+        registered.bus.observe(itself);
         Ok(registered)
     }
 
@@ -75,36 +85,70 @@ impl Registered {
         self.known.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Maps memory, which is registered until this returns, at a range that is free. If it fails a part may be mapped.
+    /// Maps memory, which is registered until this returns, at a range that is free, so that no area reaches over a
+    /// multiple of `block`. If it fails a part may be mapped.
     pub(crate) fn enter(
         &self,
         ioas: u32,
         range: IovaRange,
         oa: Oa,
         rights: Attributes,
+        block: PageSize,
     ) -> Result<(), HostError> {
         let last = range.length().and_then(|length| oa.get().checked_add(length - 1));
         let last = last.ok_or(HostError::NotThere { oa })?;
-        match self.mapping {
-            Mapping::Copy => {
-                self.make_known(oa.get(), last)?;
-                let length = last - oa.get() + 1;
-                Ok(self.iommufd.copy((ioas, range.first()), (self.parent, oa.get()), length, rights)?)
-            }
-            Mapping::Map => {
-                let mut at = oa.get();
-                loop {
-                    let place = self.place(at)?;
-                    let end = (place.first.get() + (place.length - 1)).min(last);
-                    let iova = range.first() + (at - oa.get());
-                    self.map(ioas, iova, &place, at, end, rights)?;
-                    if end == last {
-                        return Ok(());
-                    }
-                    at = end + 1;
+        let copies = self.mapping == Mapping::Copy;
+        if copies {
+            self.make_known(oa.get(), last)?;
+            let several = (range.first() ^ range.last()) >= block.bytes();
+            let aligned = (range.first() ^ oa.get()) & (block.bytes() - 1) == 0;
+            if several && aligned {
+                let cut = self.cuts.of_size(block)?;
+                if cut.provide(self.parent, (oa.get(), last), &self.pieces(oa.get(), last))? {
+                    let length = last - oa.get() + 1;
+                    let source = (cut.ioas(), oa.get());
+                    return Ok(self.iommufd.copy((ioas, range.first()), source, length, rights)?);
                 }
             }
         }
+        for part in in_blocks(range, block) {
+            let first = oa.get() + (part.first() - range.first());
+            let last = first + (part.last() - part.first());
+            if copies {
+                self.iommufd.copy((ioas, part.first()), (self.parent, first), last - first + 1, rights)?;
+            } else {
+                self.map_anew(ioas, part.first(), first, last, rights)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps memory without a copy.
+    fn map_anew(
+        &self,
+        ioas: u32,
+        iova: u64,
+        first: u64,
+        last: u64,
+        rights: Attributes,
+    ) -> Result<(), HostError> {
+        let mut at = first;
+        loop {
+            let place = self.place(at)?;
+            let end = (place.first.get() + (place.length - 1)).min(last);
+            self.map(ioas, iova + (at - first), &place, at, end, rights)?;
+            if end == last {
+                return Ok(());
+            }
+            at = end + 1;
+        }
+    }
+
+    /// The pieces in the parent that have one of these addresses in them.
+    fn pieces(&self, first: u64, last: u64) -> Vec<RangeInclusive<u64>> {
+        let known = self.known();
+        let before = known.range(..first).next_back().filter(|(_, end)| **end >= first);
+        before.into_iter().chain(known.range(first..=last)).map(|(first, end)| *first..=*end).collect()
     }
 
     /// What there is at an output address: at least that one page.
@@ -182,13 +226,15 @@ impl BusObserver for Registered {
     fn vacated(&self, first: Oa, length: u64) {
         let Some(range) = IovaRange::with_length(first.get(), length) else { return };
         let mut known = self.known_mut();
-        let pieces: Vec<u64> = known.range(range.first()..=range.last()).map(|(first, _)| *first).collect();
+        let pieces = known.range(range.first()..=range.last());
+        let pieces: Vec<RangeInclusive<u64>> = pieces.map(|(first, last)| *first..=*last).collect();
         if pieces.is_empty() {
             return;
         }
-        for piece in pieces {
-            known.remove(&piece);
+        for piece in &pieces {
+            known.remove(piece.start());
         }
+        self.cuts.forget(&pieces);
         // Nobody copies from there any more, and no device was ever attached. Should Linux refuse all the same, then it will
         // refuse to map other memory there too, which will say so.
         let _ = unmap_patiently(&self.iommufd, self.parent, range);

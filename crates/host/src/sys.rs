@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 
@@ -29,6 +30,13 @@ impl Kernel for Linux {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn KernelFile>> {
         let file = File::options().read(true).write(true).open(path)?;
         Ok(Arc::new(LinuxFile(file)))
+    }
+
+    fn group(&self, _path: &Path, file: &dyn KernelFile) -> Option<u32> {
+        let device = fstat(file.as_fd()).ok()?.st_rdev;
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let group = std::fs::read_link(format!("/sys/dev/char/{major}:{minor}/device/iommu_group")).ok()?;
+        group.file_name()?.to_str()?.parse().ok()
     }
 }
 

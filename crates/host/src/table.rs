@@ -2,10 +2,10 @@
 //!
 //! # Areas
 //!
-//! A map call makes areas: one for each block of the size of the space's *cut granule* that the mapping has a part in.
-//! Linux unmaps whole areas only. So whatever begins and ends on multiples of the granule, or where a mapping did, can be
-//! unmapped exactly, and a change that would have to cut an area is refused before anything happens. A range of any number
-//! of whole areas is unmapped by one call.
+//! A mapping has an area for each block of the size of the space's *cut granule* that it has a part in. Linux unmaps whole
+//! areas only. So whatever begins and ends on multiples of the granule, or where a mapping did, can be unmapped exactly,
+//! and a change that would have to cut an area is refused before anything happens. A range of any number of areas is
+//! mapped by one call, if the memory was cut before (`cut` in the source says when it is), and unmapped by one call.
 //!
 //! # When Linux fails
 //!
@@ -54,7 +54,7 @@ impl fmt::Debug for HostTable {
     }
 }
 
-/// What was mapped by one call to Linux.
+/// What Linux unmaps as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedArea {
     /// Where it is mapped.
@@ -108,34 +108,24 @@ impl HostTable {
         self.broken().map_or(Ok(()), |error| Err(HostError::Broken(error)))
     }
 
-    /// Maps what is free, block by block, or nothing.
-    fn map_parts(&self, parts: impl Iterator<Item = Area>) -> Result<(), TableError> {
-        let mut done: Vec<IovaRange> = Vec::new();
-        for part in parts {
-            if let Err(error) = self.map_part(part) {
-                done.push(part.range);
-                // Neighbours go together.
-                let mut runs = Runs::default();
-                done.into_iter().for_each(|range| runs.push(range));
-                runs.iter().for_each(|run| self.take_away(run, true));
-                return Err(TableError::Refused(Box::new(error)));
-            }
-            done.push(part.range);
+    /// Maps a range that is free, in areas of a block each, or nothing.
+    fn map_free(&self, range: IovaRange, oa: u64, rights: Attributes) -> Result<(), TableError> {
+        let refused = |error: HostError| TableError::Refused(Box::new(error));
+        self.usable().map_err(refused)?;
+        let Some(areas) = self.areas.count_in(range) else {
+            return Err(refused(HostError::TooManyAreas { most: self.machine.options().most_areas }));
+        };
+        let entered = self.registered.enter(self.ioas, range, Oa::new(oa), rights, self.areas.block());
+        if let Err(error) = entered {
+            self.areas.count_out(areas);
+            self.take_away(range, true);
+            return Err(refused(error));
+        }
+        let whole = Area { range, oa, rights };
+        for part in self.areas.in_blocks(range) {
+            self.areas.insert(Area { range: part, oa: whole.output(part.first()), rights });
         }
         Ok(())
-    }
-
-    fn map_part(&self, part: Area) -> Result<(), HostError> {
-        self.usable()?;
-        if !self.areas.count_in() {
-            return Err(HostError::TooManyAreas { most: self.machine.options().most_areas });
-        }
-        let entered = self.registered.enter(self.ioas, part.range, Oa::new(part.oa), part.rights);
-        match entered {
-            Ok(()) => self.areas.insert(part),
-            Err(_) => self.areas.count_out(1),
-        }
-        entered
     }
 
     /// Unmaps all areas in a range. `unsure`: maybe Linux has none.
@@ -160,13 +150,7 @@ impl HostTable {
 
 impl DerivedTable for HostTable {
     fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
-        let rights = attributes & RIGHTS;
-        let whole = Area { range, oa: oa.get(), rights };
-        self.map_parts(self.areas.in_blocks(range).map(|part| Area {
-            range: part,
-            oa: whole.output(part.first()),
-            rights,
-        }))
+        self.map_free(range, oa.get(), attributes & RIGHTS)
     }
 
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
@@ -184,11 +168,9 @@ impl DerivedTable for HostTable {
                 free = area.range.last().checked_add(1);
             }
             gaps.extend(free.and_then(|free| IovaRange::new(free, block.last())));
-            self.map_parts(gaps.into_iter().map(|gap| Area {
-                range: gap,
-                oa: whole.output(gap.first()),
-                rights,
-            }))?;
+            for gap in gaps {
+                self.map_free(gap, whole.output(gap.first()), rights)?;
+            }
         }
         Ok(())
     }

@@ -2,13 +2,14 @@
 
 mod machine;
 
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ioasid::{
     Account, AttachError, Backing, Bus, Device, Iova, IovaRange, LateBound, MapError, Memory, MemoryGone,
     Permissions, ProtectError, RemapError, Rid, Space, Table, TableError, UnmapError,
 };
-use ioasid_host::{Host, HostError, HostOptions, HostTable, Mapping, OpenError};
+use ioasid_host::{Host, HostError, HostOptions, HostTable, Mapping, OpenError, RemoveError};
 use machine::Edu;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
@@ -167,6 +168,9 @@ fn what_a_space_says_it_will_be_cut_at_can_be_unmapped() {
         let device = scene.attached(ONE, &space);
         space.map(Iova::new(2 * M2), &scene.ram, 0, 4 * M2, RW).unwrap();
         let middle = range(3 * M2, granule);
+        // As many areas in the kernel's place as the table says, whether by one call or by many.
+        let (ioas, areas) = host_table(&device);
+        assert_eq!(area_count(ioas), areas.len() as u64);
         assert_eq!(space.unmap(middle).unwrap().bytes(), granule);
         assert_eq!(scene.read(0, 3 * M2 - K4), Some(tag(511)));
         assert_eq!(scene.read(0, 3 * M2), None);
@@ -186,6 +190,13 @@ fn what_a_space_says_it_will_be_cut_at_can_be_unmapped() {
         drop(space);
         scene.end();
     }
+}
+
+/// How many areas the server has in an address space.
+fn area_count(ioas: u32) -> u64 {
+    let status = machine::status();
+    let spaces = status["contexts"][0]["address_spaces"].as_array().unwrap();
+    spaces.iter().find(|space| space["id"] == ioas).unwrap()["area_count"].as_u64().unwrap()
 }
 
 fn space_of_leaves(bus: &Arc<Bus>, log2: u32) -> Arc<Space> {
@@ -370,4 +381,53 @@ fn a_device_says_where_nothing_can_be_mapped() {
     assert!(matches!(stranger.attach(&table), Err(AttachError::Incompatible)));
     drop((device, table, stranger));
     scene.end();
+}
+
+/// For the program that a test starts: which device it takes.
+const TAKES: &str = "IOASID_HOST_TESTS_TAKES";
+
+#[test]
+fn a_device_is_given_back_and_anybody_can_take_it() {
+    let scene = Scene::new(Mapping::Copy);
+    let (rid, path) = (Rid(0x0200), machine::device(2));
+    let other = Host::open(HostOptions::default()).unwrap();
+    let space = scene.space();
+    space.map(Iova::new(M2), &scene.ram, 0, K4, RW).unwrap();
+    for host in [&scene.host, &other, &scene.host] {
+        let edu = Edu::new(host.add_device(rid, &path).unwrap());
+        assert!(matches!(scene.host.add_device(Rid(9), &path), Err(OpenError::Call(_))));
+        let device = Device::new(host.clone(), rid).unwrap();
+        device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
+        scene.scratch.backing().write(0, &[0; 8]).unwrap();
+        edu.copy(M2, SCRATCH, 8);
+        assert_eq!(scene.scratch_word(), tag(0));
+        assert_eq!(host.remove_device(rid), Err(RemoveError::Attached(rid)));
+        drop(device);
+        assert_eq!(host.remove_device(rid), Err(RemoveError::FileInUse(rid)));
+        drop(edu);
+        host.remove_device(rid).unwrap();
+    }
+    // The hosts are there, and other devices at work.
+    let device = scene.attached(ONE, &space);
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let child = child.args(["--exact", "a_device_is_taken_and_given_back"]).env(TAKES, "2");
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(scene.read(0, M2), Some(tag(0)));
+    scene.host.add_device(rid, &path).unwrap();
+    drop((device, space, other));
+    scene.end();
+}
+
+#[test]
+fn a_device_is_taken_and_given_back() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let number = std::env::var(TAKES).map_or(3, |number| number.parse().unwrap());
+    let host = Host::open(HostOptions::default()).unwrap();
+    for _ in 0..3 {
+        host.add_device(ONE, machine::device(number)).unwrap();
+        host.remove_device(ONE).unwrap();
+    }
+    // The host goes with a device.
+    host.add_device(ONE, machine::device(number)).unwrap();
 }

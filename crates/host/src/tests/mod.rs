@@ -1,185 +1,27 @@
-//! What happens when Linux fails, against a stand-in for it that knows the rules of areas and fails when it is told to.
+//! What happens when Linux fails, against a [stand-in](stand_in) for it.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::io;
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+mod devices;
+mod stand_in;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use ioasid::{
     Account, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Oa, Permissions, Rid,
     Space, Table, TableError,
 };
-use ioasid_uapi::Command;
-use ioasid_uapi::iommufd::{self, Destroy, IoasAlloc, IoasCopy, IoasIovaRanges, IoasMap, IoasUnmap};
-use ioasid_uapi::vfio::{DeviceAttachIommufdPt, DeviceBindIommufd, DeviceDetachIommufdPt};
+use ioasid_uapi::iommufd::{IoasAlloc, IoasCopy, IoasMap, IoasUnmap};
+use ioasid_uapi::vfio::DeviceAttachIommufdPt;
 use proptest::prelude::*;
-use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
-use zerocopy::IntoBytes;
 
-use crate::kernel::{Kernel, KernelFile};
+use self::stand_in::StandIn;
 use crate::{Host, HostError, HostOptions, HostTable, Mapping};
 
 const K4: u64 = 4096;
 const M2: u64 = 2 << 20;
 const RID: Rid = Rid(1);
 const RW: Permissions = Permissions::READ_WRITE;
-
-/// Areas by their first address: the last one, and what is there.
-type Mapped = BTreeMap<u64, (u64, u64)>;
-
-/// What the stand-in has, and what it is told to do wrong.
-#[derive(Debug, Default)]
-struct State {
-    spaces: BTreeMap<u32, Mapped>,
-    next: u32,
-    attached: Option<u32>,
-    /// All calls that came to an end, by number.
-    calls: Vec<u32>,
-    /// Calls with this number fail so, after so many, for so many.
-    fails: Option<Fails>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Fails {
-    number: u32,
-    errno: Errno,
-    after: u32,
-    times: u32,
-}
-
-#[derive(Debug, Default)]
-struct StandIn(Arc<Mutex<State>>);
-
-#[derive(Debug)]
-struct Open(Arc<Mutex<State>>, File);
-
-impl StandIn {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
-    }
-
-    /// Has the calls of a kind fail from the one after `after` on, so often.
-    fn fail<C: Command>(&self, errno: Errno, after: u32, times: u32) {
-        self.state().fails = Some(Fails { number: C::NUMBER, errno, after, times });
-    }
-
-    fn count<C: Command>(&self) -> usize {
-        self.state().calls.iter().filter(|number| **number == C::NUMBER).count()
-    }
-}
-
-impl Kernel for StandIn {
-    fn open(&self, _path: &Path) -> io::Result<Arc<dyn KernelFile>> {
-        Ok(Arc::new(Open(self.0.clone(), File::open("/dev/null")?)))
-    }
-}
-
-impl AsFd for Open {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.1.as_fd()
-    }
-}
-
-/// The argument as a structure.
-fn read<C: Command>(argument: &[u8]) -> C {
-    C::read_from_bytes(argument).unwrap()
-}
-
-impl KernelFile for Open {
-    fn ioctl(&self, number: u32, argument: &mut [u8]) -> Result<(), Errno> {
-        let mut state = self.0.lock().unwrap();
-        if let Some(fails) = state.fails.as_mut().filter(|fails| fails.number == number && fails.times > 0) {
-            if fails.after == 0 {
-                fails.times -= 1;
-                return Err(fails.errno);
-            }
-            fails.after -= 1;
-        }
-        let result = state.perform(number, argument);
-        if result.is_ok() {
-            state.calls.push(number);
-        }
-        result
-    }
-}
-
-impl State {
-    fn perform(&mut self, number: u32, argument: &mut [u8]) -> Result<(), Errno> {
-        match number {
-            IoasAlloc::NUMBER => {
-                self.next += 1;
-                self.spaces.insert(self.next, BTreeMap::new());
-                let answer = IoasAlloc { out_ioas_id: self.next, ..read(argument) };
-                argument.copy_from_slice(answer.as_bytes());
-            }
-            Destroy::NUMBER => {
-                let id = read::<Destroy>(argument).id;
-                if self.attached == Some(id) {
-                    return Err(Errno::BUSY);
-                }
-                self.spaces.remove(&id).ok_or(Errno::NOENT)?;
-            }
-            IoasIovaRanges::NUMBER => {
-                let answer = IoasIovaRanges { num_iovas: 1, out_iova_alignment: K4, ..read(argument) };
-                argument.copy_from_slice(answer.as_bytes());
-                let range = iommufd::IovaRange { start: 0, last: (1 << 48) - 1 };
-                // The array has room for more than one.
-                crate::sys::tests::put(answer.allowed_iovas, range.as_bytes());
-            }
-            IoasMap::NUMBER => {
-                let map: IoasMap = read(argument);
-                self.map(map.ioas_id, map.iova, map.length, map.user_va)?;
-            }
-            IoasCopy::NUMBER => {
-                let copy: IoasCopy = read(argument);
-                let source = self.spaces.get(&copy.src_ioas_id).ok_or(Errno::NOENT)?;
-                let (first, (last, va)) = source.range(..=copy.src_iova).next_back().ok_or(Errno::NOENT)?;
-                let within = copy.src_iova - first;
-                if copy.src_iova + (copy.length - 1) > *last {
-                    return Err(Errno::NOENT);
-                }
-                let va = va + within;
-                self.map(copy.dst_ioas_id, copy.dst_iova, copy.length, va)?;
-            }
-            IoasUnmap::NUMBER => {
-                let unmap: IoasUnmap = read(argument);
-                let space = self.spaces.get_mut(&unmap.ioas_id).ok_or(Errno::NOENT)?;
-                let last = unmap.iova + (unmap.length - 1);
-                let inside: Vec<u64> = overlapping(space, unmap.iova, last);
-                let whole = |first: &u64| *first >= unmap.iova && space[first].0 <= last;
-                if inside.is_empty() || !inside.iter().all(whole) {
-                    return Err(Errno::NOENT);
-                }
-                space.retain(|first, _| !inside.contains(first));
-            }
-            DeviceBindIommufd::NUMBER => {}
-            DeviceAttachIommufdPt::NUMBER => {
-                let id = read::<DeviceAttachIommufdPt>(argument).pt_id;
-                self.spaces.get(&id).ok_or(Errno::NOENT)?;
-                self.attached = Some(id);
-            }
-            DeviceDetachIommufdPt::NUMBER => self.attached = None,
-            _ => return Err(Errno::NOTTY),
-        }
-        Ok(())
-    }
-
-    fn map(&mut self, id: u32, iova: u64, length: u64, va: u64) -> Result<(), Errno> {
-        let space = self.spaces.get_mut(&id).ok_or(Errno::NOENT)?;
-        let last = iova + (length - 1);
-        if !overlapping(space, iova, last).is_empty() {
-            return Err(Errno::EXIST);
-        }
-        space.insert(iova, (last, va));
-        Ok(())
-    }
-}
-
-fn overlapping(space: &Mapped, first: u64, last: u64) -> Vec<u64> {
-    space.range(..=last).filter(|(_, (end, _))| *end >= first).map(|(first, _)| *first).collect()
-}
 
 /// A device on a table of a space whose leaves are no larger than a page.
 struct Scene {
@@ -203,6 +45,11 @@ impl Scene {
         let device = Device::new(host, RID).unwrap();
         device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
         Scene { kernel, bus, account, ram, space, device }
+    }
+
+    /// Where the device is, as the stand-in has it.
+    fn attached(&self) -> Option<u32> {
+        self.kernel.state().attached.values().next().copied()
     }
 
     fn table(&self) -> Arc<Table> {
@@ -242,7 +89,7 @@ impl Scene {
         assert_eq!(account.charged_pages(), 0);
         let state = kernel.state();
         assert!(state.spaces.is_empty(), "{state:?}");
-        assert_eq!(state.attached, None);
+        assert_eq!(state.attached, BTreeMap::new());
     }
 }
 
@@ -291,11 +138,11 @@ fn a_busy_kernel_is_asked_again() {
 fn an_unmap_that_fails_for_good_leaves_devices_nothing_and_breaks_the_table() {
     let scene = Scene::new(12, HostOptions::default());
     scene.map(0, 0, 4 * K4).unwrap();
-    assert!(scene.kernel.state().attached.is_some());
+    assert!(scene.attached().is_some());
     scene.kernel.fail::<IoasUnmap>(Errno::IO, 0, 1);
     // To whom the memory belongs it is unmapped: no device reaches it.
     assert_eq!(scene.space.unmap(range(K4, K4)).unwrap().bytes(), K4);
-    assert_eq!(scene.kernel.state().attached, None);
+    assert_eq!(scene.attached(), None);
     assert_eq!(scene.with_table(HostTable::broken).map(|error| error.errno), Some(Errno::IO));
     let Err(MapError::Table(error)) = scene.map(8 * K4, 0, K4) else { panic!("mapped") };
     assert!(matches!(reason(&error), HostError::Broken(_)));
@@ -304,7 +151,7 @@ fn an_unmap_that_fails_for_good_leaves_devices_nothing_and_breaks_the_table() {
     // Another table of the same space is as good as any.
     let other = Table::new(&scene.space, &scene.device).unwrap();
     scene.device.attach(&other).unwrap();
-    assert!(scene.kernel.state().attached.is_some());
+    assert!(scene.attached().is_some());
     assert_eq!(scene.mapped().len(), 3);
     drop(other);
     scene.end();
@@ -327,14 +174,55 @@ fn areas_are_bounded() {
 #[test]
 fn calls_are_as_few_as_areas_allow() {
     let scene = Scene::new(21, HostOptions::default());
-    // A part of a block, two whole ones, and a part.
-    scene.map(M2 + K4, 0, 3 * M2).unwrap();
-    assert_eq!(scene.kernel.count::<IoasCopy>(), 4);
+    let copies = || scene.kernel.count::<IoasCopy>();
+    let areas = || scene.mapped().len();
+    // A part of a block, two whole ones, and a part; the memory is cut into as many blocks for it.
+    scene.map(M2 + K4, K4, 3 * M2).unwrap();
+    assert_eq!((copies(), areas()), (4 + 1, 4));
+    // Where it is cut, one call is enough; also for parts.
+    scene.map(16 * M2, 0, 4 * M2).unwrap();
+    scene.map(24 * M2 + 2 * K4, 2 * K4, 2 * M2 + K4).unwrap();
+    assert_eq!((copies(), areas()), (4 + 3, 4 + 4 + 3));
+    // So many are missing.
+    scene.map(32 * M2, 2 * M2, 4 * M2).unwrap();
+    assert_eq!((copies(), areas()), (4 + 3 + 2 + 1, 4 + 4 + 3 + 4));
+    // Within a block nothing has to be cut, and where blocks do not match nothing can.
+    scene.map(40 * M2, 7 * M2, 4 * K4).unwrap();
+    scene.map(48 * M2 + K4, 0, 2 * M2).unwrap();
+    assert_eq!((copies(), areas()), (10 + 1 + 3, 15 + 1 + 3));
+    scene.in_step();
+    // The memory was registered once.
     assert_eq!(scene.kernel.count::<IoasMap>(), 1);
-    scene.map(16 * M2, 0, 4 * K4).unwrap();
-    assert_eq!((scene.kernel.count::<IoasCopy>(), scene.kernel.count::<IoasMap>()), (5, 1));
-    scene.space.unmap(range(0, 32 * M2)).unwrap();
-    assert_eq!(scene.kernel.count::<IoasUnmap>(), 2, "one for each run of neighbours");
+    scene.space.unmap(range(0, 64 * M2)).unwrap();
+    assert_eq!(scene.kernel.count::<IoasUnmap>(), 6, "one for each run of neighbours");
+    scene.end();
+}
+
+#[test]
+fn memory_that_goes_is_in_blocks_no_more() {
+    let scene = Scene::new(12, HostOptions { most_areas: 24, ..HostOptions::default() });
+    for _ in 0..4 {
+        // The next one gets the same place on the bus, and as many blocks.
+        let backing = Backing::anonymous(&scene.bus, 16 * K4).unwrap();
+        let memory = Memory::register(&backing, 0, 16 * K4, &scene.account).unwrap();
+        for at in [0, 32 * K4] {
+            let before = scene.kernel.count::<IoasCopy>();
+            scene.space.map(Iova::new(at), &memory, 0, 12 * K4, RW).unwrap();
+            let copies = scene.kernel.count::<IoasCopy>() - before;
+            assert_eq!(copies, if at == 0 { 12 + 1 } else { 1 });
+        }
+        drop((memory, backing));
+        assert_eq!(scene.mapped(), []);
+    }
+    // Nothing is left in any space.
+    assert_eq!(scene.kernel.state().spaces.values().map(BTreeMap::len).sum::<usize>(), 0);
+    // More blocks than there may be of a size: each takes a call, as if there were none.
+    scene.map(0, 0, 16 * K4).unwrap();
+    scene.space.unmap(IovaRange::ALL).unwrap();
+    let before = scene.kernel.count::<IoasCopy>();
+    scene.map(0, 16 * K4, 16 * K4).unwrap();
+    assert_eq!(scene.kernel.count::<IoasCopy>() - before, 8 + 16);
+    scene.in_step();
     scene.end();
 }
 
@@ -343,10 +231,10 @@ fn a_failed_attachment_leaves_nothing() {
     let scene = Scene::new(21, HostOptions::default());
     let other = Space::new(&scene.bus);
     scene.kernel.fail::<DeviceAttachIommufdPt>(Errno::NOMEM, 0, 1);
-    let before = scene.kernel.state().attached;
+    let before = scene.attached();
     let refused = scene.device.attach(&Table::for_device(&other, &scene.device).unwrap());
     assert!(matches!(refused, Err(AttachError::Table(_))), "{refused:?}");
-    assert_eq!(scene.kernel.state().attached, before);
+    assert_eq!(scene.attached(), before);
     assert_eq!(other.statistics().tables, 0);
     scene.kernel.fail::<IoasAlloc>(Errno::NOMEM, 0, 1);
     assert!(Table::for_device(&other, &scene.device).is_err());
@@ -381,6 +269,8 @@ proptest! {
         let mapping = if map { Mapping::Map } else { Mapping::Copy };
         let scene = Scene::new(12, HostOptions { mapping, ..HostOptions::default() });
         let mut model: BTreeMap<u64, u64> = BTreeMap::new();
+        // Pages of the memory that are cut.
+        let mut cut: BTreeSet<u64> = BTreeSet::new();
         for (step, fails) in steps {
             if let Some(after) = fails {
                 match mapping {
@@ -392,7 +282,16 @@ proptest! {
                 Step::Map { at, from, pages } => {
                     let taken = (at..at + pages).any(|page| model.contains_key(&page));
                     let result = scene.map(at * K4, from * K4, pages * K4);
-                    let failed = fails.is_some_and(|after| u64::from(after) < pages);
+                    let missing: Vec<u64> = (from..from + pages).filter(|page| !cut.contains(page)).collect();
+                    let (cuts, calls) = match mapping {
+                        Mapping::Copy if pages > 1 => (missing.len(), missing.len() + 1),
+                        _ => (0, pages as usize),
+                    };
+                    let failed = fails.is_some_and(|after| (after as usize) < calls);
+                    if !taken {
+                        let done = fails.map_or(cuts, |after| cuts.min(after as usize));
+                        cut.extend(&missing[..done]);
+                    }
                     prop_assert_eq!(result.is_err(), taken || failed, "{:?}", result);
                     if result.is_ok() {
                         model.extend((0..pages).map(|page| (at + page, from + page)));
