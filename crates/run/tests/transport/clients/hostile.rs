@@ -188,6 +188,54 @@ pub(super) fn everything_is_used_up() {
     assert!(used < promised, "{used} bytes of {promised}");
 }
 
+/// Each process of the storm takes what it gets, and there are more than it takes to use everything up: of files, which run out
+/// first.
+pub(super) fn forks_that_take_everything() {
+    const FORKS: usize = 12;
+    let limits = Limits::default();
+    assert!(FORKS * limits.files.per_client > limits.files.total);
+    beside(|| {
+        let (reading, writing) = rustix::pipe::pipe().unwrap();
+        let children: Vec<Pid> = (0..FORKS)
+            .map(|number| {
+                fork(|| {
+                    // Every second one is an orphan, whose parents cannot be told.
+                    if number % 2 == 1 && fork_plainly() {
+                        return;
+                    }
+                    let mut files = Vec::new();
+                    let refused = loop {
+                        match open("/dev/iommu", OFlags::RDWR | OFlags::CLOEXEC) {
+                            Ok(file) => files.push(file),
+                            Err(errno) => break errno,
+                        }
+                    };
+                    assert!(matches!(refused, Errno::MFILE | Errno::NFILE), "{refused}");
+                    rustix::io::write(&writing, &[0]).unwrap();
+                    thread::sleep(Duration::from_secs(3600));
+                })
+            })
+            .collect();
+        for _ in 0..FORKS {
+            assert_eq!(rustix::io::read(&reading, &mut [0]), Ok(1));
+        }
+        // Long enough for the other one to see it.
+        thread::sleep(Duration::from_millis(200));
+        for child in children {
+            let _ = rustix::process::kill_process(child, Signal::KILL);
+            wait(child);
+        }
+    });
+}
+
+/// True in the parent.
+fn fork_plainly() -> bool {
+    // SAFETY: the process has one thread.
+    let pid = unsafe { libc::fork() };
+    assert_ne!(pid, -1);
+    pid != 0
+}
+
 pub(super) fn forks_without_end() {
     const FORKS: usize = 60;
     beside(|| {
