@@ -231,7 +231,8 @@ impl Machine {
             aperture,
             reserved: holes.collect(),
             // VFIO has devices snoop where the platform can tell them to, and Linux does not say where it cannot.
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         })
     }
 

@@ -31,7 +31,7 @@ impl Iommu for Bench {
             Rid(number) => TableClass::Derived { iommu: 0, format: "vtdss", variant: number.into() },
         };
         let aperture = IovaRange::with_length(0, 1 << 48)?;
-        Some(Requirements { class, aperture, reserved: Vec::new(), coherent: true })
+        Some(Requirements { class, aperture, reserved: Vec::new(), snooping_class: None, no_snoop: false })
     }
 
     fn new_table(

@@ -16,12 +16,28 @@ use std::ops::ControlFlow;
 #[derive(Debug)]
 pub struct RadixTable<F: Format> {
     radix: Radix<F>,
+    /// What each leaf says besides what the native one does.
+    always: Attributes,
 }
 
 impl<F: Format> RadixTable<F> {
     /// An empty table.
     pub fn new(format: F) -> RadixTable<F> {
-        RadixTable { radix: Radix::new(format, ioasid_pagetable::HeapTables) }
+        RadixTable { radix: Radix::new(format, ioasid_pagetable::HeapTables), always: Attributes::empty() }
+    }
+
+    /// An empty table through which all accesses snoop the CPU's caches, whatever a request asks for; `None` if the leaves of
+    /// the format cannot say that.
+    pub fn snooping(format: F) -> Option<RadixTable<F>> {
+        let always = Attributes::FORCE_SNOOP;
+        let table = RadixTable { always, ..RadixTable::new(format) };
+        let format = table.radix.format();
+        let size = PageSize::from_log2(format.shift(1))?;
+        let entry = format.leaf_entry(1, size, 0, Attributes::READ | Attributes::WRITE | always);
+        match format.decode(1, entry) {
+            Entry::Leaf { attributes, .. } if attributes.contains(always) => Some(table),
+            _ => None,
+        }
     }
 
     /// The table itself, for walkers.
@@ -82,7 +98,8 @@ impl<F: Format> RadixTable<F> {
             Change::Remap(oa, attributes) => {
                 let output = oa.get().wrapping_add(leaf.iova.wrapping_sub(range.first()));
                 let fits = range.covers(&leaf.range()) && output & (leaf.size.bytes() - 1) == 0;
-                let changes = (self.said(leaf, attributes) ^ leaf.attributes).difference(Attributes::USED);
+                let changes = (self.said(leaf, attributes | self.always) ^ leaf.attributes)
+                    .difference(Attributes::USED);
                 if fits && output == leaf.oa.get() && changes.is_empty() {
                     return None;
                 }
@@ -113,7 +130,8 @@ fn map_error(error: MapError, range: IovaRange) -> TableError {
     }
 }
 
-fn cut_error(error: CutError) -> TableError {
+/// What a table says when it was not cut.
+pub(crate) fn cut_error(error: CutError) -> TableError {
     match error {
         CutError::OutOfTables(_) => TableError::OutOfTables,
         CutError::NeedsBreak { at, .. } | CutError::Contended { at } | CutError::Misaligned { at } => {
@@ -125,14 +143,14 @@ fn cut_error(error: CutError) -> TableError {
 impl<F: Format> DerivedTable for RadixTable<F> {
     fn map(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let mut gather = Gather::new();
-        let result = self.radix.map(range, oa, attributes, &mut gather);
+        let result = self.radix.map(range, oa, attributes | self.always, &mut gather);
         epoch::retire(gather.retired);
         result.map_err(|error| map_error(error, range))
     }
 
     fn fill(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let mut gather = Gather::new();
-        let result = self.radix.fill(range, oa, attributes, &mut gather);
+        let result = self.radix.fill(range, oa, attributes | self.always, &mut gather);
         epoch::retire(gather.retired);
         result.map_err(|error| map_error(error, range))
     }
@@ -190,7 +208,7 @@ impl<F: Format> DerivedTable for RadixTable<F> {
 
     fn remap(&self, range: IovaRange, oa: Oa, attributes: Attributes) -> Result<(), TableError> {
         let mut gather = Gather::new();
-        let result = self.radix.remap(range, oa, attributes, &mut gather);
+        let result = self.radix.remap(range, oa, attributes | self.always, &mut gather);
         epoch::retire(gather.retired);
         result.map_err(|error| match error {
             RemapError::Map(error) => map_error(error, range),
@@ -210,6 +228,12 @@ impl<F: Format> DerivedTable for RadixTable<F> {
         let merged = self.radix.merge(range, &mut gather).unwrap_or(0);
         epoch::retire(gather.retired);
         merged
+    }
+
+    fn split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        let mut gather = Gather::new();
+        self.radix.split(range, largest, &mut gather).map_err(cut_error)?;
+        Ok(gather.tables_changed)
     }
 
     fn invalidate(&self, _runs: &Runs) {

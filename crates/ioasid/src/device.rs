@@ -17,26 +17,24 @@
 //! number, and finds the PASID that stands for it at this device ([`Device::pasid`]): the numbers of two devices, or of two
 //! guests, have nothing to do with each other.
 
-use crate::iommu::{AttachError, Iommu, Requirements, Rid};
+use crate::group::{DeviceOwner, InTheWay, Membership};
+use crate::iommu::{AttachError, Coherency, Iommu, Requirements, Rid, TableClass};
 use crate::pasid::{Pasid, PasidBinding, Spid};
 use crate::space::ReservationOwner;
-use crate::sync::{Mutex, MutexGuard, PoisonError, global};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::table::Table;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static ROUTES: AtomicU64 = AtomicU64::new(0);
 
-global! {
-    /// Which requester IDs have a [`Device`], by the IOMMU's address. A device keeps its IOMMU alive, and with it the address
-    /// its own.
-    static TAKEN: Mutex<BTreeSet<(usize, Rid)>> = Mutex::new(BTreeSet::new());
-}
-
-/// A device behind an IOMMU. Blocked until it is attached, and again when this is dropped.
+/// A device behind an IOMMU, bound to its owner. Blocked until it is attached, and again when this is dropped.
+///
+/// Of devices that share a requester ID all are attached as soon as one is; see [`Device::bind`].
 pub struct Device {
+    membership: Membership,
     iommu: Arc<dyn Iommu>,
     rid: Rid,
     requirements: Requirements,
@@ -44,7 +42,7 @@ pub struct Device {
 }
 
 /// Why there is no such [`Device`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// The IOMMU does not know it.
     #[error("the IOMMU has no device {0}")]
@@ -52,6 +50,17 @@ pub enum DeviceError {
     /// There is one, which somebody has.
     #[error("device {0} is in somebody's hands already")]
     Taken(Rid),
+    /// The device's group is not viable: another device of it, or the device itself, is in hands that this would not go
+    /// together with.
+    #[error("device {device} cannot be had: {member}, in its group, {because}")]
+    NotViable {
+        /// The device that was wanted.
+        device: Rid,
+        /// The device in the way.
+        member: Rid,
+        /// What that is doing.
+        because: InTheWay,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -71,17 +80,52 @@ struct Route {
 }
 
 impl Device {
-    /// The device with this requester ID, blocked.
+    /// The device with this requester ID, blocked, and whatever else is in its group: for an owner that has no other
+    /// device of the group. [`bind`](Self::bind) is for several.
     ///
     /// # Errors
-    /// The IOMMU has no such device, or there is a `Device` for it.
+    /// Those of [`bind`](Self::bind).
     pub fn new(iommu: Arc<dyn Iommu>, rid: Rid) -> Result<Device, DeviceError> {
+        Device::bind(iommu, rid, &DeviceOwner::new("an owner without a name"))
+    }
+
+    /// The device with this requester ID, for an owner, who may have other devices of its group too.
+    ///
+    /// It is blocked, and so is every other device of the group that is not attached. If the device's requests cannot be told
+    /// from those of one that is, they go where its requests go.
+    ///
+    /// ```
+    /// # use ioasid::{Device, DeviceOwner, Iommu, Rid};
+    /// # use std::sync::Arc;
+    /// # fn example(iommu: &Arc<dyn Iommu>, [one, other]: [Rid; 2]) -> Result<(), Box<dyn std::error::Error>> {
+    /// // Two devices of one group.
+    /// let guest = DeviceOwner::new("the guest");
+    /// let one = Device::bind(iommu.clone(), one, &guest)?;
+    /// let refused = Device::bind(iommu.clone(), other, &DeviceOwner::new("somebody else")).unwrap_err();
+    /// assert!(refused.to_string().contains("is bound by the guest"));
+    ///
+    /// let other = Device::bind(iommu.clone(), other, &guest)?;
+    /// assert_eq!(one.group(), other.group());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The IOMMU has no such device; there is a `Device` for it; or its group is not viable, and says why.
+    pub fn bind(iommu: Arc<dyn Iommu>, rid: Rid, owner: &DeviceOwner) -> Result<Device, DeviceError> {
         let requirements = iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
-        if !taken().insert((address(&iommu), rid)) {
-            return Err(DeviceError::Taken(rid));
-        }
-        iommu.block(rid);
-        Ok(Device { iommu, rid, requirements, routes: Mutex::default() })
+        let membership = Membership::bind(&iommu, rid, owner)?;
+        Ok(Device { membership, iommu, rid, requirements, routes: Mutex::default() })
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> &DeviceOwner {
+        self.membership.owner()
+    }
+
+    /// The devices that it cannot be kept apart from, itself included, as they were when the first of them was taken.
+    pub fn group(&self) -> &[Rid] {
+        self.membership.members()
     }
 
     /// Its requester ID.
@@ -99,6 +143,36 @@ impl Device {
         self.iommu.records_writes(self.rid)
     }
 
+    /// What the device's tables promise unless something else is asked for: that its accesses are coherent, if that can be
+    /// had.
+    pub fn coherency(&self) -> Coherency {
+        match self.class_for(Coherency::Enforced) {
+            Some(_) => Coherency::Enforced,
+            None => Coherency::AsRequested,
+        }
+    }
+
+    /// The kind of table that serves the device and keeps this promise; `None` if there is none.
+    pub(crate) fn class_for(&self, coherency: Coherency) -> Option<TableClass> {
+        match coherency {
+            Coherency::Enforced if self.requirements.no_snoop => self.requirements.snooping_class,
+            Coherency::Enforced | Coherency::AsRequested => Some(self.requirements.class),
+        }
+    }
+
+    /// Whether the device can be attached to the table, as far as that depends on the kinds of both.
+    pub fn can_use(&self, table: &Table) -> Result<(), AttachError> {
+        let class = Some(table.class());
+        let Requirements { class: plain, snooping_class, no_snoop, .. } = self.requirements;
+        if class != Some(plain) && class != snooping_class {
+            return Err(AttachError::Incompatible);
+        }
+        if no_snoop && table.coherency() == Coherency::Enforced && class != snooping_class {
+            return Err(AttachError::Incoherent(self.rid));
+        }
+        Ok(())
+    }
+
     pub(crate) fn iommu(&self) -> &Arc<dyn Iommu> {
         &self.iommu
     }
@@ -109,18 +183,27 @@ impl Device {
 
     /// Attaches the device's requests without a PASID to a table, or moves them there in one step from the one that they are
     /// attached to. On an error they stay where they were.
+    ///
+    /// Requests of devices that share the requester ID go the same way.
+    ///
+    /// # Errors
+    /// The table is not for the device, or something is mapped where it can have no mapping; or another device of the group
+    /// is attached where that does not go together with this, and is named.
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
-        let route = self.route(routes.plain.as_ref(), table, || self.iommu.attach(self.rid, table))?;
+        let carry_out = || self.iommu.attach(self.rid, table);
+        let route = self.membership.attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
         leave(routes.plain.replace(route), Some(table));
         Ok(())
     }
 
     /// Blocks the device's requests without a PASID; when this returns, none is running. Nothing happens if they are not attached.
+    ///
+    /// As long as another device is attached that shares the requester ID, requests with that ID go on.
     pub fn detach(&self) {
         let mut routes = self.routes();
         if let Some(old) = routes.plain.take() {
-            self.iommu.block(self.rid);
+            self.membership.detach();
             leave(Some(old), None);
         }
     }
@@ -156,7 +239,8 @@ impl Device {
     /// ```
     ///
     /// # Errors
-    /// The device uses the number, or the PASID under another number; the device has no PASIDs; or the table is not for it.
+    /// The device uses the number, or the PASID under another number; the device has no PASIDs, or shares its requester ID; it is
+    /// not isolated from other devices, and its owner has not accepted that; or the table is not for it.
     pub fn attach_pasid(
         &self,
         number: Spid,
@@ -171,6 +255,7 @@ impl Device {
         if let Some((number, (taken, _))) = routes.pasids.iter().find(same) {
             return Err(AttachError::PasidTaken { device: self.rid, pasid: taken.pasid(), number: *number });
         }
+        self.membership.check_pasids()?;
         let route = self.route(None, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
         routes.pasids.insert(number, (binding, route));
         Ok(())
@@ -218,9 +303,7 @@ impl Device {
         table: &Arc<Table>,
         carry_out: impl FnOnce() -> Result<(), AttachError>,
     ) -> Result<Route, AttachError> {
-        if table.class() != self.requirements.class {
-            return Err(AttachError::Incompatible);
-        }
+        self.can_use(table)?;
         if let Some(old) = old.filter(|old| Arc::ptr_eq(old.table.space(), table.space())) {
             carry_out()?;
             return Ok(Route { table: table.clone(), owner: old.owner });
@@ -243,14 +326,6 @@ fn leave(old: Option<Route>, new: Option<&Arc<Table>>) {
     }
 }
 
-fn taken() -> MutexGuard<'static, BTreeSet<(usize, Rid)>> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn address(iommu: &Arc<dyn Iommu>) -> usize {
-    Arc::as_ptr(iommu).cast::<()>().addr()
-}
-
 impl Drop for Device {
     fn drop(&mut self) {
         self.detach();
@@ -259,7 +334,6 @@ impl Drop for Device {
             self.iommu.block_pasid(self.rid, binding.pasid());
             leave(Some(route), None);
         }
-        taken().remove(&(address(&self.iommu), self.rid));
     }
 }
 
@@ -267,6 +341,7 @@ impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Device")
             .field("rid", &self.rid)
+            .field("owner", self.owner())
             .field("requirements", &self.requirements)
             .finish_non_exhaustive()
     }

@@ -45,17 +45,29 @@ impl TableClass {
     pub const NATIVE: TableClass = TableClass::Native;
 }
 
-/// What a device asks of a space before it can be attached.
+/// What a table promises of the accesses that go through it. Fixed when the table is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Coherency {
+    /// All of them see what the CPU's caches hold, whatever a request asks for.
+    Enforced,
+    /// Those that ask not to snoop the caches do not: the owner of the memory has to write them back.
+    AsRequested,
+}
+
+/// What a device asks of a space before it can be attached. Devices that share a requester ID ask the same.
 #[derive(Clone, Debug)]
 pub struct Requirements {
     /// The kind of table it is served by.
     pub class: TableClass,
+    /// The kind of table that serves it as well, and has all its accesses snoop the CPU's caches; the same as `class` if that one
+    /// does. `None`: the IOMMU cannot enforce it.
+    pub snooping_class: Option<TableClass>,
     /// The addresses that the table can translate.
     pub aperture: IovaRange,
     /// Addresses that nothing may be mapped at while the device is attached, such as the interrupt window.
     pub reserved: Vec<IovaRange>,
-    /// Whether the device's accesses snoop the CPU's caches.
-    pub coherent: bool,
+    /// Whether a request of the device can ask not to snoop the CPU's caches (the No Snoop attribute of PCI Express).
+    pub no_snoop: bool,
 }
 
 /// Why a device was not attached, or a table not made. Everything is as before.
@@ -99,6 +111,35 @@ pub enum AttachError {
         device: Rid,
         /// The number, of the device's user.
         number: Spid,
+    },
+    /// The table promises that all accesses are coherent, and those of the device might not be. A table
+    /// [for the device](Table::for_device) keeps the promise, if its IOMMU can.
+    #[error(
+        "requests of device {0} can bypass the CPU's caches, and the table does not prevent it although it has to"
+    )]
+    Incoherent(Rid),
+    /// Requests of the device cannot be told from those of another one, which is attached to another table. They have to be
+    /// attached to the same, or the other one be detached first.
+    #[error("device {device} cannot be attached apart from {other}: both make requests as {requester}")]
+    SharedRequester {
+        /// The device.
+        device: Rid,
+        /// The one that is attached.
+        other: Rid,
+        /// The requester ID of both.
+        requester: Rid,
+    },
+    /// The device and another one reach each other past their tables, so that they cannot be in different address spaces,
+    /// unless their owner [accepts](crate::DeviceOwner::accepting_peers) that.
+    #[error(
+        "device {device} cannot be in an address space apart from {other}: they reach each other past the IOMMU, \
+         which their owner does not accept"
+    )]
+    NotIsolated {
+        /// The device.
+        device: Rid,
+        /// The other device of its group.
+        other: Rid,
     },
     /// The table could not be filled.
     #[error(transparent)]
@@ -210,6 +251,12 @@ pub trait DerivedTable: Send + Sync + fmt::Debug {
         0
     }
 
+    /// Makes leaves of at most `largest` of all larger ones that have an address in the range, and changes no translation. Whether
+    /// any was cut; on an error some may have been. A table that does not know its leaves refuses, as this does.
+    fn split(&self, range: IovaRange, _largest: PageSize) -> Result<bool, TableError> {
+        Err(TableError::CannotCut { at: range.first() })
+    }
+
     /// Returns when no translation of these ranges is cached anywhere any more that the table does not hold now.
     fn invalidate(&self, runs: &Runs);
 
@@ -245,13 +292,29 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// What the device asks for; `None` if there is no such device.
     fn requirements(&self, device: Rid) -> Option<Requirements>;
 
+    /// The requester ID that the device's requests have when they arrive: its own, unless a bridge on their way speaks for
+    /// all that is behind it.
+    ///
+    /// As long as anybody has a device, neither this nor its [`group`](Self::group) changes, except that devices may be plugged
+    /// in.
+    fn requester(&self, device: Rid) -> Rid {
+        device
+    }
+
+    /// The devices that the IOMMU cannot tell apart from this one, or that reach it, or are reached by it, without passing the
+    /// IOMMU, and so on from each of them; itself included, and the same for each. A device is alone unless this is
+    /// implemented.
+    fn group(&self, device: Rid) -> Vec<Rid> {
+        vec![device]
+    }
+
     /// Whether the tables of the device can [record writes](DerivedTable::records_writes). No, unless this is implemented.
     fn records_writes(&self, _device: Rid) -> bool {
         false
     }
 
-    /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named, other than the native
-    /// one, for a space whose own leaves are no larger than `largest_leaf`.
+    /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named in either place, other than the
+    /// native one, for a space whose own leaves are no larger than `largest_leaf`.
     ///
     /// That is the space's *cut granule*: if the table cannot cut leaves while devices use it, it shall have no larger
     /// ones either, so that wherever the space can be unmapped the table can too. A table that can need not care.
@@ -269,7 +332,9 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// two tables. When it returns, no DMA that went through the former table is running. On an error the device
     /// stays where it was.
     ///
-    /// The engine makes no two calls for one device at the same time.
+    /// Requests of all devices with the same [requester](Self::requester) ID go the same way.
+    ///
+    /// The engine makes no two calls for one device, or for devices of one group, at the same time.
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
 
     /// Refuses all DMA of the device that has no PASID. When it returns, none is running.

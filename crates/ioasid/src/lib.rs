@@ -8,7 +8,8 @@
 //!   and always at the same output address.
 //! - A [`Table`] is a page table of a space as one class of devices sees it: the native table itself, or one
 //!   *derived* from it in another format, filled when it is made and kept in step afterwards.
-//! - A [`Device`] is attached to one table at a time. An [`Iommu`] carries that out.
+//! - A [`Device`] is attached to one table at a time. An [`Iommu`] carries that out. Devices that it cannot keep apart are a
+//!   *group*, and have one [owner](DeviceOwner).
 //!
 //! # What holds
 //!
@@ -51,6 +52,7 @@ mod dma;
 #[allow(unsafe_code, reason = "frees what nobody can be using any more, and calls membarrier")]
 pub mod epoch;
 mod flusher;
+mod group;
 #[cfg(feature = "vm-memory")]
 mod guest;
 #[allow(unsafe_code, reason = "copies from and to memory that devices share")]
@@ -76,12 +78,15 @@ pub use bus::{Bus, BusFull};
 pub use derived::RadixTable;
 pub use device::{Device, DeviceError};
 pub use dma::{DmaError, Here, Late, Translated};
+pub use group::{DeviceOwner, DriverClaim, InTheWay};
 #[cfg(feature = "vm-memory")]
 pub use guest::{GuestRam, PlugError, SpaceIommu, Translation};
 pub use ioasid_pagetable::{
     Attributes, CachedWalk, Iova, IovaRange, Leaf, Oa, PageSize, Runs, SharedWalk, WalkFault,
 };
-pub use iommu::{AttachError, Change, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError};
+pub use iommu::{
+    AttachError, Change, Coherency, DerivedTable, Iommu, Requirements, Rid, TableClass, TableError,
+};
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
 pub use place::{BusObserver, HostBytes, HostPlace};

@@ -7,7 +7,7 @@
 //! unmapping never take a lock for it.
 //!
 //! The operations themselves are in the modules below: [`map`] and [`unmap`] follow the protocol of the native
-//! table's entries step by step, [`protect`], [`remap`], [`alias`] and [`merge`] own leaves while they translate
+//! table's entries step by step, [`protect`], [`remap`], [`alias`], [`merge`] and [`split`] own leaves while they translate
 //! ([`held`]), [`query`] only looks, [`policy`] is what a space may forbid, and [`layout`] is all that goes with reserved
 //! ranges and tables.
 
@@ -36,6 +36,7 @@ mod protect;
 mod query;
 mod remap;
 mod snapshot;
+mod split;
 mod unmap;
 mod written;
 

@@ -4,8 +4,8 @@
 mod double;
 
 use double::{
-    AMD, AMD_ALL_SIZES, Call, DERIVED, DERIVED_TOO, Double, Mapping, NATIVE, NATIVE_TOO, OWN_NATIVE, RISC_V,
-    SMALL, Stop, WIDE, X86, interrupts, mappings,
+    AMD, AMD_ALL_SIZES, Call, DERIVED, DERIVED_TOO, Double, DoubleTable, Mapping, NATIVE, NATIVE_TOO,
+    OWN_NATIVE, RISC_V, SMALL, Stop, WIDE, X86, interrupts, mappings,
 };
 use ioasid::{
     Account, AliasError, AttachError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, PageSize,
@@ -500,6 +500,47 @@ fn blocks_plugged_one_by_one_and_merged_are_large_leaves_again() {
     assert_in_step(&space, &double);
     // There is nothing left to merge, and nobody is told anything.
     assert_eq!(space.merge(IovaRange::ALL), 0);
+    assert_in_step(&space, &double);
+}
+
+/// One table is split and no other one, as far as wanted and no further, and is as before when it is merged.
+#[test]
+fn a_table_that_is_split_says_the_same_in_small_leaves() {
+    let (world, double) = (World::new(), Double::new());
+    let space = Space::new(&world.bus);
+    let devices = [NATIVE, DERIVED, X86, AMD].map(|rid| double.attached(rid, &space));
+    space.map(Iova::new(4 * G1), &world.ram, 0, G1, RW).unwrap();
+    let native = |leaves: &[(PageSize, u64)]| assert_eq!(space.statistics().leaves, leaves);
+    let sizes = |number: usize| {
+        let table = devices[number].table().unwrap();
+        let derived = table.derived().unwrap().as_any().downcast_ref::<DoubleTable>().unwrap();
+        derived.leaf_sizes().into_iter().collect::<Vec<_>>()
+    };
+    let split = |number: usize, range, size| devices[number].table().unwrap().split(range, size);
+
+    split(1, range(4 * G1, G1), PageSize::SIZE_2M).unwrap();
+    assert_eq!((sizes(1), sizes(2)), (vec![(M2, 512)], vec![(G1, 1)]));
+    // A page of it, and what has to be cut around it.
+    split(2, range(4 * G1 + 5 * M2 + 0x123, 1), PageSize::SIZE_4K).unwrap();
+    assert_eq!(sizes(2), vec![(K4, 512), (M2, 511)]);
+    native(&[(PageSize::SIZE_1G, 1)]);
+    // The native table, from a page on to behind the end.
+    split(0, range(5 * G1 - K4, 2 * G1), PageSize::SIZE_4K).unwrap();
+    native(&[(PageSize::SIZE_4K, 512), (PageSize::SIZE_2M, 511)]);
+    // A format that cannot says so, and where.
+    let refused = split(3, IovaRange::ALL, PageSize::SIZE_4K);
+    assert!(matches!(refused, Err(TableError::CannotCut { at }) if at == 4 * G1), "{refused:?}");
+    assert_in_step(&space, &double);
+
+    // Half-way it fails.
+    double.switches.fail(Call::Split, 16);
+    let refused = split(1, range(4 * G1, G1), PageSize::SIZE_4K);
+    assert!(matches!(refused, Err(TableError::Refused(_))), "{refused:?}");
+    assert_in_step(&space, &double);
+
+    space.merge(IovaRange::ALL);
+    assert_eq!((sizes(1), sizes(2)), (vec![(G1, 1)], vec![(G1, 1)]));
+    native(&[(PageSize::SIZE_1G, 1)]);
     assert_in_step(&space, &double);
 }
 

@@ -7,6 +7,8 @@
 //!
 //! The way of a DMA is in `iommu/port.rs`: it reads from top to bottom. What makes it quick is in `iommu/iotlb.rs`.
 //!
+//! Devices that its [`Topology`] has behind a bridge which speaks for them share one route, as the IOMMU sees one requester ID.
+//!
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
@@ -23,12 +25,16 @@ mod faults;
 mod iotlb;
 mod kind;
 mod port;
+mod topology;
 
 pub use faults::{FAULT_LOG_RECORDS, FaultLog, FaultRecord};
+use kind::Kinds;
 pub use kind::{TableKind, UnknownTableKind};
 pub use port::{
-    AtomicOperation, DmaSegment, PartialTransfer, Port, PortBorrowError, PortStatistics, Translation,
+    AtomicOperation, DmaSegment, PartialTransfer, Port, PortBorrowError, PortStatistics, Snooping,
+    Translation,
 };
+pub use topology::{Bridge, Topology, TopologyError};
 
 static IOMMUS: AtomicU64 = AtomicU64::new(0);
 
@@ -36,13 +42,14 @@ static IOMMUS: AtomicU64 = AtomicU64::new(0);
 #[derive(Debug)]
 pub struct SoftIommu {
     id: u64,
+    topology: Topology,
     devices: Mutex<HashMap<Rid, Routes>>,
 }
 
 /// The routes of a device.
 #[derive(Debug)]
 struct Routes {
-    /// That of requests without a PASID.
+    /// That of requests without a PASID. Devices whose requests have the same requester ID share it.
     plain: Arc<Attachment>,
     /// Those that lead to a table, or that a device model has a port for.
     pasids: HashMap<Pasid, Arc<Attachment>>,
@@ -60,7 +67,7 @@ impl Routes {
             self.pasids.retain(|_, attachment| Arc::strong_count(attachment) > 1 || attachment.is_attached());
             self.limit = (2 * self.pasids.len()).max(64);
         }
-        let attachment = Arc::new(Attachment::new(self.plain.kind));
+        let attachment = Arc::new(Attachment::new(self.plain.kind, self.plain.no_snoop));
         self.pasids.insert(pasid, attachment.clone());
         attachment
     }
@@ -70,6 +77,8 @@ impl Routes {
 #[derive(Debug)]
 struct Attachment {
     kind: TableKind,
+    /// Whether requests can ask not to snoop.
+    no_snoop: bool,
     /// None: all DMA is refused.
     table: Protected<Table>,
     /// What the device model has borrowed, and perhaps given back.
@@ -84,8 +93,8 @@ struct Slices {
 }
 
 impl Attachment {
-    fn new(kind: TableKind) -> Attachment {
-        Attachment { kind, table: Protected::default(), slices: Mutex::default() }
+    fn new(kind: TableKind, no_snoop: bool) -> Attachment {
+        Attachment { kind, no_snoop, table: Protected::default(), slices: Mutex::default() }
     }
 
     fn is_attached(&self) -> bool {
@@ -132,16 +141,34 @@ impl Attachment {
     }
 }
 
-/// There is a device with this requester ID already.
+/// A device was not plugged in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is a device {0} already")]
-pub struct RidTaken(pub Rid);
+pub enum PlugError {
+    /// There is one with this requester ID.
+    #[error("there is a device {0} already")]
+    RidTaken(Rid),
+    /// Its requests cannot be told from those of another one, which walks tables of another kind.
+    #[error("device {device} cannot walk other tables than {other} does: both make requests as {requester}")]
+    SharedRequester {
+        /// The device.
+        device: Rid,
+        /// The other one.
+        other: Rid,
+        /// The requester ID of both.
+        requester: Rid,
+    },
+}
 
 impl SoftIommu {
-    /// An IOMMU without devices.
+    /// An IOMMU without devices, which it will be able to keep apart.
     pub fn new() -> Arc<SoftIommu> {
+        SoftIommu::with_topology(Topology::new())
+    }
+
+    /// An IOMMU without devices, which will be connected like this.
+    pub fn with_topology(topology: Topology) -> Arc<SoftIommu> {
         let id = IOMMUS.fetch_add(1, Ordering::Relaxed);
-        Arc::new(SoftIommu { id, devices: Mutex::new(HashMap::new()) })
+        Arc::new(SoftIommu { id, topology, devices: Mutex::new(HashMap::new()) })
     }
 
     fn devices(&self) -> MutexGuard<'_, HashMap<Rid, Routes>> {
@@ -153,22 +180,43 @@ impl SoftIommu {
     }
 
     fn device_with_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Attachment>> {
-        self.devices().get_mut(&rid).map(|routes| routes.pasid(pasid))
+        let mut devices = self.devices();
+        let routes = devices.get_mut(&rid).filter(|_| !self.topology.is_conventional(rid));
+        routes.map(|routes| routes.pasid(pasid))
     }
 
     /// Plugs a device in; its DMA goes through the port, and is refused until the device is attached.
-    pub fn add_device(&self, rid: Rid, kind: TableKind) -> Result<Arc<Port>, RidTaken> {
+    pub fn add_device(&self, rid: Rid, kind: TableKind) -> Result<Arc<Port>, PlugError> {
+        self.plug(rid, kind, false)
+    }
+
+    /// The same with a device whose requests can ask [not to snoop](Port::read_without_snooping) the CPU's caches. On
+    /// conventional PCI there is no way to say that, so behind a bridge to it this makes no difference.
+    pub fn add_no_snoop_device(&self, rid: Rid, kind: TableKind) -> Result<Arc<Port>, PlugError> {
+        self.plug(rid, kind, !self.topology.is_conventional(rid))
+    }
+
+    fn plug(&self, rid: Rid, kind: TableKind, no_snoop: bool) -> Result<Arc<Port>, PlugError> {
         let mut devices = self.devices();
         if devices.contains_key(&rid) {
-            return Err(RidTaken(rid));
+            return Err(PlugError::RidTaken(rid));
         }
-        let plain = Arc::new(Attachment::new(kind));
+        let requester = self.topology.requester(rid);
+        let same = devices.iter().find(|(other, _)| self.topology.requester(**other) == requester);
+        let plain = match same {
+            None => Arc::new(Attachment::new(kind, no_snoop)),
+            Some((_, routes)) if routes.plain.kind == kind => routes.plain.clone(),
+            Some((other, _)) => {
+                return Err(PlugError::SharedRequester { device: rid, other: *other, requester });
+            }
+        };
         devices.insert(rid, Routes { plain: plain.clone(), pasids: HashMap::new(), limit: 64 });
-        Ok(Arc::new(Port::new(rid, None, plain)))
+        Ok(Arc::new(Port::new(requester, None, plain)))
     }
 
     /// The way of a device's requests with a PASID; they are refused until the device is
-    /// [attached with it](ioasid::Device::attach_pasid). `None`: there is no such device.
+    /// [attached with it](ioasid::Device::attach_pasid). `None`: there is no such device, or it is on conventional PCI, where no
+    /// request has a PASID.
     pub fn port_with_pasid(&self, rid: Rid, pasid: Pasid) -> Option<Arc<Port>> {
         let attachment = self.device_with_pasid(rid, pasid)?;
         Some(Arc::new(Port::new(rid, Some(pasid), attachment)))
@@ -181,7 +229,8 @@ impl SoftIommu {
         table: &Arc<Table>,
     ) -> Result<(), AttachError> {
         let attachment = attachment.ok_or(AttachError::NoDevice(device))?;
-        if table.class() != attachment.kind.class(self.id) {
+        let Kinds { class, snooping_class } = attachment.kind.classes(self.id);
+        if table.class() != class && Some(table.class()) != snooping_class {
             return Err(AttachError::Incompatible);
         }
         attachment.replace(Some(table.clone()));
@@ -191,13 +240,29 @@ impl SoftIommu {
 
 impl Iommu for SoftIommu {
     fn requirements(&self, device: Rid) -> Option<Requirements> {
-        let kind = self.device(device)?.kind;
+        let attachment = self.device(device)?;
+        let kind = attachment.kind;
+        let Kinds { class, snooping_class } = kind.classes(self.id);
         Some(Requirements {
-            class: kind.class(self.id),
+            class,
+            snooping_class,
             aperture: kind.aperture()?,
             reserved: kind.reserved(),
-            coherent: true,
+            no_snoop: attachment.no_snoop,
         })
+    }
+
+    fn requester(&self, device: Rid) -> Rid {
+        self.topology.requester(device)
+    }
+
+    fn group(&self, device: Rid) -> Vec<Rid> {
+        let devices = self.devices();
+        let others = devices.keys().copied().filter(|other| *other != device);
+        let mut group: Vec<Rid> =
+            others.filter(|other| self.topology.same_group(device, *other)).chain([device]).collect();
+        group.sort_unstable();
+        group
     }
 
     fn records_writes(&self, device: Rid) -> bool {
@@ -210,8 +275,12 @@ impl Iommu for SoftIommu {
         largest_leaf: PageSize,
         _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
-        let kind = TableKind::ALL.into_iter().find(|kind| kind.class(self.id) == class);
-        kind.and_then(|kind| kind.new_table(largest_leaf)).ok_or(AttachError::Incompatible)
+        let table = TableKind::ALL.into_iter().find_map(|kind| {
+            let Kinds { class: plain, snooping_class } = kind.classes(self.id);
+            let snooping = snooping_class == Some(class);
+            (plain == class || snooping).then(|| kind.new_table(largest_leaf, snooping))
+        });
+        table.flatten().ok_or(AttachError::Incompatible)
     }
 
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
@@ -225,6 +294,9 @@ impl Iommu for SoftIommu {
     }
 
     fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
+        if self.topology.is_conventional(device) {
+            return Err(AttachError::NoPasids(device));
+        }
         self.replace(self.device_with_pasid(device, pasid), device, table)
     }
 

@@ -49,9 +49,9 @@ extern "C" fn start_again_inside() {
 
 fn supervise() -> i32 {
     let devices = [(TableKind::Native, NATIVE_DEVICES), (TableKind::Sv57, RISC_V_DEVICES)];
-    let devices = devices
-        .into_iter()
-        .flat_map(|(table, count)| std::iter::repeat_n(DeviceOptions { table, dma_mask_bits: 64 }, count));
+    let devices = devices.into_iter().flat_map(|(table, count)| {
+        std::iter::repeat_n(DeviceOptions { table, dma_mask_bits: 64, ..Default::default() }, count)
+    });
     let server = Server::new(ServerOptions { devices: devices.collect(), ..ServerOptions::default() });
     let own = std::env::current_exe().map(PathBuf::into_os_string);
     let (Ok(server), Ok(own)) = (server, own) else { return 101 };

@@ -10,7 +10,7 @@
 
 use super::Space;
 use crate::epoch;
-use crate::iommu::{AttachError, DerivedTable, TableClass, TableError};
+use crate::iommu::{AttachError, Coherency, DerivedTable, TableClass, TableError};
 use crate::table::Table;
 use ioasid_pagetable::{IovaRange, RetractError};
 use std::ops::ControlFlow;
@@ -73,8 +73,8 @@ pub(super) struct Layout {
 struct Follower {
     id: u64,
     class: TableClass,
-    /// Whether devices that come later may share it.
-    shared: bool,
+    /// Devices that come later and are to have this may share it.
+    shared: Option<Coherency>,
     derived: Option<Arc<dyn DerivedTable>>,
     /// Mappings are made in it. Before that comes a time in which they are only removed.
     filling: bool,
@@ -263,10 +263,11 @@ impl Space {
         found
     }
 
-    /// The table that devices of a class share, if there is one. One that is just going away does not count.
-    pub(crate) fn shared_table(&self, class: TableClass) -> Option<Arc<Table>> {
+    /// The table that devices of a class share which are to have this coherency, if there is one. One that is just going away does not count.
+    pub(crate) fn shared_table(&self, class: TableClass, coherency: Coherency) -> Option<Arc<Table>> {
         let layout = self.layout.read();
-        let mut shared = layout.tables.iter().filter(|table| table.shared && table.class == class);
+        let fits = |table: &&Follower| table.shared == Some(coherency) && table.class == class;
+        let mut shared = layout.tables.iter().filter(fits);
         shared.find_map(|table| table.table.upgrade())
     }
 
@@ -276,7 +277,7 @@ impl Space {
         table: &Weak<Table>,
         id: u64,
         class: TableClass,
-        shared: bool,
+        shared: Option<Coherency>,
         derived: Option<&Arc<dyn DerivedTable>>,
     ) -> Result<(), AttachError> {
         let _changing = self.changing();

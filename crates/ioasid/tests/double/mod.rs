@@ -85,18 +85,27 @@ pub(crate) enum Call {
     Cut,
     Protect,
     Remap,
+    Split,
 }
 
 impl Call {
-    pub(crate) const ALL: [Call; 7] =
-        [Call::NewTable, Call::Attach, Call::Map, Call::Fill, Call::Cut, Call::Protect, Call::Remap];
+    pub(crate) const ALL: [Call; 8] = [
+        Call::NewTable,
+        Call::Attach,
+        Call::Map,
+        Call::Fill,
+        Call::Cut,
+        Call::Protect,
+        Call::Remap,
+        Call::Split,
+    ];
 }
 
 /// What the double shall do wrong.
 #[derive(Debug, Default)]
 pub(crate) struct Switches {
     /// Calls of each kind until one fails: 1 is the next; 0: none fails.
-    countdown: [AtomicI64; 7],
+    countdown: [AtomicI64; Call::ALL.len()],
     /// The same for calls of any kind.
     any: AtomicU64,
     any_failed: AtomicBool,
@@ -327,7 +336,7 @@ impl DoubleTable {
         join(self.inner.leaves(range))
     }
 
-    fn note(&self, call: Call, result: Result<(), TableError>) -> Result<(), TableError> {
+    fn note<T>(&self, call: Call, result: Result<T, TableError>) -> Result<T, TableError> {
         if result.is_err() {
             self.refused.store(true, Ordering::SeqCst);
             // What follows is the way back, which cannot fail.
@@ -377,6 +386,30 @@ impl DoubleTable {
             return Err(refused());
         }
         Ok(())
+    }
+
+    fn try_split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        let _running = self.run(range);
+        let fails = self.switches.fails(Call::Split);
+        if fails && !self.switches.late.load(Ordering::SeqCst) {
+            return Err(refused());
+        }
+        // Leaves may reach over the ends, where others are at work.
+        let said = || {
+            let inside = |(iova, length, oa, attributes): Mapping| {
+                let part = IovaRange::with_length(iova, length).unwrap().intersection(&range).unwrap();
+                (part, oa + (part.first() - iova), attributes)
+            };
+            self.mappings_in(range).into_iter().map(inside).collect::<Vec<_>>()
+        };
+        let before = said();
+        let result = self.inner.split(range, largest);
+        assert_eq!(said(), before, "splitting {range} has changed a translation");
+        let cut = result?;
+        if cut {
+            self.changed.lock().unwrap().push(range);
+        }
+        if fails { Err(refused()) } else { Ok(cut) }
     }
 
     /// Refuses to change a range at whose ends a leaf would have to be cut, if leaves cannot be cut.
@@ -469,6 +502,10 @@ impl DerivedTable for DoubleTable {
         merged
     }
 
+    fn split(&self, range: IovaRange, largest: PageSize) -> Result<bool, TableError> {
+        self.note(Call::Split, self.try_split(range, largest))
+    }
+
     fn invalidate(&self, runs: &Runs) {
         assert!(!runs.is_empty(), "nothing to invalidate");
         self.invalidations.fetch_add(1, Ordering::SeqCst);
@@ -557,19 +594,22 @@ impl Double {
             class: TableClass::NATIVE,
             aperture: IovaRange::ALL,
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let of_variant = |variant| Requirements {
             class: TableClass::Derived { iommu: 1, format: "vtdss", variant },
             aperture: aperture(),
             reserved: vec![interrupts()],
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let of_format = |format, variant| Requirements {
             class: TableClass::Derived { iommu: 1, format, variant },
             aperture: lower_half(),
             reserved: Vec::new(),
-            coherent: true,
+            snooping_class: None,
+            no_snoop: false,
         };
         let devices = [
             (NATIVE, native.clone()),

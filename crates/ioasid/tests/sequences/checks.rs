@@ -237,6 +237,17 @@ impl World {
         }
     }
 
+    /// No leaf of the device's table is larger in the range.
+    pub(crate) fn check_split(&self, device: usize, range: IovaRange, largest: PageSize) {
+        let table = self.devices[device].table().unwrap();
+        let leaves = match table.derived() {
+            None => table.space().leaves(range),
+            Some(derived) => derived.as_any().downcast_ref::<DoubleTable>().unwrap().leaves(),
+        };
+        let large = leaves.iter().find(|leaf| leaf.range().overlaps(&range) && leaf.size > largest);
+        assert_eq!(large, None, "{} was split to {largest}", DEVICES[device]);
+    }
+
     /// Lets everything go; nothing may be left.
     pub(crate) fn end(mut self) {
         for space in &self.spaces {

@@ -60,7 +60,7 @@ fn a_device_that_came_and_went_has_left_no_trace() {
     let events = vec(event(), 1..40);
     runner::run("history", 60, (visitor, steps::beginning(), events), |(visitor, beginning, events)| {
         let (mut with, mut without) = (World::new(), World::new());
-        let is_visitors = |step: &Step| matches!(step, Step::Attach { device, .. } | Step::Detach { device } if *device == visitor);
+        let is_visitors = |step: &Step| matches!(step, Step::Attach { device, .. } | Step::Detach { device } | Step::Split { device, .. } if *device == visitor);
         let beginning = beginning.into_iter().map(Event::Step);
         for event in beginning.chain(events) {
             match event {
@@ -87,7 +87,9 @@ fn a_device_that_came_and_went_has_left_no_trace() {
                     with.take(&step, Trouble::None);
                     // A visitor that is still there refuses nobody to let memory go. What other devices refuse of it is
                     // refused in both worlds, after some of its mappings may be gone.
-                    if takes_memory_away || !with.was_refused() {
+                    // A split is refused by the table that it is for.
+                    let of_one_table = matches!(step, Step::Split { .. });
+                    if takes_memory_away || of_one_table || !with.was_refused() {
                         without.take(&step, Trouble::None);
                     }
                 }

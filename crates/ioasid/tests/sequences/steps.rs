@@ -84,6 +84,7 @@ pub(crate) enum Manner {
     Deferred,
 }
 
+/// A call. After a split the leaves of the device's table have two to this power of pages at most.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     Register { slot: usize, object: usize, pages: Pages, account: usize, populated: bool },
@@ -102,6 +103,7 @@ pub(crate) enum Step {
     Remap { space: usize, at: u64, what: What },
     Alias { space: usize, pages: Pages, target: usize, at: u64, permissions: u8 },
     Merge { space: usize, pages: Pages },
+    Split { device: usize, pages: Pages, power: u8 },
     Reserve { space: usize, pages: Pages, owner: u64 },
     Unreserve { space: usize, owner: u64 },
     Allow { space: usize, ranges: Vec<Pages> },
@@ -201,6 +203,13 @@ pub(crate) fn operation() -> impl Strategy<Value = Step> {
             |(space, pages, target, at, permissions)| Step::Alias { space, pages, target, at, permissions }
         ),
         3 => (space, pages()).prop_map(|(space, pages)| Step::Merge { space, pages }),
+        3 => (0..DEVICES.len(), pages(), prop_oneof![3 => Just(0u8), 1 => Just(4), 1 => Just(9)]).prop_map(
+            |(device, pages, power)| {
+                // Pages of 4 KiB of a whole GiB are more than every other test can afford to look at.
+                let power = if pages.count > LOW { 9 } else { power };
+                Step::Split { device, pages, power }
+            }
+        ),
     ]
 }
 

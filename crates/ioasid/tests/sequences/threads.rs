@@ -13,8 +13,8 @@ use crate::runner;
 use crate::steps::{Manner, PAGE, Pages, permissions};
 use crate::world::tag;
 use ioasid::{
-    Account, AliasError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Oa, RemapError, Rid, Space,
-    Table, Translated, epoch,
+    Account, AliasError, Backing, Bus, Device, Iova, IovaRange, MapError, Memory, Oa, PageSize, RemapError,
+    Rid, Space, Table, Translated, epoch,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -56,6 +56,8 @@ enum Call {
         permissions: u8,
     },
     Merge,
+    /// Of the n-th device's table.
+    Split(usize, Pages),
     Flush,
 }
 
@@ -71,6 +73,7 @@ fn call() -> impl Strategy<Value = Call> {
         2 => (pages.clone(), 1..4u8).prop_map(|(pages, permissions)| Call::Protect { pages, permissions }),
         2 => (pages.clone(), from, 1..4u8)
             .prop_map(|(pages, from, permissions)| Call::Remap { pages, from, permissions }),
+        1 => (0..3usize, pages.clone()).prop_map(|(device, pages)| Call::Split(device, pages)),
         1 => (pages, 1..4u64, 1..4u8)
             .prop_map(|(pages, by, permissions)| Call::Alias { pages, by, permissions }),
         1 => Just(Call::Merge),
@@ -272,6 +275,10 @@ impl Scene {
             }
             Call::Merge => {
                 space.merge(Pages { first: all.start, count: all.end }.range().unwrap());
+            }
+            Call::Split(device, pages) => {
+                let table = self.double.table_of([NATIVE, DERIVED, OWN_NATIVE][device]).unwrap();
+                table.split(there(pages).range().unwrap(), PageSize::SIZE_4K).unwrap();
             }
             Call::Flush => space.flush(),
         }

@@ -3,7 +3,7 @@
 
 use crate::double::{DERIVED, NATIVE};
 use crate::fixture::{PAGE, Seen, World, check, iova, page, pages, random, translate};
-use ioasid::{AliasError, Attributes, IovaRange, Permissions, RemapError, Rid, epoch};
+use ioasid::{AliasError, Attributes, IovaRange, PageSize, Permissions, RemapError, Rid, epoch};
 use shuttle::thread;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -136,7 +136,16 @@ fn leaves_are_cut_and_merged_while_devices_use_them() {
                 }
             })
         };
-        dma.into_iter().chain([protector, unmapper, merger]).for_each(|thread| thread.join().unwrap());
+        let splitter = {
+            let tables = devices.each_ref().map(|device| device.table().unwrap());
+            thread::spawn(move || {
+                for table in tables {
+                    table.split(pages(AT, 512), PageSize::SIZE_4K).unwrap();
+                }
+            })
+        };
+        let threads = dma.into_iter().chain([protector, unmapper, merger, splitter]);
+        threads.for_each(|thread| thread.join().unwrap());
         assert_eq!(world.dma(NATIVE, AT + 5), Seen::Fault);
         drop(devices);
         world.finish();

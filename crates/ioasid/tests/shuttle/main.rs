@@ -26,6 +26,7 @@ mod bounds;
 #[path = "../double/mod.rs"]
 mod double;
 mod fixture;
+mod groups;
 mod held;
 mod iova;
 mod ledger;

@@ -8,7 +8,7 @@
 //! walkers may meet half of it.
 
 use super::map::store_leaves;
-use super::{Next, Node, Radix, Slot, Stop, Visitor, leaf_span};
+use super::{Next, Node, Radix, Slot, Stop, Stretch, Visitor, leaf_span};
 use crate::address::{IovaRange, PageSize};
 use crate::atomic::AtomicEntry;
 use crate::format::{Attributes, Entry, Format, LiveChanges};
@@ -52,6 +52,13 @@ struct CutAt<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
     gather: &'a mut Gather<M, A>,
 }
 
+/// Cuts the leaves that have an address in a range until none is larger than `largest`.
+struct CutAll<'a, F: Format, M: TableMemory<A>, A: AtomicEntry> {
+    radix: &'a Radix<F, M, A>,
+    largest: PageSize,
+    gather: &'a mut Gather<M, A>,
+}
+
 /// Bits of a leaf that the format's own facts do not know.
 #[derive(Clone, Copy)]
 pub(super) struct SoftwareBits {
@@ -89,7 +96,50 @@ impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAt<'_, F
     }
 }
 
+impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Visitor<M, A> for CutAll<'_, F, M, A> {
+    type Error = CutError;
+
+    fn stretch(&mut self, stretch: Stretch<'_, A>) -> Result<usize, Stop<CutError>> {
+        // Nothing is smaller than an entry of the lowest level that is a leaf of its own.
+        let smallest = stretch.node.level == 1 && self.radix.format.leaf_sizes(1).is_power_of_two();
+        Ok(if smallest { stretch.entries.len() } else { 0 })
+    }
+
+    fn slot(&mut self, slot: Slot<'_, A>) -> Result<Next, Stop<CutError>> {
+        match slot.decoded {
+            Entry::Leaf { size, .. } if size > self.largest => {
+                self.radix.cut_leaf(&slot, SoftwareBits::NONE, self.gather).map_err(Stop::Error)?;
+                let (first, last) = leaf_span(slot.first, size);
+                if let Some(leaf) = IovaRange::new(first, last) {
+                    // Its pieces may be cut in their turn.
+                    self.gather.runs.push_covering(leaf);
+                    self.gather.leaf_sizes |= size.bytes();
+                }
+                Ok(Next::Again)
+            }
+            _ => Ok(Next::After(slot.last)),
+        }
+    }
+}
+
 impl<F: Format, M: TableMemory<A>, A: AtomicEntry> Radix<F, M, A> {
+    /// Makes leaves of at most `largest` of every larger one that has an address in the range, as far as the levels below
+    /// allow; what reaches over an end is cut as well, no further than the pieces inside need. Changes no translation.
+    ///
+    /// Exclusive mode, as for [`cut`](Self::cut), of every leaf in the range. `gather` takes the ranges of the leaves that were
+    /// cut. After an error those before it stay cut.
+    pub fn split(
+        &self,
+        range: IovaRange,
+        largest: PageSize,
+        gather: &mut Gather<M, A>,
+    ) -> Result<(), CutError> {
+        let largest = largest.max(PageSize(self.format.shift(1) as u8));
+        let result = self.run(&mut CutAll { radix: self, largest, gather }, range);
+        self.clean_ways(range);
+        result
+    }
+
     /// Makes `at` a boundary between leaves. Changes no translation.
     ///
     /// Exclusive mode: the caller has the page before `at` or the one behind it to himself. So nobody can be unmapping

@@ -160,6 +160,29 @@ impl Model {
         Ok(report)
     }
 
+    /// Cuts leaves until none is larger, in ascending order, and says where. `None`: more leaves than a test can afford.
+    fn split(&mut self, range: IovaRange, largest: u64) -> Option<Result<Vec<(u64, u64)>, CutError>> {
+        let mut cut = Vec::new();
+        let mut next = self.firsts(range).first().copied();
+        while let Some(first) = next.filter(|first| *first <= range.last()) {
+            let leaf = self.leaves[&first];
+            if leaf.last - first < largest {
+                next = self.leaves.range(first + 1..).next().map(|(first, _)| *first);
+                continue;
+            }
+            if !self.may_cut() {
+                return None;
+            }
+            if let Err(error) = self.cut_once(first, leaf) {
+                return Some(Err(error));
+            }
+            cut.push((first, leaf.last));
+            // Its pieces before the range stay as they are.
+            next = self.firsts(range).into_iter().find(|at| *at >= first);
+        }
+        Some(Ok(joined(cut)))
+    }
+
     /// Lets leaves lead elsewhere that are small enough, after those that are not were cut. `None`: more leaves than a test
     /// can afford.
     pub(crate) fn remap(
@@ -241,6 +264,23 @@ impl<F: Format> Pair<F> {
             "merging {range}"
         );
         assert_eq!(gather.retired.len() as u64, expected.map_or(0, |merged| merged.tables));
+        self.settle(&mut gather);
+    }
+
+    pub(crate) fn split(&mut self, range: IovaRange, power: u32) {
+        let largest = self.model.granule() << power;
+        let (before, leaves) = (self.model.clone(), self.model.leaves.len());
+        let Some(expected) = self.model.split(range, largest) else {
+            self.model = before;
+            return;
+        };
+        let mut gather = Gather::new();
+        let result = self.radix.split(range, PageSize::from_log2(largest.ilog2()).unwrap(), &mut gather);
+        assert_eq!(result, expected.clone().map(drop), "splitting {range} to {largest:#x}");
+        if let Ok(cut) = expected {
+            assert_eq!(joined(report_of(&gather).runs), cut, "splitting {range} to {largest:#x}");
+        }
+        assert_eq!(gather.tables_changed, self.model.leaves.len() != leaves, "tables, splitting {range}");
         self.settle(&mut gather);
     }
 

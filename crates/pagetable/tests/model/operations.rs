@@ -45,6 +45,8 @@ pub(crate) enum Operation {
     /// From the n-th leaf on so many.
     UnmapLeaves(usize, usize),
     Cut(Place),
+    /// To leaves of two to this power of granules.
+    Split(Place, Extent, u32),
     Protect(Place, Extent, Attributes),
     Remap(Place, Extent, Output, Attributes),
     /// The n-th leaf and some behind it.
@@ -159,6 +161,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         3 => (place(), extent()).prop_map(|(place, extent)| Operation::Unmap(place, extent)),
         2 => (any::<usize>(), 1..4usize).prop_map(|(leaf, count)| Operation::UnmapLeaves(leaf, count)),
         2 => place().prop_map(Operation::Cut),
+        3 => (place(), extent(), 0..20u32)
+            .prop_map(|(place, extent, power)| Operation::Split(place, extent, power)),
         3 => (place(), extent(), permissions())
             .prop_map(|(place, extent, permissions)| Operation::Protect(place, extent, permissions)),
         3 => mapping().prop_map(|(place, extent, output, attributes)| {
@@ -404,6 +408,11 @@ impl<F: Format> Pair<F> {
                     self.cut(at);
                 }
                 IovaRange::new(at, at).unwrap()
+            }
+            Operation::Split(place, extent, power) => {
+                let range = self.range(place, extent);
+                self.split(range, power);
+                range
             }
             Operation::Protect(place, extent, permissions) => {
                 let range = self.range(place, extent);

@@ -44,7 +44,10 @@ pub(super) fn reserve_errno(error: ReserveError) -> Errno {
 pub(crate) fn attach_errno(error: &AttachError) -> Errno {
     match error {
         AttachError::NoDevice(_) => Errno::NODEV,
-        AttachError::Incompatible => Errno::INVAL,
+        AttachError::Incompatible
+        | AttachError::Incoherent(_)
+        | AttachError::SharedRequester { .. }
+        | AttachError::NotIsolated { .. } => Errno::INVAL,
         AttachError::Mapped { .. } | AttachError::Allowed { .. } => Errno::ADDRINUSE,
         AttachError::NoPasids(_) => Errno::OPNOTSUPP,
         AttachError::PasidTaken { .. } => Errno::BUSY,

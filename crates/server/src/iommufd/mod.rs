@@ -4,7 +4,7 @@
 //! - [`areas`], [`ioas`], `placement`: address spaces;
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
-//! - [`device`]: the devices that are bound;
+//! - [`device`]: the devices that are bound; [`pasids`]: the PASIDs that they use;
 //! - `commands`: what each command does, one function each;
 //! - `dirty`: what devices have written;
 //! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
@@ -20,6 +20,7 @@ pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
+pub(crate) mod pasids;
 mod placement;
 pub(crate) mod testing;
 mod vfio_compat;
@@ -27,6 +28,7 @@ mod vfio_compat;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use ioasid::DeviceOwner;
 use ioasid_uapi::iommufd::{self as uapi, COMMANDS};
 use ioasid_uapi::iommufd_test::TestCommand;
 use ioasid_uapi::{Command, IOCTL_TYPE};
@@ -34,6 +36,7 @@ use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
 use self::objects::{Held, Object, Objects};
+use self::pasids::Pasids;
 use self::vfio_compat::CompatIoas;
 use crate::Client;
 use crate::PinnedMemory;
@@ -47,7 +50,10 @@ use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
 #[derive(Debug)]
 pub(crate) struct Context {
     number: u64,
+    /// As what the context has devices.
+    owner: DeviceOwner,
     memory: Arc<MemoryRegistry>,
+    pasids: Arc<Pasids>,
     objects: Objects,
     allowance: Arc<Allowance>,
     /// Whether memory is charged to the process that maps it, not to its user.
@@ -64,13 +70,16 @@ impl Context {
     pub(crate) fn new(
         number: u64,
         memory: Arc<MemoryRegistry>,
+        pasids: Arc<Pasids>,
         allowance: Arc<Allowance>,
         test_devices: bool,
         observer: Option<Arc<dyn Observer>>,
     ) -> Self {
         Self {
             number,
+            owner: DeviceOwner::new(format!("the open /dev/iommu number {number}")),
             memory,
+            pasids,
             test_devices,
             objects: Objects::new(Arc::clone(&allowance.objects)),
             allowance,
@@ -85,9 +94,19 @@ impl Context {
         self.number
     }
 
+    /// As what it has devices.
+    pub(crate) fn device_owner(&self) -> &DeviceOwner {
+        &self.owner
+    }
+
     /// What is made in it is taken from this.
     pub(crate) fn allowance(&self) -> &Arc<Allowance> {
         &self.allowance
+    }
+
+    /// The PASIDs of the machine.
+    pub(crate) fn pasids(&self) -> &Arc<Pasids> {
+        &self.pasids
     }
 
     pub(crate) fn objects(&self) -> &Objects {

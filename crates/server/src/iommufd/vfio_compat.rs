@@ -12,7 +12,7 @@
 
 use std::sync::{Arc, Weak};
 
-use ioasid::{IovaRange, Permissions};
+use ioasid::{Coherency, IovaRange, Permissions};
 use ioasid_uapi::Command;
 use ioasid_uapi::iommufd as uapi;
 use ioasid_uapi::vfio::{self, Type1DmaMapFlags, Type1DmaUnmapFlags, Type1InfoFlags};
@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
 use super::ioas::{Ioas, Placement};
-use super::objects::Held;
+use super::objects::{Held, Object};
 use super::{Call, Context};
 use crate::memory::PAGE_SIZE;
 use crate::poison::lock;
@@ -72,10 +72,21 @@ impl Context {
     fn vfio_check_extension(&self, extension: u64) -> Result<u32, Errno> {
         match u32::try_from(extension) {
             Ok(vfio::TYPE1_IOMMU | vfio::TYPE1V2_IOMMU | vfio::UNMAP_ALL) => Ok(1),
-            // Every device's accesses are coherent, but there has to be an address space to ask about.
-            Ok(vfio::DMA_CC_IOMMU) => self.compat_ioas().map(|_| 1),
+            Ok(vfio::DMA_CC_IOMMU) => {
+                let (_, ioas) = self.compat_ioas()?;
+                Ok(self.is_coherent(ioas.arc()).into())
+            }
             _ => Ok(0),
         }
+    }
+
+    /// Whether no DMA through any table of the address space can bypass the CPU's caches.
+    fn is_coherent(&self, ioas: &Arc<Ioas>) -> bool {
+        let mut tables = self.objects.snapshot().into_iter().filter_map(|(_, object)| match object {
+            Object::Hwpt(hwpt) if hwpt.belongs_to(ioas) => hwpt.table(),
+            _ => None,
+        });
+        tables.all(|table| table.coherency() == Coherency::Enforced)
     }
 
     fn vfio_set_iommu(&self, kind: u64) -> Result<(), Errno> {

@@ -17,6 +17,29 @@ use std::sync::Arc;
 /// x86 takes writes to these addresses for interrupts, so nothing may be mapped there (VT-d specification 3.14).
 const INTERRUPT_WINDOW: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
 
+/// Of tables of a kind, those whose leaves do not care about caches, and those whose leaves have all accesses snoop.
+const PLAIN: u64 = 0;
+const SNOOPING: u64 = 1;
+
+/// The classes of table that a kind of device walks.
+pub(super) struct Kinds {
+    pub(super) class: TableClass,
+    /// That through which all accesses snoop, if there is one.
+    pub(super) snooping_class: Option<TableClass>,
+}
+
+/// Makes tables of any format.
+struct Maker {
+    snooping: bool,
+}
+
+impl Maker {
+    fn make(&self, format: impl Format) -> Option<Arc<dyn DerivedTable>> {
+        let table = if self.snooping { RadixTable::snooping(format)? } else { RadixTable::new(format) };
+        Some(Arc::new(table))
+    }
+}
+
 /// The kind of table that a device walks.
 ///
 /// Each has a name, as which it is shown and read.
@@ -99,11 +122,36 @@ impl TableKind {
         TableKind::ALL.map(TableKind::name).join(", ")
     }
 
-    /// Which devices of an IOMMU can share a table: those of the same kind.
-    pub(super) fn class(self, iommu: u64) -> TableClass {
+    /// Which devices of an IOMMU can share a table: those of the same kind, if they want the same of it.
+    ///
+    /// Leaves of VT-d's second stage and of AMD's tables can have accesses snoop; those of the others cannot, and of what else
+    /// an IOMMU has for it nothing is modelled. Devices that walk a native table have their bytes copied by a CPU, so that
+    /// they find what its caches hold in any case.
+    pub(super) fn classes(self, iommu: u64) -> Kinds {
+        let of_variant = |variant| TableClass::Derived { iommu, format: self.name(), variant };
         match self {
-            TableKind::Native => TableClass::Native,
-            derived => TableClass::Derived { iommu, format: derived.name(), variant: 0 },
+            TableKind::Native => {
+                Kinds { class: TableClass::NATIVE, snooping_class: Some(TableClass::NATIVE) }
+            }
+            _ => {
+                let snooping_class = self.can_snoop().then(|| of_variant(SNOOPING));
+                Kinds { class: of_variant(PLAIN), snooping_class }
+            }
+        }
+    }
+
+    fn can_snoop(self) -> bool {
+        match self {
+            TableKind::VtdSecondStage39
+            | TableKind::VtdSecondStage
+            | TableKind::VtdSecondStage57
+            | TableKind::AmdV1 => true,
+            TableKind::Native
+            | TableKind::X86_64
+            | TableKind::X86_64La57
+            | TableKind::Sv39
+            | TableKind::Sv48
+            | TableKind::Sv57 => false,
         }
     }
 
@@ -135,11 +183,9 @@ impl TableKind {
     }
 
     /// An empty table of a derived kind, in which no leaf that cannot be cut while devices use it is larger than
-    /// `largest_leaf`.
-    pub(super) fn new_table(self, largest_leaf: PageSize) -> Option<Arc<dyn DerivedTable>> {
-        fn table(format: impl Format) -> Option<Arc<dyn DerivedTable>> {
-            Some(Arc::new(RadixTable::new(format)))
-        }
+    /// `largest_leaf`, and with `snooping` each has accesses snoop; `None` if there is no such table.
+    pub(super) fn new_table(self, largest_leaf: PageSize, snooping: bool) -> Option<Arc<dyn DerivedTable>> {
+        let table = Maker { snooping };
         // Of RISC-V's leaves only those of 64 KiB, which have several entries, cannot be cut.
         let risc_v = |levels| {
             let format = RiscV::new(levels)?.with_accessed_dirty(true);
@@ -148,18 +194,18 @@ impl TableKind {
         let vtd = |levels| VtdSecondStage::new(levels).map(|format| format.with_accessed_dirty(true));
         match self {
             TableKind::Native => None,
-            TableKind::VtdSecondStage39 => table(vtd(3)?),
-            TableKind::VtdSecondStage => table(vtd(4)?),
-            TableKind::VtdSecondStage57 => table(vtd(5)?),
+            TableKind::VtdSecondStage39 => table.make(vtd(3)?),
+            TableKind::VtdSecondStage => table.make(vtd(4)?),
+            TableKind::VtdSecondStage57 => table.make(vtd(5)?),
             TableKind::AmdV1 => {
                 let sizes = largest_leaf.bytes() | (largest_leaf.bytes() - 1);
-                table(AmdV1::new().with_leaf_sizes(sizes).with_accessed_dirty(true))
+                table.make(AmdV1::new().with_leaf_sizes(sizes).with_accessed_dirty(true))
             }
-            TableKind::X86_64 => table(X86_64::new(4)?),
-            TableKind::X86_64La57 => table(X86_64::new(5)?),
-            TableKind::Sv39 => table(risc_v(3)?),
-            TableKind::Sv48 => table(risc_v(4)?),
-            TableKind::Sv57 => table(risc_v(5)?),
+            TableKind::X86_64 => table.make(X86_64::new(4)?),
+            TableKind::X86_64La57 => table.make(X86_64::new(5)?),
+            TableKind::Sv39 => table.make(risc_v(3)?),
+            TableKind::Sv48 => table.make(risc_v(4)?),
+            TableKind::Sv57 => table.make(risc_v(5)?),
         }
     }
 }

@@ -30,10 +30,12 @@ mod atomic;
 mod borrow;
 mod copy;
 mod list;
+mod snoop;
 
 pub use atomic::AtomicOperation;
 pub use borrow::PortBorrowError;
 pub use list::{DmaSegment, PartialTransfer};
+pub use snoop::Snooping;
 
 /// How many bytes are copied within one DMA section.
 const PIECE: u64 = 64 * 1024;
@@ -133,7 +135,7 @@ impl Port {
         Port { rid, pasid, attachment, iotlb: Iotlb::new(), faults: Faults::default() }
     }
 
-    /// The device's requester ID.
+    /// The requester ID that its requests arrive with: the device's, or that of a bridge.
     pub fn rid(&self) -> Rid {
         self.rid
     }

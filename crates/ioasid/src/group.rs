@@ -1,0 +1,341 @@
+//! Devices that cannot be kept apart, and who may have them.
+//!
+//! An IOMMU tells devices apart by the requester IDs of their requests, and it sees only requests that come past it. Devices
+//! behind a bridge that puts its own ID on their requests are one device to it; devices that reach each other without passing
+//! it are not isolated from each other, whatever their tables say. Such devices form a *group*. What the groups are is a fact
+//! of the machine, which its IOMMU tells ([`Iommu::group`], [`Iommu::requester`]).
+//!
+//! # Who may have them
+//!
+//! Whoever has one device of a group can reach the others, or be reached by them. So all devices of a group that are
+//! [bound](crate::Device::bind) have the same [owner](DeviceOwner), and while any is, no driver that does DMA has another
+//! one. A group in which something is in the way of that is *not viable*: the bind is refused, and says which device it is
+//! and what it is doing ([`DeviceError::NotViable`]).
+//!
+//! The engine keeps one register of who has which device, and asks it for each member of the group in one step. There is no
+//! object for a group that anybody would have to open first, as VFIO's users have to; a device alone is a group of one.
+//!
+//! # Blocked until attached
+//!
+//! Binding a device blocks the requests of its whole group, but for those that are attached already: the group has the same
+//! owner. Devices whose requests have the same ID have one route. As soon as one of them is attached, the requests of all
+//! of them go there, and until it is detached none can be attached elsewhere.
+
+use crate::device::DeviceError;
+use crate::iommu::{AttachError, Iommu, Rid};
+use crate::sync::{Mutex, MutexGuard, PoisonError, global};
+use crate::table::Table;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+global! {
+    /// Who has which device, by the IOMMU's address. Whoever has one keeps its IOMMU alive, and with it the address its own.
+    static TAKEN: Mutex<BTreeMap<(usize, Rid), Taken>> = Mutex::new(BTreeMap::new());
+}
+
+/// Whose devices are: the security object behind them, such as an open `/dev/iommu`.
+///
+/// Equal are this and its clones, whatever the names.
+#[derive(Clone)]
+pub struct DeviceOwner(Arc<OwnerFacts>);
+
+#[derive(Debug)]
+struct OwnerFacts {
+    name: String,
+    accepts_peers: bool,
+}
+
+impl DeviceOwner {
+    /// A new owner. The name is for people: it is how a refused bind says who is in the way.
+    pub fn new(name: impl Into<String>) -> DeviceOwner {
+        DeviceOwner(Arc::new(OwnerFacts { name: name.into(), accepts_peers: false }))
+    }
+
+    /// A new owner that attaches devices of one group to different address spaces, and so accepts that they reach each other
+    /// past their tables. Devices that share a requester ID still have one route.
+    pub fn accepting_peers(name: impl Into<String>) -> DeviceOwner {
+        DeviceOwner(Arc::new(OwnerFacts { name: name.into(), accepts_peers: true }))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+}
+
+impl PartialEq for DeviceOwner {
+    fn eq(&self, other: &DeviceOwner) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for DeviceOwner {}
+
+impl fmt::Debug for DeviceOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a device is doing that is in the way of another one of its group.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InTheWay {
+    /// It is bound.
+    #[error("is bound by {owner}; unbind it there, or bind all devices of the group with one owner")]
+    Bound {
+        /// The owner's name.
+        owner: String,
+    },
+    /// A driver of the machine has it.
+    #[error("is driven by {driver}; take it from that driver first")]
+    Driven {
+        /// The driver's name.
+        driver: String,
+    },
+}
+
+/// Why somebody has a device.
+#[derive(Clone)]
+enum Claim {
+    Bound(DeviceOwner),
+    Driven { driver: String, does_dma: bool },
+}
+
+impl Claim {
+    /// Whether two devices of a group can be had like this at the same time.
+    fn goes_with(&self, other: &Claim) -> bool {
+        match (self, other) {
+            (Claim::Bound(one), Claim::Bound(other)) => one == other,
+            (Claim::Bound(_), Claim::Driven { does_dma, .. })
+            | (Claim::Driven { does_dma, .. }, Claim::Bound(_)) => !does_dma,
+            (Claim::Driven { .. }, Claim::Driven { .. }) => true,
+        }
+    }
+
+    fn in_the_way(&self) -> InTheWay {
+        match self {
+            Claim::Bound(owner) => InTheWay::Bound { owner: owner.name().to_owned() },
+            Claim::Driven { driver, .. } => InTheWay::Driven { driver: driver.clone() },
+        }
+    }
+}
+
+struct Taken {
+    claim: Claim,
+    group: Arc<Group>,
+}
+
+fn taken() -> MutexGuard<'static, BTreeMap<(usize, Rid), Taken>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn key(iommu: &Arc<dyn Iommu>, rid: Rid) -> (usize, Rid) {
+    (Arc::as_ptr(iommu).cast::<()>().addr(), rid)
+}
+
+/// Enters a claim to a device, if that goes with all others to devices of its group.
+fn take(iommu: &Arc<dyn Iommu>, rid: Rid, claim: Claim) -> Result<Arc<Group>, DeviceError> {
+    let members = iommu.group(rid);
+    let mut taken = taken();
+    let mut group = None;
+    for member in &members {
+        let Some(other) = taken.get(&key(iommu, *member)) else { continue };
+        if *member == rid && matches!(other.claim, Claim::Bound(_)) {
+            return Err(DeviceError::Taken(rid));
+        }
+        if *member == rid || !claim.goes_with(&other.claim) {
+            let because = other.claim.in_the_way();
+            return Err(DeviceError::NotViable { device: rid, member: *member, because });
+        }
+        group = Some(Arc::clone(&other.group));
+    }
+    let group = group.unwrap_or_else(|| Arc::new(Group { members, attached: Mutex::default() }));
+    taken.insert(key(iommu, rid), Taken { claim, group: Arc::clone(&group) });
+    Ok(group)
+}
+
+fn give_back(iommu: &Arc<dyn Iommu>, rid: Rid) {
+    taken().remove(&key(iommu, rid));
+}
+
+/// A group of which somebody has a device.
+#[derive(Debug)]
+pub(crate) struct Group {
+    members: Vec<Rid>,
+    /// Held while a member is attached or detached.
+    attached: Mutex<BTreeMap<Rid, Attached>>,
+}
+
+#[derive(Debug)]
+struct Attached {
+    requester: Rid,
+    table: Arc<Table>,
+}
+
+/// A device's place in its group, from when it is bound until it is unbound.
+pub(crate) struct Membership {
+    iommu: Arc<dyn Iommu>,
+    rid: Rid,
+    requester: Rid,
+    owner: DeviceOwner,
+    group: Arc<Group>,
+}
+
+impl Membership {
+    /// Binds a device, and blocks all requests of its group that are not attached.
+    pub(crate) fn bind(
+        iommu: &Arc<dyn Iommu>,
+        rid: Rid,
+        owner: &DeviceOwner,
+    ) -> Result<Membership, DeviceError> {
+        let group = take(iommu, rid, Claim::Bound(owner.clone()))?;
+        let requester = iommu.requester(rid);
+        let membership = Membership { iommu: Arc::clone(iommu), rid, requester, owner: owner.clone(), group };
+        membership.group.block_idle(iommu);
+        Ok(membership)
+    }
+
+    pub(crate) fn owner(&self) -> &DeviceOwner {
+        &self.owner
+    }
+
+    /// All devices of the group.
+    pub(crate) fn members(&self) -> &[Rid] {
+        &self.group.members
+    }
+
+    /// Whether the device can be attached to this table, and if so has it attached; no other device of the group is
+    /// attached meanwhile.
+    pub(crate) fn attach<T>(
+        &self,
+        table: &Arc<Table>,
+        carry_out: impl FnOnce() -> Result<T, AttachError>,
+    ) -> Result<T, AttachError> {
+        let mut attached = self.group.attached();
+        for (other, its) in attached.iter().filter(|(other, _)| **other != self.rid) {
+            let (device, other) = (self.rid, *other);
+            if its.requester == self.requester && !Arc::ptr_eq(&its.table, table) {
+                return Err(AttachError::SharedRequester { device, other, requester: self.requester });
+            }
+            if !self.owner.0.accepts_peers && !Arc::ptr_eq(its.table.space(), table.space()) {
+                return Err(AttachError::NotIsolated { device, other });
+            }
+        }
+        let result = carry_out()?;
+        attached.insert(self.rid, Attached { requester: self.requester, table: Arc::clone(table) });
+        Ok(result)
+    }
+
+    /// Blocks the device's requests, unless they cannot be told from those of another device that is attached.
+    pub(crate) fn detach(&self) {
+        let mut attached = self.group.attached();
+        attached.remove(&self.rid);
+        if !Group::is_used(&attached, self.requester) {
+            self.iommu.block(self.rid);
+        }
+    }
+
+    /// Whether the device may use PASIDs, which lead to address spaces that no other device of its group uses.
+    pub(crate) fn check_pasids(&self) -> Result<(), AttachError> {
+        let (device, iommu) = (self.rid, &self.iommu);
+        let mut others = self.members().iter().filter(|member| **member != device);
+        if self.requester != device || others.clone().any(|other| iommu.requester(*other) == self.requester) {
+            return Err(AttachError::NoPasids(device));
+        }
+        match others.next() {
+            Some(other) if !self.owner.0.accepts_peers => {
+                Err(AttachError::NotIsolated { device, other: *other })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        give_back(&self.iommu, self.rid);
+    }
+}
+
+impl Group {
+    fn attached(&self) -> MutexGuard<'_, BTreeMap<Rid, Attached>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_used(attached: &BTreeMap<Rid, Attached>, requester: Rid) -> bool {
+        attached.values().any(|attached| attached.requester == requester)
+    }
+
+    fn block_idle(&self, iommu: &Arc<dyn Iommu>) {
+        let attached = self.attached();
+        for member in &self.members {
+            if !Self::is_used(&attached, iommu.requester(*member)) {
+                iommu.block(*member);
+            }
+        }
+    }
+}
+
+/// That a driver of the machine has a device, until this is dropped. What it does with the device is nothing to the engine but
+/// for its DMA, which nobody could own who is to have another device of the group.
+///
+/// ```
+/// # use ioasid::{Device, DeviceOwner, DriverClaim, Iommu, Rid};
+/// # use std::sync::Arc;
+/// # fn example(iommu: &Arc<dyn Iommu>, [disk, network]: [Rid; 2]) -> Result<(), Box<dyn std::error::Error>> {
+/// // Two functions of one device, and the machine's own driver has the first.
+/// let driver = DriverClaim::new(iommu.clone(), disk, "nvme")?;
+/// let refused = Device::bind(iommu.clone(), network, &DeviceOwner::new("the guest")).unwrap_err();
+/// assert!(refused.to_string().contains("is driven by nvme"));
+///
+/// drop(driver);
+/// Device::bind(iommu.clone(), network, &DeviceOwner::new("the guest"))?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct DriverClaim {
+    iommu: Arc<dyn Iommu>,
+    rid: Rid,
+}
+
+impl DriverClaim {
+    /// A driver that has the device do DMA.
+    ///
+    /// # Errors
+    /// Somebody has the device, or an owner has another device of its group.
+    pub fn new(iommu: Arc<dyn Iommu>, rid: Rid, driver: &str) -> Result<DriverClaim, DeviceError> {
+        DriverClaim::take(iommu, rid, driver, true)
+    }
+
+    /// A driver that does no DMA, such as one that only keeps others away.
+    ///
+    /// # Errors
+    /// Somebody has the device.
+    pub fn without_dma(iommu: Arc<dyn Iommu>, rid: Rid, driver: &str) -> Result<DriverClaim, DeviceError> {
+        DriverClaim::take(iommu, rid, driver, false)
+    }
+
+    fn take(
+        iommu: Arc<dyn Iommu>,
+        rid: Rid,
+        driver: &str,
+        does_dma: bool,
+    ) -> Result<DriverClaim, DeviceError> {
+        iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
+        take(&iommu, rid, Claim::Driven { driver: driver.to_owned(), does_dma })?;
+        Ok(DriverClaim { iommu, rid })
+    }
+}
+
+impl Drop for DriverClaim {
+    fn drop(&mut self) {
+        give_back(&self.iommu, self.rid);
+    }
+}
+
+impl fmt::Debug for DriverClaim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverClaim").field("rid", &self.rid).finish_non_exhaustive()
+    }
+}

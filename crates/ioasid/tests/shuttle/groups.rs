@@ -1,0 +1,165 @@
+//! Groups of devices, fought over.
+
+use crate::double::{DERIVED, DERIVED_TOO, Double, NATIVE};
+use crate::fixture::{World, check, others_may_run, random};
+use ioasid::{
+    AttachError, Bus, DerivedTable, Device, DeviceError, DeviceOwner, DriverClaim, Iommu, PageSize,
+    Requirements, Rid, Space, Table, TableClass,
+};
+use shuttle::thread;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// All of them are one group, and the last two have one requester ID.
+const MEMBERS: [Rid; 3] = [NATIVE, DERIVED, DERIVED_TOO];
+
+/// The test double, as it is when its devices are connected like that.
+#[derive(Debug)]
+struct Connected(Arc<Double>);
+
+impl Iommu for Connected {
+    fn requirements(&self, device: Rid) -> Option<Requirements> {
+        self.0.requirements(device)
+    }
+
+    fn requester(&self, device: Rid) -> Rid {
+        if device == DERIVED_TOO { DERIVED } else { device }
+    }
+
+    fn group(&self, _device: Rid) -> Vec<Rid> {
+        MEMBERS.to_vec()
+    }
+
+    fn new_table(
+        &self,
+        class: TableClass,
+        largest_leaf: PageSize,
+        bus: &Arc<Bus>,
+    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
+        self.0.new_table(class, largest_leaf, bus)
+    }
+
+    fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
+        others_may_run();
+        self.0.attach(self.requester(device), table)
+    }
+
+    fn block(&self, device: Rid) {
+        others_may_run();
+        self.0.block(self.requester(device));
+    }
+}
+
+/// What there is of each, as its users count it: from before they have it until after they have it no more, or for `held`
+/// in between.
+#[derive(Default)]
+struct Counts {
+    /// Devices that an owner holds.
+    held: [AtomicUsize; 2],
+    /// Devices of a driver that does DMA.
+    driven: AtomicUsize,
+    /// By member, devices that are being attached, are attached or are being detached.
+    attached: [AtomicUsize; 3],
+}
+
+impl Counts {
+    /// How many devices are on their way with this requester ID.
+    fn routes(&self, iommu: &Connected, requester: Rid) -> usize {
+        let same = MEMBERS.iter().zip(&self.attached).filter(|(rid, _)| iommu.requester(**rid) == requester);
+        same.map(|(_, count)| count.load(Ordering::SeqCst)).sum()
+    }
+
+    /// Nothing goes where nobody attached it.
+    fn check(&self, iommu: &Connected) {
+        for requester in [NATIVE, DERIVED] {
+            let open = iommu.0.table_of(requester).is_some();
+            assert!(!open || self.routes(iommu, requester) > 0, "{requester} was not attached");
+        }
+    }
+}
+
+/// Threads of two owners, and a driver, want devices of one group. While an owner has one, no other owner has any and no driver
+/// that does DMA; what an owner has not attached is blocked; what he has attached stays where it is until he is done.
+#[test]
+fn a_group_has_one_owner_and_no_dma_before_bind_and_attach() {
+    check(1000, || {
+        let world = World::new();
+        let iommu = Arc::new(Connected(world.double.clone()));
+        let owners = ["one", "other"].map(DeviceOwner::new);
+        let counts = Arc::new(Counts::default());
+        let threads: Vec<_> = (0..3)
+            .map(|thread| {
+                let (world, iommu, counts) = (world.clone(), iommu.clone(), counts.clone());
+                let owners = owners.clone();
+                thread::spawn(move || {
+                    for _ in 0..2 {
+                        let owner = if thread == 2 { random(2) as usize } else { 0 };
+                        let member = random(3) as usize;
+                        if thread == 2 && random(3) == 0 {
+                            drive(&iommu, MEMBERS[member], &counts);
+                        } else {
+                            use_device(&world, &iommu, (owner, &owners[owner]), member, &counts);
+                        }
+                    }
+                })
+            })
+            .collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for requester in [NATIVE, DERIVED] {
+            assert!(world.double.table_of(requester).is_none());
+        }
+        world.finish();
+    });
+}
+
+fn drive(iommu: &Arc<Connected>, rid: Rid, counts: &Counts) {
+    let Ok(claim) = DriverClaim::new(iommu.clone(), rid, "driver") else { return };
+    counts.driven.fetch_add(1, Ordering::SeqCst);
+    for _ in 0..2 {
+        assert!(counts.held.iter().all(|held| held.load(Ordering::SeqCst) == 0));
+        others_may_run();
+    }
+    counts.driven.fetch_sub(1, Ordering::SeqCst);
+    drop(claim);
+}
+
+fn use_device(
+    world: &World,
+    iommu: &Arc<Connected>,
+    (number, owner): (usize, &DeviceOwner),
+    member: usize,
+    counts: &Counts,
+) {
+    let device = match Device::bind(iommu.clone(), MEMBERS[member], owner) {
+        Ok(device) => device,
+        Err(DeviceError::Taken(_) | DeviceError::NotViable { .. }) => return,
+        Err(error) => panic!("{error}"),
+    };
+    counts.held[number].fetch_add(1, Ordering::SeqCst);
+    counts.check(iommu);
+    let space = Space::new(&world.bus);
+    let table = Table::for_device(&space, &device).unwrap();
+    counts.attached[member].fetch_add(1, Ordering::SeqCst);
+    let attached = device.attach(&table);
+    match attached {
+        Ok(()) => {}
+        Err(AttachError::SharedRequester { .. } | AttachError::NotIsolated { .. }) => {}
+        Err(error) => panic!("{error}"),
+    }
+    for _ in 0..3 {
+        assert_eq!(counts.held[1 - number].load(Ordering::SeqCst), 0, "two owners");
+        assert_eq!(counts.driven.load(Ordering::SeqCst), 0, "an owner and a driver");
+        counts.check(iommu);
+        if device.table().is_some() {
+            let theirs = world.double.table_of(iommu.requester(MEMBERS[member])).unwrap();
+            assert!(Arc::ptr_eq(&theirs, &table), "moved by somebody else");
+        }
+        others_may_run();
+    }
+    if random(2) == 0 {
+        device.detach();
+    }
+    counts.held[number].fetch_sub(1, Ordering::SeqCst);
+    drop(device);
+    counts.attached[member].fetch_sub(1, Ordering::SeqCst);
+}
