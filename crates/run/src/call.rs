@@ -72,7 +72,8 @@ impl ReadAhead {
 #[derive(Debug)]
 pub(crate) enum Resolved {
     Ours(Arc<OpenFile>),
-    Foreign(rustix::fs::Stat),
+    /// Another file, of this type.
+    Foreign(FileType),
 }
 
 impl<'a> Call<'a> {
@@ -134,7 +135,7 @@ impl<'a> Call<'a> {
                 self.confirmed.set(true);
                 Ok(match self.files.get(Inode::from(&status)) {
                     Some(open_file) => Resolved::Ours(open_file),
-                    None => Resolved::Foreign(status),
+                    None => Resolved::Foreign(FileType::from_raw_mode(status.stx_mode.into())),
                 })
             }
             Err(Errno::NOENT) => Err(Errno::BADF),
@@ -161,8 +162,8 @@ impl<'a> Call<'a> {
         Errno::FAULT
     }
 
-    /// A duplicate of descriptor `fd`, which is not ours and has this status.
-    fn duplicate(&self, fd: i32, status: &rustix::fs::Stat) -> Result<OwnedFd, Errno> {
+    /// A duplicate of descriptor `fd`, which is not ours and of this type.
+    fn duplicate(&self, fd: i32, kind: FileType) -> Result<OwnedFd, Errno> {
         match self.duplicate_by_pidfd(fd) {
             Ok(duplicate) => return Ok(duplicate),
             Err(Errno::BADF) => return Err(Errno::BADF),
@@ -170,7 +171,7 @@ impl<'a> Call<'a> {
             Err(_) => {}
         }
         // Opening anew instead is harmless for files; for a FIFO or a device it might not be.
-        if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+        if kind != FileType::RegularFile {
             return Err(self.unreachable("descriptors", Errno::PERM));
         }
         let thread = self.thread()?;
@@ -287,7 +288,7 @@ impl Client for Call<'_> {
     fn descriptor(&self, fd: i32) -> Result<Descriptor, Errno> {
         match self.resolve(fd)? {
             Resolved::Ours(open_file) => Ok(Descriptor::Ours(Arc::clone(&open_file.file))),
-            Resolved::Foreign(status) => self.duplicate(fd, &status).map(Descriptor::Foreign),
+            Resolved::Foreign(kind) => self.duplicate(fd, kind).map(Descriptor::Foreign),
         }
     }
 

@@ -23,23 +23,21 @@ use std::time::{Duration, Instant};
 
 use ioasid_server::File;
 use rustix::fs::inotify::{self, ReadFlags, WatchFlags};
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{AtFlags, MemfdFlags, Mode, OFlags, SealFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 
 use crate::sys::lease;
 
-/// Which inode a descriptor refers to: device and number.
+/// Which inode a descriptor refers to: device (major and minor number) and number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Inode {
-    device: u64,
+    device: (u32, u32),
     number: u64,
 }
 
-impl From<&rustix::fs::Stat> for Inode {
-    // The types of the fields differ between architectures.
-    #[allow(clippy::useless_conversion, clippy::unnecessary_cast)]
-    fn from(status: &rustix::fs::Stat) -> Self {
-        Self { device: status.st_dev as u64, number: status.st_ino as u64 }
+impl From<&Statx> for Inode {
+    fn from(status: &Statx) -> Self {
+        Self { device: (status.stx_dev_major, status.stx_dev_minor), number: status.stx_ino }
     }
 }
 
@@ -154,7 +152,8 @@ impl OpenFiles {
             WatchFlags::CLOSE_WRITE | WatchFlags::CLOSE_NOWRITE,
         )?;
         let opened = reopen(sentinel.as_fd(), access.flags() | flags).and_then(|client| {
-            let inode = Inode::from(&rustix::fs::fstat(&client)?);
+            let wanted = StatxFlags::INO;
+            let inode = Inode::from(&rustix::fs::statx(&client, c"", AtFlags::EMPTY_PATH, wanted)?);
             Ok((client, inode))
         });
         let (client, inode) = match opened {
@@ -173,9 +172,14 @@ impl OpenFiles {
         Ok(client)
     }
 
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.count.load(Ordering::SeqCst) == 0
+    }
+
     /// The open file that `inode` stands for, if it is one of ours.
     pub(crate) fn get(&self, inode: Inode) -> Option<Arc<OpenFile>> {
-        if self.count.load(Ordering::SeqCst) == 0 {
+        if self.is_empty() {
             return None;
         }
         self.by_inode.read().unwrap_or_else(PoisonError::into_inner).get(&inode).cloned()
@@ -184,7 +188,7 @@ impl OpenFiles {
     /// Drops the files whose last close has happened. After it returns, every close that happened before the call in
     /// a thread that has gone on to another system call has had its effect.
     pub(crate) fn drain(&self) {
-        if self.count.load(Ordering::SeqCst) == 0 {
+        if self.is_empty() {
             return;
         }
         // First the queue, then the flag: an event that is not in the queue any more was taken by somebody who had set

@@ -1,9 +1,13 @@
 //! The seccomp filter: which system calls of a client come to us.
 //!
-//! Only three sorts do: opens (a filter cannot follow the pointer to the path, so all of them, and most are handed
-//! back to the kernel), ioctls of type `;` without a size in their number (VFIO and iommufd), and positioned reads and
-//! writes whose offset lies in a device region ([`REGION_MAGIC`]). Everything else runs at native speed: for a system
+//! Only four sorts do: opens (a filter cannot follow the pointer to the path, so all of them, and most are handed
+//! back to the kernel), ioctls of type `;` without a size in their number (VFIO and iommufd), positioned reads and
+//! writes whose offset lies in a device region ([`REGION_MAGIC`]), and mappings of files, since the number of a descriptor
+//! does not say whose it is. Everything else runs at native speed: for a system
 //! call number that the filter allows whatever the arguments, the kernel does not even run it.
+//!
+//! Of the mappings of files those with `MAP_DENYWRITE` are let through: the kernel ignores the flag, and nobody sets it but
+//! the dynamic loader, which maps each library in several pieces (docs/decisions/0034).
 //!
 //! System calls of other architectures (32-bit programs, x32) are allowed: their numbers mean something else, and a
 //! program that uses them merely does not see our files.
@@ -31,6 +35,7 @@ pub(crate) struct Architecture {
     pub(crate) pwritev: u32,
     pub(crate) preadv2: u32,
     pub(crate) pwritev2: u32,
+    pub(crate) mmap: u32,
 }
 
 impl Architecture {
@@ -48,6 +53,7 @@ impl Architecture {
         pwritev: 296,
         preadv2: 327,
         pwritev2: 328,
+        mmap: 9,
     };
 
     pub(crate) const AARCH64: Self = Self {
@@ -64,6 +70,7 @@ impl Architecture {
         pwritev: 70,
         preadv2: 286,
         pwritev2: 287,
+        mmap: 222,
     };
 
     /// The architecture that this program was built for; its clients are of the same.
@@ -86,6 +93,7 @@ impl Architecture {
             _ if number == self.openat => SystemCall::OpenAt,
             _ if number == self.openat2 => SystemCall::OpenAt2,
             _ if number == self.ioctl => SystemCall::Ioctl,
+            _ if number == self.mmap => SystemCall::Map,
             _ if number == self.pread64 => SystemCall::Read,
             _ if number == self.pwrite64 => SystemCall::Write,
             _ if number == self.preadv || number == self.preadv2 => SystemCall::ReadVectored,
@@ -115,6 +123,7 @@ pub(crate) enum SystemCall {
     Write,
     ReadVectored,
     WriteVectored,
+    Map,
 }
 
 /// Offsets in `seccomp_data`. Arguments are 64-bit and are read as two words.
@@ -136,6 +145,7 @@ enum Label {
     Notify,
     Ioctl,
     Positioned,
+    Map,
 }
 
 /// One step of the program; jumps go forward only, as classic BPF demands.
@@ -151,6 +161,8 @@ enum Step {
     IfNotEqual(u32, Label),
     /// Jumps if it is the constant or above.
     IfAtLeast(u32, Label),
+    /// Jumps if it has none of the constant's bits.
+    IfNoneOf(u32, Label),
     /// Ends with a verdict.
     Return(u32),
     /// Not an instruction: the label stands for the next step.
@@ -164,6 +176,7 @@ fn assemble(steps: &[Step]) -> Vec<Instruction> {
     const AND_CONSTANT: u16 = 0x54;
     const JUMP_IF_EQUAL: u16 = 0x15;
     const JUMP_IF_AT_LEAST: u16 = 0x35;
+    const JUMP_IF_ANY_OF: u16 = 0x45;
     const RETURN_CONSTANT: u16 = 0x06;
 
     let is_instruction = |step: &&Step| !matches!(step, Step::Here(_));
@@ -186,6 +199,7 @@ fn assemble(steps: &[Step]) -> Vec<Instruction> {
                 Step::IfEqual(k, label) => instruction(JUMP_IF_EQUAL, k, distance(at, label), 0),
                 Step::IfNotEqual(k, label) => instruction(JUMP_IF_EQUAL, k, 0, distance(at, label)),
                 Step::IfAtLeast(k, label) => instruction(JUMP_IF_AT_LEAST, k, distance(at, label), 0),
+                Step::IfNoneOf(k, label) => instruction(JUMP_IF_ANY_OF, k, 0, distance(at, label)),
                 Step::Return(verdict) => instruction(RETURN_CONSTANT, verdict, 0, 0),
                 Step::Here(_) => return None,
             })
@@ -203,6 +217,7 @@ pub(crate) fn program(architecture: &Architecture) -> Vec<Instruction> {
     const COMMAND: u32 = 0x3b00;
     const OFFSET_MASK: u32 = (REGION_MAGIC_MASK >> 32) as u32;
     const OFFSET: u32 = (REGION_MAGIC >> 32) as u32;
+    const NOT_TO_BE_LOOKED_AT: u32 = (libc::MAP_ANONYMOUS | libc::MAP_DENYWRITE) as u32;
 
     let mut steps = vec![
         Step::Load(data::ARCHITECTURE),
@@ -213,6 +228,7 @@ pub(crate) fn program(architecture: &Architecture) -> Vec<Instruction> {
         steps.push(Step::IfAtLeast(end, Label::Allow));
     }
     steps.push(Step::IfEqual(architecture.ioctl, Label::Ioctl));
+    steps.push(Step::IfEqual(architecture.mmap, Label::Map));
     steps.extend(architecture.positioned().map(|number| Step::IfEqual(number, Label::Positioned)));
     steps.extend(architecture.opens().map(|number| Step::IfEqual(number, Label::Notify)));
     steps.extend([
@@ -228,6 +244,10 @@ pub(crate) fn program(architecture: &Architecture) -> Vec<Instruction> {
         Step::And(OFFSET_MASK),
         Step::IfEqual(OFFSET, Label::Notify),
         Step::Return(ALLOW),
+        Step::Here(Label::Map),
+        Step::Load(data::argument_low(3)),
+        Step::IfNoneOf(NOT_TO_BE_LOOKED_AT, Label::Notify),
+        Step::Return(ALLOW),
         Step::Here(Label::Notify),
         Step::Return(NOTIFY),
     ]);
@@ -236,6 +256,8 @@ pub(crate) fn program(architecture: &Architecture) -> Vec<Instruction> {
 
 #[cfg(test)]
 mod tests {
+    use libc::{MAP_ANONYMOUS, MAP_DENYWRITE, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE};
+
     use super::*;
 
     /// Runs a program of the instructions above on `seccomp_data`, by the definition of classic BPF.
@@ -254,6 +276,7 @@ mod tests {
                 0x54 => accumulator &= k,
                 0x15 => at += usize::from(if accumulator == k { jt } else { jf }),
                 0x35 => at += usize::from(if accumulator >= k { jt } else { jf }),
+                0x45 => at += usize::from(if accumulator & k != 0 { jt } else { jf }),
                 0x06 => return k,
                 other => panic!("opcode {other:#x}"),
             }
@@ -321,14 +344,28 @@ mod tests {
     }
 
     #[test]
+    fn mappings_of_files_trap_but_for_the_loaders() {
+        for architecture in &BOTH {
+            let map = |flags: i32| {
+                traps(architecture, architecture.audit, architecture.mmap, [0, 4096, 1, flags as u64, 3, 0])
+            };
+            for flags in [MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_SHARED | MAP_FIXED, 0] {
+                assert!(map(flags), "{flags:#x}");
+                assert!(!map(flags | MAP_ANONYMOUS), "{flags:#x}");
+                assert!(!map(flags | MAP_DENYWRITE), "{flags:#x}");
+            }
+        }
+    }
+
+    #[test]
     fn nothing_else_traps() {
         for architecture in &BOTH {
             let telling = [3, 0x3b80, 0, REGION_MAGIC, 0, 0];
             let mut trapped: Vec<u32> = (0..1024)
                 .filter(|number| traps(architecture, architecture.audit, *number, telling))
                 .collect();
-            let mut expected: Vec<u32> =
-                architecture.opens().chain(architecture.positioned()).chain([architecture.ioctl]).collect();
+            let mut expected: Vec<u32> = architecture.opens().chain(architecture.positioned()).collect();
+            expected.extend([architecture.ioctl, architecture.mmap]);
             trapped.sort_unstable();
             expected.sort_unstable();
             assert_eq!(trapped, expected);
@@ -365,6 +402,7 @@ mod tests {
             (native.pwritev, libc::SYS_pwritev),
             (native.preadv2, libc::SYS_preadv2),
             (native.pwritev2, libc::SYS_pwritev2),
+            (native.mmap, libc::SYS_mmap),
         ] {
             assert_eq!(libc::c_long::from(ours), theirs);
         }

@@ -1,7 +1,7 @@
 //! The transport that gives unmodified programs a `/dev/iommu` and a `/dev/vfio`: seccomp user notification.
 //!
-//! [`run`] starts a program as a child that has a filter before every system call (`filter`). Three
-//! sorts of calls stop there: opens, ioctls of VFIO's and iommufd's type, and accesses to device regions. The kernel
+//! [`run`] starts a program as a child that has a filter before every system call (`filter`). Four
+//! sorts of calls stop there: opens, ioctls of VFIO's and iommufd's type, accesses to device regions, and mappings of files. The kernel
 //! puts the caller to sleep and hands us the request through a *listener*; we look into the caller's memory and
 //! descriptors, let the [`Server`](ioasid_server::Server) act, and answer. All other calls run at native speed.
 //!
@@ -37,6 +37,7 @@ mod call;
 mod files;
 mod filter;
 mod launch;
+mod lineage;
 mod listener;
 mod locked_memory;
 mod maps;
@@ -48,6 +49,7 @@ mod statistics;
 mod supervisor;
 mod sys;
 mod trial;
+mod turns;
 mod watcher;
 
 pub use launch::RunError;

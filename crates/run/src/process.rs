@@ -23,10 +23,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockWriteGuard, Weak};
 
 use ioasid_server::{LateBound, MemoryGone, Process};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::lineage::lineage;
 use crate::listener::Listener;
 use crate::maps;
 use crate::sys::{credentials, memory};
@@ -69,8 +70,11 @@ impl TaskDirectory {
     }
 
     /// The status of the file behind descriptor `fd` of the task.
-    pub(crate) fn descriptor_status(&self, fd: i32) -> Result<rustix::fs::Stat, Errno> {
-        rustix::fs::statat(&self.0, format!("fd/{fd}"), AtFlags::empty())
+    ///
+    /// As it is known: no file system is asked that may let us wait for it (FUSE).
+    pub(crate) fn descriptor_status(&self, fd: i32) -> Result<Statx, Errno> {
+        let wanted = StatxFlags::TYPE | StatxFlags::INO;
+        rustix::fs::statx(&self.0, format!("fd/{fd}"), AtFlags::STATX_DONT_SYNC, wanted)
     }
 
     /// Whether this very task still exists.
@@ -79,7 +83,7 @@ impl TaskDirectory {
     }
 
     /// Reads a small text file of the task.
-    fn text(&self, name: &str) -> Result<String, Errno> {
+    pub(crate) fn text(&self, name: &str) -> Result<String, Errno> {
         let mut text = String::new();
         let file = std::fs::File::from(self.file(name, OFlags::RDONLY)?);
         file.take(1 << 16)
@@ -107,6 +111,7 @@ pub(crate) struct Thread {
     pub(crate) asked_by: AtomicU32,
     /// Whether it was said that this thread's memory cannot be reached; once is enough.
     pub(crate) complained: AtomicBool,
+    lineage: OnceLock<Arc<[u64]>>,
 }
 
 impl Thread {
@@ -134,11 +139,14 @@ pub(crate) struct Processes {
     identities: AtomicU64,
     /// Our own user namespace, where it can be told.
     user_namespace: Option<std::path::PathBuf>,
+    /// The process that all others descend from.
+    first: u32,
 }
 
 impl Processes {
-    /// Nobody is known yet. How many will be remembered depends on how many descriptors this process may open now.
-    pub(crate) fn new() -> Self {
+    /// Nobody is known yet but the `first` process. How many will be remembered depends on how many descriptors this process
+    /// may open now.
+    pub(crate) fn new(first: u32) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let most = usize::try_from(descriptors / DESCRIPTORS_PER_THREAD).unwrap_or(usize::MAX);
         Self {
@@ -147,6 +155,7 @@ impl Processes {
             address_spaces: Mutex::default(),
             identities: AtomicU64::new(0),
             user_namespace: std::fs::read_link("/proc/self/ns/user").ok(),
+            first,
         }
     }
 
@@ -186,6 +195,7 @@ impl Processes {
             address_space: Mutex::new(None),
             asked_by: AtomicU32::new(0),
             complained: AtomicBool::new(false),
+            lineage: OnceLock::new(),
         });
         let mut threads = self.threads();
         if threads.len() >= self.remembered {
@@ -196,6 +206,15 @@ impl Processes {
         }
         threads.insert(id, Arc::clone(&thread));
         Ok(thread)
+    }
+
+    /// Which processes the process of `thread` descends from, see [`lineage`].
+    pub(crate) fn lineage_of(&self, thread: &Thread) -> Arc<[u64]> {
+        let find = || {
+            let of_process = |id| Ok(lineage(&TaskDirectory::open(id)?, id, self.first));
+            thread.process_id().and_then(of_process).unwrap_or_default().into()
+        };
+        Arc::clone(thread.lineage.get_or_init(find))
     }
 
     /// Forgets the threads that have died.
@@ -274,6 +293,8 @@ impl Processes {
             random_address,
             random,
             our_user_namespace: namespace,
+            first: self.first,
+            lineage: OnceLock::new(),
             credentials: Mutex::default(),
         }))
     }
@@ -324,6 +345,8 @@ pub(crate) struct AddressSpace {
     random_address: u64,
     random: [u8; 16],
     our_user_namespace: Option<std::path::PathBuf>,
+    first: u32,
+    lineage: OnceLock<Vec<u64>>,
     credentials: Mutex<Option<Credentials>>,
 }
 
@@ -443,6 +466,10 @@ impl Process for AddressSpace {
 
     fn id(&self) -> u32 {
         self.group_id
+    }
+
+    fn lineage(&self) -> Vec<u64> {
+        self.lineage.get_or_init(|| lineage(&self.group, self.group_id, self.first)).clone()
     }
 
     fn user(&self) -> u32 {

@@ -140,6 +140,7 @@ impl Service {
                 let command = second as u32;
                 (CallKind::Ioctl(command), self.ioctl(call, first as i32, command, third))
             }
+            SystemCall::Map => (CallKind::Map, self.map(call)),
             SystemCall::Read => (CallKind::Read, self.read(call, first as i32, &[(second, third)], fourth)),
             SystemCall::Write => {
                 (CallKind::Write, self.write(call, first as i32, &[(second, third)], fourth))
@@ -286,6 +287,38 @@ impl Service {
             Ok(Resolved::Foreign(_)) => Reply::Elsewhere,
             Err(errno) => Reply::Error(errno),
         }
+    }
+
+    /// `mmap` of a file, which is refused if it is ours, in the order in which a kernel looks.
+    fn map(&self, call: &Call<'_>) -> Reply {
+        let [_, length, protection, flags, fd, offset] = call.notification.arguments;
+        let (protection, flags) = (protection as i32, flags as i32);
+        // What is wrong with any file, the kernel will say.
+        if self.files.is_empty() || length == 0 || offset % 4096 != 0 {
+            return Reply::Elsewhere;
+        }
+        let open_file = match call.resolve(fd as i32) {
+            Ok(Resolved::Ours(open_file)) => open_file,
+            // It may not be possible to look into the client, which must still be able to map what is not ours.
+            Ok(Resolved::Foreign(_)) | Err(_) => return Reply::Elsewhere,
+        };
+        let shared = match flags & libc::MAP_TYPE {
+            libc::MAP_PRIVATE => false,
+            libc::MAP_SHARED | libc::MAP_SHARED_VALIDATE => true,
+            _ => return Reply::Elsewhere,
+        };
+        let writes = open_file.access.writes();
+        let refusal =
+            if !open_file.access.reads() || (shared && !writes && protection & libc::PROT_WRITE != 0) {
+                Errno::ACCESS
+            } else {
+                open_file.file.mmap(shared && writes, protection & libc::PROT_EXEC != 0)
+            };
+        if self.watcher.is_some() {
+            let file = open_file.file.name();
+            *call.what.borrow_mut() = Some(What::Map { file, length, offset, refusal });
+        }
+        Reply::Error(refusal)
     }
 
     fn read(&self, call: &Call<'_>, fd: i32, segments: &[(u64, u64)], offset: u64) -> Reply {

@@ -19,6 +19,10 @@ pub enum CallKind {
     Read,
     /// A positioned write of a device region.
     Write,
+    /// An `mmap` of one of our files.
+    Map,
+    /// An `mmap` of another file, handed back to the kernel.
+    MapElsewhere,
     /// Anything else, handed back to the kernel.
     Other,
 }
@@ -29,6 +33,7 @@ impl CallKind {
         match self {
             Self::Open => Self::OpenElsewhere,
             Self::Ioctl(_) => Self::IoctlElsewhere,
+            Self::Map => Self::MapElsewhere,
             Self::Read | Self::Write => Self::Other,
             other => other,
         }

@@ -3,7 +3,8 @@
 //! The calling thread watches: the listener's hang-up (no process uses the filter any more), the main program's end,
 //! closes by programs that call nothing afterwards, and signals. Workers serve the requests. One worker serves a
 //! program that calls once at a time; whenever the last idle one becomes busy, another is started, so that a client
-//! that makes one wait (its memory may be slow: a FUSE file, userfaultfd) stops no other. Their number is bounded.
+//! that makes one wait (its memory may be slow: a FUSE file, userfaultfd) stops no other. Their number is bounded, and
+//! nobody has all of them (`turns`).
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,6 +30,7 @@ use crate::process::Processes;
 use crate::serve::Service;
 use crate::statistics::Statistics;
 use crate::sys::child::{Signals, reap_orphans};
+use crate::turns::Turns;
 use crate::watcher::Watcher;
 
 /// How a program is run.
@@ -41,8 +43,9 @@ pub struct Options {
     /// the end, but it changes the whole process meanwhile: a library in a program with children of its own says
     /// `false`. Default: `true`.
     pub foreground: bool,
-    /// The most requests that are served at the same time. A request that waits for its client's own memory takes one
-    /// as long as it waits. Default: 1024.
+    /// The most requests that are served at the same time. A request that waits for its client's own memory counts
+    /// as long as it waits. A process with its descendants has at most half of them, and in general no more than it leaves to others;
+    /// what it asks beyond that waits until some of its requests have ended. Default: 1024.
     pub workers: usize,
     /// Who hears of each call. Default: nobody.
     pub watcher: Option<Arc<dyn Watcher>>,
@@ -99,7 +102,7 @@ where
         server,
         listener,
         files,
-        processes: Processes::new(),
+        processes: Processes::new(child.id()),
         link_lookups: AtomicUsize::new(0),
         watcher: options.watcher.clone(),
     };
@@ -129,6 +132,7 @@ struct Crew<'service> {
     /// How many there are, and how many of them wait for a request.
     started: AtomicUsize,
     idle: AtomicUsize,
+    turns: Turns,
     statistics: Mutex<Statistics>,
 }
 
@@ -140,6 +144,7 @@ impl<'service> Crew<'service> {
             most,
             started: AtomicUsize::new(0),
             idle: AtomicUsize::new(0),
+            turns: Turns::new(most),
             statistics: Mutex::default(),
         }
     }
@@ -168,18 +173,29 @@ impl<'service> Crew<'service> {
 
     fn work<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, waiter: &Waiter) {
         let mut statistics = Statistics::default();
+        let Service { listener, processes, .. } = self.service;
+        let place = self.turns.place();
         loop {
-            let before = self.service.listener.received();
+            let before = listener.received();
             if waiter.wait() == Woken::Stop {
                 break;
             }
-            let Some(notification) = self.service.listener.receive(before) else { continue };
+            let Some(notification) = listener.receive(before) else { continue };
             if self.idle.fetch_sub(1, Ordering::SeqCst) == 1 {
                 if let Err(errno) = self.start_worker(scope) {
                     tracing::warn!(%errno, "cannot start another worker; requests may have to wait");
                 }
             }
-            self.service.handle(notification, &mut statistics);
+            let mut turn = if self.turns.begins(&place, notification, listener, processes) {
+                Some(notification)
+            } else {
+                self.turns.next(&place, listener, processes)
+            };
+            while let Some(notification) = turn {
+                self.service.handle(notification, &mut statistics);
+                self.turns.ended(&place);
+                turn = self.turns.next(&place, listener, processes);
+            }
             self.idle.fetch_add(1, Ordering::SeqCst);
         }
         self.statistics.lock().unwrap_or_else(PoisonError::into_inner).merge(&statistics);

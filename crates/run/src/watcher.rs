@@ -62,4 +62,15 @@ pub enum What {
         /// How many moved.
         result: Result<u64, Errno>,
     },
+    /// An `mmap`.
+    Map {
+        /// The file.
+        file: FileName,
+        /// How many bytes were asked for.
+        length: u64,
+        /// From where in the file on.
+        offset: u64,
+        /// Why there is no such mapping.
+        refusal: Errno,
+    },
 }

@@ -69,6 +69,13 @@ pub trait Process: ioasid::LateBound + Debug {
     /// The process id, for people to read.
     fn id(&self) -> u32;
 
+    /// Names of the processes that it descends from, the oldest first and itself last, without the one that all clients descend
+    /// from: numbers that no others have had. What is limited is shared along them: see [`Limits`](crate::Limits). Asked at an open.
+    /// Empty, as by default: it is that one, or it has no relatives.
+    fn lineage(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
     /// The user id that is charged for memory.
     fn user(&self) -> u32;
 

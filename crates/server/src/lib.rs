@@ -230,7 +230,7 @@ impl Server {
     pub fn open(self: &Arc<Self>, client: &dyn Client, path: &Path) -> Option<Result<Opened, Errno>> {
         let file = |make: &dyn Fn(&Arc<Allowance>) -> FileKind| {
             let file = client.process().and_then(|process| {
-                let allowance = self.allowances.of(process.identity());
+                let allowance = self.allowances.of(process.identity(), &process.lineage());
                 File::new(&allowance, || make(&allowance))
             });
             Some(file.map(Opened::File))
@@ -349,6 +349,21 @@ impl File {
         match &self.kind {
             FileKind::Iommufd(_) | FileKind::Access(_) | FileKind::DmaBuf(_) => Err(Errno::INVAL),
             FileKind::Device(device) => device.write_at(offset, bytes),
+        }
+    }
+
+    /// Why a program cannot map it. `shared`: with `MAP_SHARED` and open for writing, without which such a mapping is a private one;
+    /// `executable`: with `PROT_EXEC`.
+    ///
+    /// Of `/dev/iommu` a kernel maps nothing but hardware queues, of a device what its regions offer, and there are none of either. What
+    /// it refuses for every file (a length of zero, an open file without read access) is the transport's to know.
+    pub fn mmap(&self, shared: bool, executable: bool) -> Errno {
+        match &self.kind {
+            FileKind::Iommufd(_) if !shared => Errno::INVAL,
+            FileKind::Iommufd(_) if executable => Errno::PERM,
+            FileKind::Iommufd(_) => Errno::NXIO,
+            FileKind::Device(_) | FileKind::DmaBuf(_) => Errno::INVAL,
+            FileKind::Access(_) => Errno::NODEV,
         }
     }
 

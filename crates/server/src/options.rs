@@ -55,7 +55,8 @@ pub struct Limits {
 }
 
 /// A limit for each client and for all together. A client is one process: its threads are the same client, and its forks
-/// are others.
+/// are others. No client, and no process with all its [descendants](crate::Process::lineage), has more than it leaves to the others, so a
+/// limit for each that is above half of the total is never reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit {
     /// How many one client may have.

@@ -67,6 +67,8 @@ fn name(kind: CallKind) -> String {
         CallKind::IoctlElsewhere => "ioctl on other files".to_owned(),
         CallKind::Read => "pread of a device region".to_owned(),
         CallKind::Write => "pwrite of a device region".to_owned(),
+        CallKind::Map => "mmap".to_owned(),
+        CallKind::MapElsewhere => "mmap of other files".to_owned(),
         other => format!("{other:?}").to_lowercase(),
     }
 }

@@ -161,6 +161,9 @@ pub(super) fn describe(since: Duration, call: &WatchedCall, what: &What) -> Stri
             };
             format!("{file} {name} region={region} offset={within:#x} len={length} -> {end}")
         }
+        What::Map { file, length, offset, refusal } => {
+            format!("{file} mmap offset={offset:#x} len={length} -> {}", Failed(*refusal))
+        }
         _ => String::new(),
     };
     let taken = time(call.time).replace(' ', "");
@@ -181,6 +184,7 @@ impl Watcher for Watch {
             Some(What::Open { result, .. }) => result.is_err(),
             Some(What::Ioctl(captured)) => captured.result().is_err(),
             Some(What::Access { result, .. }) => result.is_err(),
+            Some(What::Map { .. }) => true,
             _ => false,
         };
         times.failed += u64::from(failed);

@@ -136,19 +136,21 @@ pub(crate) fn peek(address: u64) -> u8 {
 
 /// Maps a file.
 pub(crate) fn map_file(file: impl AsFd, length: usize) -> u64 {
+    try_map(file, length, libc::PROT_READ, libc::MAP_SHARED, 0).unwrap()
+}
+
+/// Maps a file, or says why not.
+pub(crate) fn try_map(
+    file: impl AsFd,
+    length: usize,
+    protection: i32,
+    flags: i32,
+    offset: i64,
+) -> Result<u64, Errno> {
+    let number = file.as_fd().as_raw_fd();
     // SAFETY: a new mapping disturbs nobody.
-    let address = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            length,
-            libc::PROT_READ,
-            libc::MAP_SHARED,
-            file.as_fd().as_raw_fd(),
-            0,
-        )
-    };
-    assert_ne!(address, libc::MAP_FAILED, "{}", errno());
-    address.addr() as u64
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, number, offset) };
+    if address == libc::MAP_FAILED { Err(errno()) } else { Ok(address.addr() as u64) }
 }
 
 /// A raw system call with up to four arguments.

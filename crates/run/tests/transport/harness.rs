@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use crate::calls::{close_number, system_call};
 
-/// No run of these tests takes a tenth of it on an idle machine.
+/// No run of these tests takes a tenth of it on an idle machine, but for the one that makes a million areas, which takes less than a half.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 const NOBODY: u32 = 65_534;

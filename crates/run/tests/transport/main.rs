@@ -34,12 +34,14 @@ fn trials() -> Vec<Trial> {
         for (name, _) in clients::CLIENTS {
             trials.push(trial(who, name, move || supervise(name, &How::of(who)).succeeded()));
         }
-        trials.push(
-            trial(who, "a_stalled_client_stops_nobody", move || {
-                supervise("stall", &How::of(who)).succeeded()
-            })
-            .with_ignored_flag(!harness::may_stall(who)),
-        );
+        for (name, client) in
+            [("a_stalled_client_stops_nobody", "stall"), ("stalled_clients_have_half", "stall_everything")]
+        {
+            trials.push(
+                trial(who, name, move || supervise(client, &How::of(who)).succeeded())
+                    .with_ignored_flag(!harness::may_stall(who)),
+            );
+        }
         trials.push(trial(who, "exit_status", exit_status(who)));
         trials.push(trial(who, "death_by_signal", death_by_signal(who)));
         trials.push(trial(who, "a_background_run_serves_as_well", move || {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, setpgid};
 
 use crate::calls::*;
 use crate::device::Machine;
@@ -172,6 +172,56 @@ pub(super) fn a_stalled_client_stops_nobody() {
         thread::sleep(Duration::from_millis(50));
     }
     panic!("the device is still busy");
+}
+
+/// More requests that wait for ever than there are workers, from many processes of one.
+pub(super) fn stalled_clients_have_half() {
+    const PROCESSES: usize = 8;
+    const THREADS: u64 = 150;
+    let workers = ioasid_run::Options::default().workers;
+    assert!(PROCESSES * THREADS as usize > workers);
+    let threads_of_server = || std::fs::read_dir(format!("/proc/{}/task", supervisor())).unwrap().count();
+    let iommu = open_iommu();
+    let storm = fork(|| {
+        setpgid(None, None).unwrap();
+        for _ in 0..PROCESSES {
+            fork(|| {
+                let memory = pages_that_never_come(THREADS);
+                thread::scope(|scope| {
+                    for number in 0..THREADS {
+                        let iommu = &iommu;
+                        scope.spawn(move || allocate_at(iommu, memory + number * PAGE));
+                    }
+                });
+            });
+        }
+        thread::sleep(Duration::from_secs(3600));
+    });
+    // Until all of them are stuck, or wait for their turn.
+    let start = Instant::now();
+    let mut last = 0;
+    while last < workers / 2 || threads_of_server() != last {
+        assert!(start.elapsed() < Duration::from_secs(40), "{last} of {workers}");
+        last = threads_of_server();
+        allocate(&iommu).unwrap();
+        thread::sleep(Duration::from_millis(200));
+    }
+    // A few that were started for us, and the one that watches.
+    assert!(last < workers / 2 + 32, "{last} of {workers}");
+    for _ in 0..100 {
+        allocate(&iommu).unwrap();
+    }
+    // And we may have many at once.
+    thread::scope(|scope| {
+        for _ in 0..50 {
+            scope.spawn(|| allocate(&iommu).unwrap());
+        }
+    });
+    kill_process_group(storm, Signal::KILL).unwrap();
+    assert_eq!(wait(storm).terminating_signal(), Some(libc::SIGKILL));
+    allocate(&iommu).unwrap();
+    drop(iommu);
+    expect_files_in_server(0);
 }
 
 pub(super) fn signals_do_not_repeat_calls() {

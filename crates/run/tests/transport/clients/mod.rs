@@ -21,6 +21,7 @@ pub(crate) const CLIENTS: &[(&str, fn())] = &[
     ("a_text_file_is_read_only", opening::text_file),
     ("foreign_and_closed_descriptors", opening::foreign_and_closed_descriptors),
     ("bad_pointers", opening::bad_pointers),
+    ("nothing_of_ours_can_be_mapped", opening::nothing_of_ours_can_be_mapped),
     ("duplicates_and_the_last_close", last_close::duplicates_and_the_last_close),
     ("close_before_the_next_call", last_close::close_before_the_next_call),
     ("forks_and_the_last_close", last_close::forks_and_the_last_close),
@@ -52,6 +53,7 @@ pub(crate) const CLIENTS: &[(&str, fn())] = &[
     ("descriptors_of_other_kinds", hostile::descriptors_of_other_kinds),
     ("everything_is_used_up", hostile::everything_is_used_up),
     ("forks_without_end", hostile::forks_without_end),
+    ("forks_that_take_everything", hostile::forks_that_take_everything),
 ];
 
 /// Those that tests run with a special expectation, or that clients exec.
@@ -63,6 +65,7 @@ const PROGRAMS: &[(&str, fn())] = &[
     ("await_interrupt", processes::await_interrupt),
     ("nest", processes::nest),
     ("stall", disturbed::a_stalled_client_stops_nobody),
+    ("stall_everything", disturbed::stalled_clients_have_half),
     ("after_exec", last_close::after_exec),
     ("after_exec_with_device", devices::after_exec_with_device),
 ];

@@ -155,6 +155,48 @@ pub(super) fn bad_pointers() {
     assert_eq!(allocate_at(&iommu, map_file(&file, PAGE)), Err(Errno::FAULT));
 }
 
+pub(super) fn nothing_of_ours_can_be_mapped() {
+    use libc::{MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE};
+    const PAGE: usize = 4096;
+    let memory = rustix::fs::memfd_create("memory", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&memory, PAGE as u64).unwrap();
+    let both = PROT_READ | PROT_WRITE;
+    // With none of our files open, nobody looks whose it is.
+    unmap(try_map(&memory, PAGE, both, MAP_SHARED, 0).unwrap(), PAGE);
+
+    let iommu = open_iommu();
+    let read_only = open("/dev/iommu", OFlags::RDONLY).unwrap();
+    let write_only = open("/dev/iommu", OFlags::WRONLY).unwrap();
+    let device = open("/dev/vfio/devices/vfio0", OFlags::RDWR).unwrap();
+    let region = 0x10a5_0000_0000_0000;
+    for (file, protection, flags, offset, refusal) in [
+        (&iommu, both, MAP_SHARED, 0, Errno::NXIO),
+        (&iommu, 0, libc::MAP_SHARED_VALIDATE, 1 << 30, Errno::NXIO),
+        (&iommu, PROT_READ, MAP_PRIVATE, 0, Errno::INVAL),
+        (&iommu, PROT_READ | PROT_EXEC, MAP_PRIVATE, 0, Errno::INVAL),
+        (&iommu, PROT_READ | PROT_EXEC, MAP_SHARED, 0, Errno::PERM),
+        (&iommu, both, MAP_SHARED, 1, Errno::INVAL),
+        (&iommu, both, 0, 0, Errno::INVAL),
+        (&read_only, PROT_READ, MAP_SHARED, 0, Errno::INVAL),
+        (&read_only, both, MAP_SHARED, 0, Errno::ACCESS),
+        (&write_only, PROT_WRITE, MAP_SHARED, 0, Errno::ACCESS),
+        (&device, both, MAP_SHARED, region, Errno::INVAL),
+        (&device, both, MAP_PRIVATE, region, Errno::INVAL),
+    ] {
+        assert_eq!(try_map(file, PAGE, protection, flags, offset), Err(refusal));
+    }
+    assert_eq!(try_map(&iommu, 0, both, MAP_SHARED, 0), Err(Errno::INVAL));
+
+    // Other files are mapped as ever, beside ours, and so is what is no file.
+    unmap(try_map(&memory, PAGE, both, MAP_SHARED, 0).unwrap(), PAGE);
+    unmap(try_map(&memory, PAGE, PROT_READ | PROT_EXEC, MAP_PRIVATE, 0).unwrap(), PAGE);
+    let null = open("/dev/null", OFlags::RDWR).unwrap();
+    assert_eq!(try_map(&null, PAGE, both, MAP_SHARED, 0), Err(Errno::NODEV));
+    unmap(pages(PAGE, both), PAGE);
+    drop((iommu, read_only, write_only, device));
+    assert_eq!(files_in_server(), 0);
+}
+
 pub(super) fn too_many_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let before = getrlimit(Resource::Nofile);
