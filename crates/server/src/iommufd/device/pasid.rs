@@ -50,7 +50,7 @@ impl BoundDevice {
     /// How many bits its PASIDs have; 0: it has none.
     pub(crate) fn pasid_bits(&self) -> u32 {
         match &self.behind {
-            Behind::Machine(machine) => machine.pasid_bits,
+            Behind::Machine { machine, .. } => machine.pasid_bits,
             Behind::Mock(mock) => mock.pasid_bits(),
         }
     }
@@ -182,7 +182,7 @@ impl BoundDevice {
     /// Who watches the requests with a PASID.
     fn watched_pasid(&self, pasid: Pasid) -> Option<Arc<Watched>> {
         match &self.behind {
-            Behind::Machine(machine) => machine.watched.as_ref().map(|watched| watched.pasid(pasid)),
+            Behind::Machine { machine, .. } => machine.watched.as_ref().map(|watched| watched.pasid(pasid)),
             Behind::Mock(_) => None,
         }
     }
