@@ -258,7 +258,8 @@ impl Pages {
                 files.behind(&**process, backing, start, length)?
             }
             Source::File(mapped) => {
-                if range.last() >= mapped.file.size()? {
+                // Whole pages are held: a page that the file ends in is none of it.
+                if range.last() | (PAGE_SIZE - 1) >= mapped.file.size()? {
                     return Err(Errno::INVAL);
                 }
                 (Arc::clone(&mapped.backing), start)

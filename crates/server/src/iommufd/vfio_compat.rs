@@ -141,7 +141,11 @@ impl Context {
             match IovaRange::with_length(command.iova, command.size) {
                 None => Err(Errno::OVERFLOW),
                 Some(range) if ioas.large_pages() => ioas.unmap(range),
-                Some(range) => ioas.unmap_cutting(range),
+                Some(range) => match ioas.unmap_cutting(range) {
+                    // An area that cannot be cut is found out before anything is unmapped.
+                    Err(error @ (Errno::INVAL | Errno::OPNOTSUPP | Errno::NOMEM)) => return Err(error),
+                    unmapped => unmapped,
+                },
             }
         };
         drop(ioas);
