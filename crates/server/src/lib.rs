@@ -37,8 +37,8 @@
 //! # Where it differs from Linux
 //!
 //! - Private memory of a client is reached through its process, not pinned (shared memory is its file's, if that can be
-//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
-//!   a file of hugetlbfs is a fault.
+//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's
+//!   access to a huge page that is not there yet, and that the pool has none for, is a fault too.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
 //! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
