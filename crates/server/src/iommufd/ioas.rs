@@ -42,7 +42,7 @@ use crate::limits::{Budget, Taken};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
-use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
+use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus, Listing};
 use tables::populate;
 
 pub(crate) use tables::TableUse;
@@ -461,24 +461,24 @@ impl Ioas {
     }
 
     /// What the address space holds, but for its number and its page table objects.
-    pub(crate) fn status(&self) -> AddressSpaceStatus {
+    pub(crate) fn status(&self, listing: &mut Listing) -> AddressSpaceStatus {
         let state = lock(&self.state);
-        let areas =
-            state.areas.iter().take(AddressSpaceStatus::AREAS_SHOWN).map(|(range, area)| AreaStatus {
-                first: format!("{:#x}", range.first()),
-                last: format!("{:#x}", range.last()),
-                permissions: match (
-                    area.permissions.contains(Permissions::READ),
-                    area.permissions.contains(Permissions::WRITE),
-                ) {
-                    (true, true) => "rw",
-                    (true, false) => "r",
-                    (false, _) => "w",
-                },
-                source: area.source.pages.describe(),
-                source_offset: format!("{:#x}", area.source.start()),
-                registered: area.memory.is_some(),
-            });
+        let shown = listing.take(state.areas.len().min(AddressSpaceStatus::AREAS_SHOWN));
+        let areas = state.areas.iter().take(shown).map(|(range, area)| AreaStatus {
+            first: format!("{:#x}", range.first()),
+            last: format!("{:#x}", range.last()),
+            permissions: match (
+                area.permissions.contains(Permissions::READ),
+                area.permissions.contains(Permissions::WRITE),
+            ) {
+                (true, true) => "rw",
+                (true, false) => "r",
+                (false, _) => "w",
+            },
+            source: area.source.pages.describe(),
+            source_offset: format!("{:#x}", area.source.start()),
+            registered: area.memory.is_some(),
+        });
         let statistics = state.space.statistics();
         let leaf = |&(size, count): &(PageSize, u64)| LeafStatus { size_bytes: size.bytes(), count };
         AddressSpaceStatus {

@@ -24,6 +24,7 @@ mod placement;
 pub(crate) mod testing;
 mod vfio_compat;
 
+use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -41,7 +42,7 @@ use crate::argument;
 use crate::limits::Allowance;
 use crate::memory::MemoryRegistry;
 use crate::observer::{Event, Observer};
-use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
+use crate::status::{AddressSpaceStatus, ContextStatus, Listing, Status, TableStatus};
 
 /// One open of `/dev/iommu`.
 #[derive(Debug)]
@@ -148,7 +149,12 @@ impl Context {
     pub(crate) fn tell_closing(&self, device: Option<usize>) {
         if let Some(observer) = &self.observer {
             let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
-            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+            let mut listing = Listing::new(Status::LISTED_AT_MOST);
+            observer.happened(&Event::Closing {
+                device,
+                context: &self.status(&mut listing),
+                accounts: &accounts,
+            });
         }
     }
 
@@ -206,24 +212,34 @@ impl Call<'_> {
 
 impl Context {
     /// What the context holds, for the status.
-    pub(crate) fn status(&self) -> ContextStatus {
+    pub(crate) fn status(&self, listing: &mut Listing) -> ContextStatus {
         let objects = self.objects.snapshot();
         let mut status = ContextStatus { number: self.number, ..ContextStatus::default() };
+        // Of an address space that is listed, the tables and the areas come after all spaces and devices.
+        let mut spaces = Vec::new();
         for (id, object) in &objects {
             match object {
-                Object::Ioas(ioas) => {
-                    let tables = objects.iter().filter_map(|(id, object)| match object {
-                        Object::Hwpt(hwpt) if hwpt.belongs_to(ioas) => {
-                            Some(TableStatus { id: *id, automatic: hwpt.is_automatic() })
-                        }
-                        _ => None,
-                    });
-                    let tables = tables.collect();
-                    status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
-                }
-                Object::Device(device) => status.devices.push(device.status(*id)),
-                Object::Hwpt(_) | Object::TestDevice(_) | Object::Access(_) => {}
+                Object::Ioas(ioas) if listing.take_one() => spaces.push((*id, ioas)),
+                Object::Device(device) if listing.take_one() => status.devices.push(device.status(*id)),
+                _ => {}
             }
+        }
+        let mut tables: HashMap<_, Vec<_>> =
+            spaces.iter().map(|(_, ioas)| (Arc::as_ptr(ioas), Vec::new())).collect();
+        for (id, object) in &objects {
+            let Object::Hwpt(hwpt) = object else { continue };
+            let Some(ioas) = hwpt.ioas() else { continue };
+            match tables.get_mut(&Arc::as_ptr(&ioas)) {
+                Some(of_space) if listing.take_one() => {
+                    of_space.push(TableStatus { id: *id, automatic: hwpt.is_automatic() });
+                }
+                Some(_) => {}
+                None => listing.leave_out(),
+            }
+        }
+        for (id, ioas) in spaces {
+            let tables = tables.remove(&Arc::as_ptr(ioas)).unwrap_or_default();
+            status.address_spaces.push(AddressSpaceStatus { id, tables, ..ioas.status(listing) });
         }
         status
     }
