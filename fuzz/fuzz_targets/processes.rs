@@ -45,15 +45,56 @@ enum Call {
     Limit(Option<u8>),
     Alloc(u8),
     Destroy(u8, u8),
-    Map { fd: u8, ioas: u8, page: u8, pages: u8, iova: u8, fixed: bool },
-    Copy { fd: u8, from: u8, to: u8, pages: u8, source: u8, destination: u8 },
-    Unmap { fd: u8, ioas: u8, pages: u8, iova: u8 },
+    Map {
+        fd: u8,
+        ioas: u8,
+        page: u8,
+        pages: u8,
+        iova: u8,
+        fixed: bool,
+    },
+    Copy {
+        fd: u8,
+        from: u8,
+        to: u8,
+        pages: u8,
+        source: u8,
+        destination: u8,
+    },
+    Unmap {
+        fd: u8,
+        ioas: u8,
+        pages: u8,
+        iova: u8,
+    },
     UnmapAll(u8, u8),
-    Table { fd: u8, device: u8, ioas: u8 },
+    Table {
+        fd: u8,
+        device: u8,
+        ioas: u8,
+        for_pasids: bool,
+    },
     Bind(u8, u8),
     Attach(u8, u8),
     Detach(u8),
-    Dma { fd: u8, page: u8, to_memory: bool },
+    AttachPasid {
+        fd: u8,
+        pasid: u8,
+        table: u8,
+    },
+    DetachPasid {
+        fd: u8,
+        pasid: u8,
+    },
+    UsePasid {
+        fd: u8,
+        pasid: Option<u8>,
+    },
+    Dma {
+        fd: u8,
+        page: u8,
+        to_memory: bool,
+    },
     Status,
 }
 
@@ -161,8 +202,9 @@ impl Machine {
                     iommufd::IoasUnmap { ioas_id: object(ioas), length: u64::MAX, ..Default::default() };
                 run(client, fd, command)
             }
-            Call::Table { fd, device, ioas } => {
+            Call::Table { fd, device, ioas, for_pasids } => {
                 let command = iommufd::HwptAlloc {
+                    flags: u32::from(for_pasids) * iommufd::HwptAllocFlags::PASID.bits(),
                     dev_id: object(device),
                     pt_id: object(ioas),
                     ..Default::default()
@@ -177,6 +219,20 @@ impl Machine {
                 run(client, fd, vfio::DeviceAttachIommufdPt { pt_id: object(table), ..Default::default() })
             }
             Call::Detach(fd) => run(client, fd, vfio::DeviceDetachIommufdPt::default()),
+            Call::AttachPasid { fd, pasid, table } => {
+                let (pasid, pt_id) = (u32::from(pasid % 4), object(table));
+                let command = vfio::DeviceAttachIommufdPt { flags: 1, pasid, pt_id, ..Default::default() };
+                run(client, fd, command)
+            }
+            Call::DetachPasid { fd, pasid } => {
+                let pasid = u32::from(pasid % 4);
+                run(client, fd, vfio::DeviceDetachIommufdPt { flags: 1, pasid, ..Default::default() })
+            }
+            Call::UsePasid { fd, pasid } => {
+                let value = pasid.map_or(0, |pasid| u64::from(pasid % 4) | 1 << 31);
+                let register = ioasid_server::REGION_MAGIC + 0xa0;
+                client.pwrite(descriptor(fd), register, &value.to_le_bytes()).map(drop)
+            }
             Call::Dma { fd, page, to_memory } => {
                 let region = |index: u64| ioasid_server::REGION_MAGIC | index << 40;
                 client.pwrite(descriptor(fd), region(7) + 4, &[6, 0])?;

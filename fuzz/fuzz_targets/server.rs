@@ -33,40 +33,218 @@ enum Call {
     OpenIommu,
     OpenDevice(u8),
     Close(Fd),
-    Protect { page: u8, pages: u8, writable: bool },
-    Raw { fd: Fd, number: Number, bytes: Vec<u8> },
-    Pointer { fd: Fd, number: Number, address: Address },
-    Destroy { fd: Fd, id: Id },
-    IoasAlloc { fd: Fd },
-    Map { fd: Fd, ioas: Id, flags: Flags, address: Address, length: Length, iova: Address },
-    MapFile { fd: Fd, ioas: Id, flags: Flags, file: Fd, start: Address, length: Length, iova: Address },
-    Copy { fd: Fd, from: Id, to: Id, flags: Flags, source: Address, length: Length, destination: Address },
-    Unmap { fd: Fd, ioas: Id, iova: Address, length: Length },
-    UnmapAll { fd: Fd, ioas: Id },
-    Ranges { fd: Fd, ioas: Id, room: u8, array: Address },
-    Allow { fd: Fd, ioas: Id, ranges: Vec<(Address, Length)> },
-    Option { fd: Fd, option: u8, op: u8, object: Id, value: u8 },
-    HwptAlloc { fd: Fd, device: Id, parent: Id, flags: u8 },
-    ChangeProcess { fd: Fd },
-    VfioIoas { fd: Fd, op: u8, ioas: Id },
+    Protect {
+        page: u8,
+        pages: u8,
+        writable: bool,
+    },
+    Raw {
+        fd: Fd,
+        number: Number,
+        bytes: Vec<u8>,
+    },
+    Pointer {
+        fd: Fd,
+        number: Number,
+        address: Address,
+    },
+    Destroy {
+        fd: Fd,
+        id: Id,
+    },
+    IoasAlloc {
+        fd: Fd,
+    },
+    Map {
+        fd: Fd,
+        ioas: Id,
+        flags: Flags,
+        address: Address,
+        length: Length,
+        iova: Address,
+    },
+    MapFile {
+        fd: Fd,
+        ioas: Id,
+        flags: Flags,
+        file: Fd,
+        start: Address,
+        length: Length,
+        iova: Address,
+    },
+    Copy {
+        fd: Fd,
+        from: Id,
+        to: Id,
+        flags: Flags,
+        source: Address,
+        length: Length,
+        destination: Address,
+    },
+    Unmap {
+        fd: Fd,
+        ioas: Id,
+        iova: Address,
+        length: Length,
+    },
+    UnmapAll {
+        fd: Fd,
+        ioas: Id,
+    },
+    Ranges {
+        fd: Fd,
+        ioas: Id,
+        room: u8,
+        array: Address,
+    },
+    Allow {
+        fd: Fd,
+        ioas: Id,
+        ranges: Vec<(Address, Length)>,
+    },
+    Option {
+        fd: Fd,
+        option: u8,
+        op: u8,
+        object: Id,
+        value: u8,
+    },
+    HwptAlloc {
+        fd: Fd,
+        device: Id,
+        parent: Id,
+        flags: u8,
+    },
+    ChangeProcess {
+        fd: Fd,
+    },
+    VfioIoas {
+        fd: Fd,
+        op: u8,
+        ioas: Id,
+    },
     /// CHECK_EXTENSION and SET_IOMMU.
-    VfioNumber { fd: Fd, set: bool, value: u8 },
-    VfioInfo { fd: Fd, room: u8, address: Address },
-    VfioMap { fd: Fd, flags: u8, address: Address, length: Length, iova: Address },
-    VfioUnmap { fd: Fd, flags: u8, iova: Address, length: Length },
-    TrackWrites { fd: Fd, table: Id, flags: u8 },
-    Written { fd: Fd, table: Id, flags: u8, iova: Address, length: Length, page: u8, bitmap: Address },
-    HwInfo { fd: Fd, device: Id, room: u16, address: Address },
-    AddReserved { fd: Fd, ioas: Id, start: Address, length: Length },
-    CheckRefs { fd: Fd, address: Address, pages: u8, refs: u8 },
-    Test { fd: Fd, op: u8, id: u8, payload: [Word; 6] },
-    Bind { fd: Fd, iommu: Fd },
-    Attach { fd: Fd, table: Id },
-    Detach { fd: Fd },
-    Reset { fd: Fd },
-    Read { fd: Fd, index: u8, offset: u32, length: u8 },
-    Write { fd: Fd, index: u8, offset: u32, bytes: Vec<u8> },
-    Dma { fd: Fd, iova: Address, length: u16, to_memory: bool, wait: bool },
+    VfioNumber {
+        fd: Fd,
+        set: bool,
+        value: u8,
+    },
+    VfioInfo {
+        fd: Fd,
+        room: u8,
+        address: Address,
+    },
+    VfioMap {
+        fd: Fd,
+        flags: u8,
+        address: Address,
+        length: Length,
+        iova: Address,
+    },
+    VfioUnmap {
+        fd: Fd,
+        flags: u8,
+        iova: Address,
+        length: Length,
+    },
+    TrackWrites {
+        fd: Fd,
+        table: Id,
+        flags: u8,
+    },
+    Written {
+        fd: Fd,
+        table: Id,
+        flags: u8,
+        iova: Address,
+        length: Length,
+        page: u8,
+        bitmap: Address,
+    },
+    HwInfo {
+        fd: Fd,
+        device: Id,
+        room: u16,
+        address: Address,
+    },
+    AddReserved {
+        fd: Fd,
+        ioas: Id,
+        start: Address,
+        length: Length,
+    },
+    CheckRefs {
+        fd: Fd,
+        address: Address,
+        pages: u8,
+        refs: u8,
+    },
+    Test {
+        fd: Fd,
+        op: u8,
+        id: u8,
+        payload: [Word; 6],
+    },
+    Bind {
+        fd: Fd,
+        iommu: Fd,
+    },
+    Attach {
+        fd: Fd,
+        table: Id,
+    },
+    Detach {
+        fd: Fd,
+    },
+    AttachPasid {
+        fd: Fd,
+        pasid: Number20,
+        table: Id,
+    },
+    DetachPasid {
+        fd: Fd,
+        pasid: Number20,
+    },
+    /// Chooses the PASID of a device's transfers.
+    UsePasid {
+        fd: Fd,
+        pasid: Option<Number20>,
+    },
+    /// The PASID operations of the test-only command, and a device for them.
+    MockDevice {
+        fd: Fd,
+        table: Id,
+        flags: u8,
+    },
+    MockPasid {
+        fd: Fd,
+        op: u8,
+        device: Id,
+        pasid: Number20,
+        table: Id,
+    },
+    Reset {
+        fd: Fd,
+    },
+    Read {
+        fd: Fd,
+        index: u8,
+        offset: u32,
+        length: u8,
+    },
+    Write {
+        fd: Fd,
+        index: u8,
+        offset: u32,
+        bytes: Vec<u8>,
+    },
+    Dma {
+        fd: Fd,
+        iova: Address,
+        length: u16,
+        to_memory: bool,
+        wait: bool,
+    },
     Truncate(u8),
     Status,
 }
@@ -109,6 +287,22 @@ struct Id(u8);
 impl Id {
     fn get(self) -> u32 {
         u32::from(self.0 % 12)
+    }
+}
+
+/// A PASID: one of a few, the largest, the one that the mock hardware treats in its own way, or none that exists.
+#[derive(Arbitrary, Debug, Clone, Copy)]
+struct Number20(u8);
+
+impl Number20 {
+    fn get(self) -> u32 {
+        match self.0 {
+            0xff => u32::MAX,
+            0xfe => 1 << 20,
+            0xfd => (1 << 20) - 1,
+            0xf0..=0xfc => iommufd_test::PASID_RESERVED,
+            number => u32::from(number % 4),
+        }
     }
 }
 
@@ -359,7 +553,7 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
             },
         ),
         Call::HwptAlloc { fd, device, parent, flags } => {
-            let (flags, dev_id, pt_id) = (u32::from(flags % 4) & 2, device.get(), parent.get());
+            let (flags, dev_id, pt_id) = (u32::from(flags) & 10, device.get(), parent.get());
             run(client, fd, iommufd::HwptAlloc { flags, dev_id, pt_id, ..Default::default() });
         }
         Call::ChangeProcess { fd } => run(client, fd, iommufd::IoasChangeProcess::default()),
@@ -445,6 +639,31 @@ fn perform(server: &Arc<Server>, client: &InProcess, file: &rustix::fd::OwnedFd,
             run(client, fd, vfio::DeviceAttachIommufdPt { pt_id: table.get(), ..Default::default() });
         }
         Call::Detach { fd } => run(client, fd, vfio::DeviceDetachIommufdPt::default()),
+        Call::AttachPasid { fd, pasid, table } => {
+            let (pasid, pt_id) = (pasid.get(), table.get());
+            run(client, fd, vfio::DeviceAttachIommufdPt { flags: 1, pasid, pt_id, ..Default::default() });
+        }
+        Call::DetachPasid { fd, pasid } => {
+            let pasid = pasid.get();
+            run(client, fd, vfio::DeviceDetachIommufdPt { flags: 1, pasid, ..Default::default() });
+        }
+        Call::UsePasid { fd, pasid } => {
+            let value = pasid.map_or(0, |pasid| u64::from(pasid.get()) | 1 << 31);
+            let _ = client.pwrite(fd.get(), region(0, 0xa0), &value.to_le_bytes());
+        }
+        Call::MockDevice { fd, table, flags } => {
+            let dev_flags = u32::from(flags) & 5;
+            test(client, fd, table.get(), &iommufd_test::MockDomainFlags { dev_flags, ..Default::default() });
+        }
+        Call::MockPasid { fd, op, device, pasid, table } => {
+            let op = iommufd_test::OP_PASID_ATTACH + u32::from(op % 4);
+            let payload = [u64::from(pasid.get()) | u64::from(table.get()) << 32, 0, 0, 0, 0, 0];
+            run(
+                client,
+                fd,
+                iommufd_test::TestCommand { op, id: device.get(), payload, ..Default::default() },
+            );
+        }
         Call::Reset { fd } => drop(client.ioctl(fd.get(), vfio::DEVICE_RESET, 0)),
         Call::Read { fd, index, offset, length } => {
             let _ = client.pread(fd.get(), region(index, offset.into()), length.into());

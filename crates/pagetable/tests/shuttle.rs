@@ -209,11 +209,8 @@ unsafe impl TableMemory<AtomicU64> for Pages {
     unsafe fn free(&self, table: NonNull<AtomicU64>, layout: TableLayout, empty: bool) {
         for index in 0..if empty { layout.entries } else { 0 } {
             // SAFETY: still allocated.
-            assert_eq!(
-                unsafe { table.add(index).as_ref().raw_load() },
-                0,
-                "not as empty as it was said to be"
-            );
+            let entry = unsafe { table.add(index).as_ref().raw_load() };
+            assert_eq!(entry, 0, "not as empty as it was said to be");
         }
         let mut books = self.books();
         let page = books.get_mut(&self.address(table)).unwrap();
@@ -511,7 +508,7 @@ impl<F: Format> World<F> {
             let found = world.radix.walk(page * PAGE).ok().map(|leaf| leaf.output(page * PAGE).get());
             assert_eq!(found, log.settled(page), "page {page:#x}");
         }
-        for (&page, _) in &log.written {
+        for &page in log.written.keys() {
             let leaf = world.radix.walk(page * PAGE).unwrap();
             assert!(leaf.attributes.contains(Attributes::DIRTY), "a write to page {page:#x} is lost");
         }

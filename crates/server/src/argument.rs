@@ -90,6 +90,23 @@ pub(crate) fn receive_argsz<T: Command>(client: &dyn Client, address: u64) -> Re
     Ok(command)
 }
 
+/// Copies what a later version of a VFIO structure has behind the first one's end, for a command whose flags say that it is
+/// there.
+///
+/// # Errors
+/// `EINVAL` if the client has less; `EFAULT`.
+pub(crate) fn receive_rest<T: Command>(
+    client: &dyn Client,
+    address: u64,
+    command: &mut T,
+) -> Result<(), Errno> {
+    if argsz(command) < T::SIZE {
+        return Err(Errno::INVAL);
+    }
+    let rest = address.checked_add(T::MIN_SIZE as u64).ok_or(Errno::FAULT)?;
+    client.read(rest, &mut command.as_mut_bytes()[T::MIN_SIZE..T::SIZE])
+}
+
 /// Writes as much of `answer` as the client has room for: `user_size` bytes.
 pub(crate) fn respond<T: Command>(
     client: &dyn Client,

@@ -47,7 +47,7 @@
 //! - A client cannot grow the server without bound: files, objects and areas are limited for each client and for all
 //!   together ([`Limits`], which also says how much memory that is), and arguments to 64 KiB. Beyond that, `EMFILE`,
 //!   `ENFILE`, `ENOMEM` or `E2BIG`.
-//! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting, PASIDs and fault queues.
+//! - Absent so far: interrupts, mapping of device regions, groups and containers, nesting and fault queues.
 //!   Their commands are known, and refused with the error of a kernel without the capability. Dirty tracking has the
 //!   precision of leaves, and is absent from the native kind of table.
 //!
@@ -55,7 +55,7 @@
 //!
 //! Everything may be called from several threads. Locks are taken in this order, and none is held while client memory
 //! is read or written for a call: a device file's state and attachment, the space of an access, an address space's areas,
-//! what an access has pinned, a page table object, a context's table of objects, the registry of memory, an account.
+//! what an access has pinned, a page table object, a context's table of objects, the registry of memory, an account, the PASIDs.
 //! The engine's own locks are innermost. Of several address spaces, which only IOAS_CHANGE_PROCESS locks together, the
 //! lower number comes first.
 //!
@@ -67,6 +67,7 @@
 mod argument;
 mod client;
 pub mod decode;
+mod dma;
 mod in_process;
 mod iommufd;
 mod limits;
@@ -86,6 +87,7 @@ use ioasid_soft::edu::EduError;
 use ioasid_soft::iommu::RidTaken;
 
 use crate::iommufd::Context;
+use crate::iommufd::pasids::Pasids;
 use crate::iommufd::testing::{AccessFile, DmaBuf};
 use crate::limits::{Allowance, Allowances, Taken};
 use crate::memory::MemoryRegistry;
@@ -97,12 +99,12 @@ pub use client::{Client, Descriptor, Process};
 pub use in_process::InProcess;
 pub use ioasid::{LateBound, MemoryGone};
 pub use ioasid_soft::iommu::{TableKind, UnknownTableKind};
-pub use observer::{Event, MemoryAt, MemoryOwner, Observer};
+pub use observer::{Event, MemoryAt, MemoryOwner, Observer, Requester};
 pub use options::{DeviceOptions, Limit, Limits, OptionsError, ServerOptions};
 pub use rustix::io::Errno;
 pub use status::{
-    AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, Status,
-    TableStatus,
+    AccountStatus, AddressSpaceStatus, AreaStatus, ContextStatus, DeviceStatus, LeafStatus, PasidStatus,
+    Status, TableStatus,
 };
 
 /// High bits of the offset of every device region, so that a transport's filter can recognise `pread`/`pwrite` on
@@ -116,6 +118,7 @@ pub const REGION_MAGIC_MASK: u64 = 0xffff_0000_0000_0000;
 #[derive(Debug)]
 pub struct Server {
     memory: Arc<MemoryRegistry>,
+    pasids: Arc<Pasids>,
     devices: Vec<Arc<MachineDevice>>,
     contexts: Mutex<Contexts>,
     allowances: Allowances,
@@ -212,7 +215,8 @@ impl Server {
         let memory = Arc::new(MemoryRegistry::new(Bus::new()));
         let allowances = Allowances::new(options.limits);
         let test_devices = options.test_devices;
-        Ok(Arc::new(Self { memory, devices, contexts: Mutex::default(), allowances, observer, test_devices }))
+        let (pasids, contexts) = (Arc::default(), Mutex::default());
+        Ok(Arc::new(Self { memory, pasids, devices, contexts, allowances, observer, test_devices }))
     }
 
     /// Opens `path` for `client`. `None`: not a path of ours; the client's own kernel should open it.
@@ -255,7 +259,9 @@ impl Server {
         let memory = Arc::clone(&self.memory);
         let allowance = Arc::clone(allowance);
         let observer = self.observer.clone();
-        let context = Arc::new(Context::new(contexts.opened, memory, allowance, self.test_devices, observer));
+        let pasids = Arc::clone(&self.pasids);
+        let number = contexts.opened;
+        let context = Arc::new(Context::new(number, memory, pasids, allowance, self.test_devices, observer));
         contexts.living.retain(|context| context.strong_count() > 0);
         contexts.living.push(Arc::downgrade(&context));
         context

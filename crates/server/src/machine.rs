@@ -1,16 +1,17 @@
 //! Putting the machine together: each device of the options behind the IOMMU.
 //!
 //! One software IOMMU serves all devices, as one unit serves a whole bus; which table a device walks is its own
-//! property. A device model is given the port through which it does DMA, and knows nothing else of all this.
+//! property. A device model is given the ports through which it does DMA, and knows nothing else of all this.
 
 use std::sync::Arc;
 
 use ioasid::{Iommu, Rid};
-use ioasid_soft::dma::DmaPort;
 use ioasid_soft::edu::{Edu, EduOptions};
 use ioasid_soft::iommu::SoftIommu;
+use ioasid_soft::pci::PciDevice;
 
-use crate::observer::{Observer, Watched, WatchedPort};
+use crate::dma::{DevicePasids, DevicePort, DmaFaults};
+use crate::observer::{Observer, WatchedDevice};
 use crate::vfio::MachineDevice;
 use crate::{DeviceOptions, ServerError};
 
@@ -33,14 +34,36 @@ pub(crate) fn devices(
     let device = |(number, (options, rid)): (usize, (DeviceOptions, Rid))| {
         let port = iommu.add_device(rid, options.table)?;
         let edu_options = EduOptions { dma_mask_bits: options.dma_mask_bits, ..EduOptions::default() };
-        let watched = observer.map(|observer| Watched::new(rid, Arc::clone(observer)));
-        let dma: Arc<dyn DmaPort> = match &watched {
-            Some(watched) => Arc::new(WatchedPort { port: Arc::clone(&port), watched: Arc::clone(watched) }),
-            None => Arc::clone(&port) as _,
+        let watched = observer.map(|observer| Arc::new(WatchedDevice::new(rid, observer)));
+        let faults = Arc::new(DmaFaults::default());
+        let plain = DevicePort {
+            port,
+            faults: Arc::clone(&faults),
+            watched: watched.as_ref().map(|watched| Arc::clone(watched.plain())),
         };
-        let model = Arc::new(Edu::new(dma, edu_options)?);
-        let behind = Arc::clone(&iommu) as Arc<dyn Iommu>;
-        Ok(Arc::new(MachineDevice::new(number, rid, model, port, behind, watched)))
+        let pasids = DevicePasids {
+            iommu: Arc::clone(&iommu),
+            device: rid,
+            bits: options.pasid_bits,
+            faults: Arc::clone(&faults),
+            watched: watched.clone(),
+        };
+        let model: Arc<dyn PciDevice> = match options.pasid_bits {
+            0 => Arc::new(Edu::new(Arc::new(plain), edu_options)?),
+            _ => Arc::new(Edu::with_pasids(Arc::new(plain), Arc::new(pasids), edu_options)?),
+        };
+        let iommu = Arc::clone(&iommu) as Arc<dyn Iommu>;
+        let pasid_bits = options.pasid_bits;
+        Ok(Arc::new(MachineDevice {
+            number,
+            rid,
+            model,
+            faults,
+            iommu,
+            pasid_bits,
+            bound: false.into(),
+            watched,
+        }))
     };
     options.into_iter().zip(rids).enumerate().map(device).collect()
 }

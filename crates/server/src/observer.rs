@@ -6,22 +6,23 @@
 //!
 //! # Order
 //!
-//! Events of one device are told in an order in which they can have happened: a DMA that was let through comes after the map
+//! Events of one [`Requester`] are told in an order in which they can have happened: a DMA that was let through comes after the map
 //! that let it through and before the unmap that ended it, and one that was refused stands where it was refused. The lock of
-//! an address space orders maps and unmaps. DMA takes no lock of the server, so each watched device has a *gate*: DMA goes
+//! an address space orders maps and unmaps. DMA takes no lock of the server, so each has a *gate*: DMA goes
 //! through it side by side, changes go through it side by side, but never both at once, and each tells its event before
 //! it leaves. Nobody waits at a gate for longer than [`PATIENCE`]: a device may be copying memory whose owner does not answer, and then
 //! the program shall run on as it would unwatched, and the order of that one DMA is a guess.
 //!
 //! Without an observer devices have no gate, and their DMA does not come by here.
 
-use std::fmt::Debug;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::fmt::{self, Debug};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use ioasid::pasid::Pasid;
 use ioasid::{IovaRange, Permissions, Rid};
-use ioasid_soft::dma::{DmaFault, DmaPort};
-use ioasid_soft::iommu::Port;
+use ioasid_soft::dma::DmaFault;
 
 use crate::poison::lock;
 use crate::status::{AccountStatus, ContextStatus};
@@ -38,6 +39,23 @@ pub trait Observer: Send + Sync + Debug {
     fn happened(&self, event: &Event<'_>);
 }
 
+/// Whose DMA it is: a device's requests without a PASID, or those with a certain one. What the one reaches has nothing to do with
+/// what the other does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Requester {
+    /// The device.
+    pub device: Rid,
+    /// The PASID of the requests, if they have one.
+    pub pasid: Option<Pasid>,
+}
+
+impl fmt::Display for Requester {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.device)?;
+        self.pasid.map_or(Ok(()), |pasid| write!(f, " with PASID {pasid}"))
+    }
+}
+
 /// What has happened.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -45,13 +63,13 @@ pub enum Event<'a> {
     /// The device's DMA goes through an address space from now on; if it went through another one before, what was mapped
     /// there has been told as unmapped. What is mapped follows.
     Attached {
-        /// The device.
-        device: Rid,
+        /// Whose DMA.
+        requester: Requester,
     },
     /// The device reaches memory.
     Mapped {
-        /// The device.
-        device: Rid,
+        /// Whose DMA.
+        requester: Requester,
         /// At these addresses.
         range: IovaRange,
         /// What it reaches at the first of them.
@@ -61,8 +79,8 @@ pub enum Event<'a> {
     },
     /// The device reaches it no more. One event may end several maps that follow each other and had the same permissions.
     Unmapped {
-        /// The device.
-        device: Rid,
+        /// Whose DMA.
+        requester: Requester,
         /// At these addresses.
         range: IovaRange,
         /// What it was allowed to do.
@@ -70,13 +88,13 @@ pub enum Event<'a> {
     },
     /// The device's DMA is blocked from now on.
     Detached {
-        /// The device.
-        device: Rid,
+        /// Whose DMA.
+        requester: Requester,
     },
     /// The device has read or written memory, or tried to.
     Dma {
-        /// The device.
-        device: Rid,
+        /// Whose DMA.
+        requester: Requester,
         /// First address.
         iova: u64,
         /// Bytes, at least 1.
@@ -117,10 +135,10 @@ pub enum MemoryOwner {
     Nothing,
 }
 
-/// A device that is watched.
+/// A device's requests, with one PASID or without, that are watched.
 #[derive(Debug)]
 pub(crate) struct Watched {
-    device: Rid,
+    requester: Requester,
     observer: Arc<dyn Observer>,
     inside: Mutex<Inside>,
     left: Condvar,
@@ -138,8 +156,8 @@ struct Inside {
 pub(crate) struct Changing<'a>(&'a Watched);
 
 impl Watched {
-    pub(crate) fn new(device: Rid, observer: Arc<dyn Observer>) -> Arc<Self> {
-        Arc::new(Self { device, observer, inside: Mutex::default(), left: Condvar::new() })
+    fn new(requester: Requester, observer: Arc<dyn Observer>) -> Arc<Self> {
+        Arc::new(Self { requester, observer, inside: Mutex::default(), left: Condvar::new() })
     }
 
     /// Keeps the device's DMA away until the change is told. Changes do not keep each other away.
@@ -156,21 +174,21 @@ impl Watched {
     }
 
     pub(crate) fn attached(&self) {
-        self.observer.happened(&Event::Attached { device: self.device });
+        self.observer.happened(&Event::Attached { requester: self.requester });
     }
 
     pub(crate) fn detached(&self) {
-        self.observer.happened(&Event::Detached { device: self.device });
+        self.observer.happened(&Event::Detached { requester: self.requester });
     }
 
     pub(crate) fn mapped(&self, range: IovaRange, memory: MemoryAt, permissions: Permissions) {
-        self.observer.happened(&Event::Mapped { device: self.device, range, memory, permissions });
+        self.observer.happened(&Event::Mapped { requester: self.requester, range, memory, permissions });
     }
 
     /// Tells that areas have gone, in the order of their addresses: those that follow each other at once.
     pub(crate) fn unmapped(&self, areas: impl Iterator<Item = (IovaRange, Permissions)>) {
         let tell = |(range, permissions)| {
-            self.observer.happened(&Event::Unmapped { device: self.device, range, permissions });
+            self.observer.happened(&Event::Unmapped { requester: self.requester, range, permissions });
         };
         let mut run: Option<(IovaRange, Permissions)> = None;
         for (range, permissions) in areas {
@@ -188,23 +206,9 @@ impl Watched {
         }
         run.into_iter().for_each(tell);
     }
-}
 
-impl Drop for Changing<'_> {
-    fn drop(&mut self) {
-        self.0.leave(|inside| inside.changes -= 1);
-    }
-}
-
-/// The port of a watched device.
-#[derive(Debug)]
-pub(crate) struct WatchedPort {
-    pub(crate) port: Arc<Port>,
-    pub(crate) watched: Arc<Watched>,
-}
-
-impl WatchedPort {
-    fn tell(
+    /// Does a DMA and tells of it.
+    pub(crate) fn dma(
         &self,
         iova: u64,
         length: usize,
@@ -214,24 +218,55 @@ impl WatchedPort {
         if length == 0 {
             return transfer();
         }
-        let watched = &*self.watched;
-        let inside = lock(&watched.inside);
-        let waited = watched.left.wait_timeout_while(inside, PATIENCE, |inside| inside.changes > 0);
+        let inside = lock(&self.inside);
+        let waited = self.left.wait_timeout_while(inside, PATIENCE, |inside| inside.changes > 0);
         waited.unwrap_or_else(PoisonError::into_inner).0.dma += 1;
         let result = transfer();
-        let (device, length) = (watched.device, length as u64);
-        watched.observer.happened(&Event::Dma { device, iova, length, write, result });
-        watched.leave(|inside| inside.dma -= 1);
+        let (requester, length) = (self.requester, length as u64);
+        self.observer.happened(&Event::Dma { requester, iova, length, write, result });
+        self.leave(|inside| inside.dma -= 1);
         result
     }
 }
 
-impl DmaPort for WatchedPort {
-    fn read(&self, iova: u64, buffer: &mut [u8]) -> Result<(), DmaFault> {
-        self.tell(iova, buffer.len(), false, || self.port.read(iova, buffer))
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.leave(|inside| inside.changes -= 1);
+    }
+}
+
+/// Who watches a device: its requests with a PASID and those without are watched one by one.
+#[derive(Debug)]
+pub(crate) struct WatchedDevice {
+    plain: Arc<Watched>,
+    /// Those that are attached, or that the device has a port for.
+    pasids: Mutex<HashMap<Pasid, Weak<Watched>>>,
+}
+
+impl WatchedDevice {
+    pub(crate) fn new(device: Rid, observer: &Arc<dyn Observer>) -> Self {
+        let plain = Watched::new(Requester { device, pasid: None }, Arc::clone(observer));
+        Self { plain, pasids: Mutex::default() }
     }
 
-    fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault> {
-        self.tell(iova, bytes.len(), true, || self.port.write(iova, bytes))
+    /// The requests without a PASID.
+    pub(crate) fn plain(&self) -> &Arc<Watched> {
+        &self.plain
+    }
+
+    /// The requests with a PASID. It is the same for all who have it at the same time.
+    pub(crate) fn pasid(&self, pasid: Pasid) -> Arc<Watched> {
+        let mut pasids = lock(&self.pasids);
+        if let Some(known) = pasids.get(&pasid).and_then(Weak::upgrade) {
+            return known;
+        }
+        // A sweep at a power of two is rare, and leaves no more than are in use.
+        if pasids.len().is_power_of_two() {
+            pasids.retain(|_, watched| watched.strong_count() > 0);
+        }
+        let requester = Requester { device: self.plain.requester.device, pasid: Some(pasid) };
+        let watched = Watched::new(requester, Arc::clone(&self.plain.observer));
+        pasids.insert(pasid, Arc::downgrade(&watched));
+        watched
     }
 }

@@ -1,5 +1,6 @@
 //! What the imaginary machine has: its devices and how their IOMMU stores page tables.
 
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use ioasid_soft::iommu::{TableKind, UnknownTableKind};
@@ -44,7 +45,7 @@ pub struct Limits {
     /// Open files: of `/dev/iommu` and of devices; with test devices of accesses and dma-bufs. `EMFILE` for one client, `ENFILE`
     /// for all.
     pub files: Limit,
-    /// I/O address spaces, page tables and bound devices; with test devices mock devices (two each) and accesses. `ENOMEM`.
+    /// I/O address spaces, page tables, bound devices and PASIDs that are attached; with test devices mock devices (two each) and accesses. `ENOMEM`.
     pub objects: Limit,
     /// Areas, which is what one map call makes or what is left of it on either side of a cut, and ranges in which automatic
     /// placement is allowed; with test devices also reserved ranges, and the pieces of pins. Memory that is registered for a device
@@ -126,7 +127,8 @@ impl Default for ServerOptions {
 /// ```
 /// use ioasid_server::{DeviceOptions, TableKind};
 /// let options: DeviceOptions = "edu:table=vtd,dma-mask=40".parse()?;
-/// assert_eq!(options, DeviceOptions { table: TableKind::VtdSecondStage, dma_mask_bits: 40 });
+/// let expected = DeviceOptions { table: TableKind::VtdSecondStage, dma_mask_bits: 40, ..DeviceOptions::default() };
+/// assert_eq!(options, expected);
 /// # Ok::<(), ioasid_server::OptionsError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,11 +137,13 @@ pub struct DeviceOptions {
     pub table: TableKind,
     /// How many low bits of a memory address the device drives, 12 to 64; edu's default is 28.
     pub dma_mask_bits: u32,
+    /// How many bits the device's PASIDs have, 1 to 20; 0: it has none.
+    pub pasid_bits: u32,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { table: TableKind::Native, dma_mask_bits: 28 }
+        Self { table: TableKind::Native, dma_mask_bits: 28, pasid_bits: 20 }
     }
 }
 
@@ -150,7 +154,7 @@ pub enum OptionsError {
     #[error("unknown device model {0:?}; there is \"edu\"")]
     UnknownModel(String),
     /// A setting has an unknown name or no value.
-    #[error("unknown device setting {0:?}; there are table=KIND and dma-mask=12..64")]
+    #[error("unknown device setting {0:?}; there are table=KIND, dma-mask=12..64 and pasids=0..20")]
     UnknownSetting(String),
     /// A limit has an unknown name or no number.
     #[error("bad limit {0:?}; there are files, objects and areas, as in areas=1000 or areas=1000:5000")]
@@ -180,17 +184,19 @@ impl FromStr for DeviceOptions {
         for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
             match setting.split_once('=') {
                 Some(("table", kind)) => options.table = kind.parse()?,
-                Some(("dma-mask", value)) => {
-                    options.dma_mask_bits =
-                        value.parse().ok().filter(|bits| (12..=64).contains(bits)).ok_or_else(|| {
-                            OptionsError::BadValue { setting: "dma-mask", value: value.to_owned() }
-                        })?;
-                }
+                Some(("dma-mask", value)) => options.dma_mask_bits = bits("dma-mask", value, 12..=64)?,
+                Some(("pasids", value)) => options.pasid_bits = bits("pasids", value, 0..=20)?,
                 _ => return Err(OptionsError::UnknownSetting(setting.to_owned())),
             }
         }
         Ok(options)
     }
+}
+
+/// A number of bits, of those that are possible.
+fn bits(setting: &'static str, value: &str, possible: RangeInclusive<u32>) -> Result<u32, OptionsError> {
+    let bits = value.parse().ok().filter(|bits| possible.contains(bits));
+    bits.ok_or_else(|| OptionsError::BadValue { setting, value: value.to_owned() })
 }
 
 #[cfg(test)]
@@ -209,13 +215,12 @@ mod tests {
     fn settings_are_parsed_and_bad_ones_named() {
         assert_eq!("edu".parse(), Ok(DeviceOptions::default()));
         assert_eq!(
-            "edu:dma-mask=64,table=native".parse(),
-            Ok(DeviceOptions { table: TableKind::Native, dma_mask_bits: 64 })
+            "edu:dma-mask=64,table=native,pasids=0".parse(),
+            Ok(DeviceOptions { table: TableKind::Native, dma_mask_bits: 64, pasid_bits: 0 })
         );
         assert_eq!("ioat".parse::<DeviceOptions>(), Err(OptionsError::UnknownModel("ioat".to_owned())));
-        for bad in ["edu:dma-mask=11", "edu:dma-mask=65", "edu:dma-mask=x", "edu:table=arm", "edu:colour=red"]
-        {
-            assert!(bad.parse::<DeviceOptions>().is_err(), "{bad}");
+        for bad in ["dma-mask=11", "dma-mask=65", "dma-mask=x", "pasids=21", "table=arm", "colour=red"] {
+            assert!(format!("edu:{bad}").parse::<DeviceOptions>().is_err(), "{bad}");
         }
     }
 }

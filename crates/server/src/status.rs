@@ -100,12 +100,30 @@ pub struct DeviceStatus {
     pub id: u32,
     /// Its file.
     pub path: String,
-    /// The object number of the page table that it is attached to.
+    /// The object number of the page table that its requests without a PASID are attached to.
     pub attached_to: Option<u32>,
+    /// How many of its PASIDs are attached.
+    pub pasid_count: usize,
+    /// The first of them, at most [`DeviceStatus::PASIDS_SHOWN`].
+    pub pasids: Vec<PasidStatus>,
     /// How many of its DMA transfers the IOMMU refused or cut short, since the machine was made.
     pub dma_faults: u64,
     /// The latest of them.
     pub last_dma_fault: Option<String>,
+}
+
+impl DeviceStatus {
+    /// How many PASIDs of a device are listed.
+    pub const PASIDS_SHOWN: usize = 64;
+}
+
+/// One PASID of a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct PasidStatus {
+    /// The PASID.
+    pub pasid: u32,
+    /// The object number of the page table that it is attached to.
+    pub attached_to: u32,
 }
 
 /// One account.
@@ -174,7 +192,7 @@ impl Listing {
 }
 
 impl Status {
-    /// How many things a snapshot lists at most: contexts, address spaces, areas, page tables, devices and accounts together. Each is
+    /// How many things a snapshot lists at most: contexts, address spaces, areas, page tables, devices, their PASIDs and accounts together. Each is
     /// less than 1 KiB of [`Status::to_json`], which is so never longer than 10 MiB.
     pub const LISTED_AT_MOST: usize = 10_000;
 

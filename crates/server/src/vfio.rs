@@ -2,7 +2,8 @@
 //!
 //! Opening the file gives nothing yet. BIND ties the device to an open `/dev/iommu`, exclusively: one file at a time,
 //! until that file is closed. Only then do the other calls work. ATTACH points the device's DMA at an address space or
-//! a page table of that context; attaching again replaces it in one step; DETACH blocks it.
+//! a page table of that context; attaching again replaces it in one step; DETACH blocks it. With a PASID, both mean the
+//! device's requests that have this PASID, which go their own way.
 //!
 //! ```text
 //!   DeviceFile ──► Binding ──► Context            kept alive by the binding
@@ -20,7 +21,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ioasid::{Device, Iommu, Rid};
-use ioasid_soft::iommu::Port;
 use ioasid_soft::pci::{AccessError, PciDevice};
 use ioasid_uapi::Command;
 use ioasid_uapi::vfio as uapi;
@@ -30,10 +30,11 @@ use ioasid_uapi::vfio::{
 use rustix::io::Errno;
 
 use crate::argument;
+use crate::dma::DmaFaults;
 use crate::iommufd::Context;
-use crate::iommufd::device::BoundDevice;
+use crate::iommufd::device::{BoundDevice, PasidAttach};
 use crate::iommufd::objects::{Counted, Object};
-use crate::observer::Watched;
+use crate::observer::WatchedDevice;
 use crate::poison::lock;
 use crate::status::DeviceStatus;
 use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
@@ -41,44 +42,30 @@ use crate::{Client, Descriptor, REGION_MAGIC, REGION_MAGIC_MASK};
 /// How far a region's index is shifted in the file offset.
 const REGION_SHIFT: u32 = 40;
 
+/// Numbers above are not even remembered by Linux, which says so with an error of its own.
+const LARGEST_PASID: u32 = i32::MAX as u32;
+
 /// A device of the machine, bound or not.
 #[derive(Debug)]
 pub(crate) struct MachineDevice {
-    number: usize,
-    rid: Rid,
-    model: Arc<dyn PciDevice>,
-    port: Arc<Port>,
-    iommu: Arc<dyn Iommu>,
-    bound: AtomicBool,
-    watched: Option<Arc<Watched>>,
+    pub(crate) number: usize,
+    pub(crate) rid: Rid,
+    pub(crate) model: Arc<dyn PciDevice>,
+    pub(crate) faults: Arc<DmaFaults>,
+    pub(crate) iommu: Arc<dyn Iommu>,
+    /// How many bits its PASIDs have; 0: it has none.
+    pub(crate) pasid_bits: u32,
+    pub(crate) bound: AtomicBool,
+    /// Who watches it, if anybody does.
+    pub(crate) watched: Option<Arc<WatchedDevice>>,
 }
 
 impl MachineDevice {
-    pub(crate) fn new(
-        number: usize,
-        rid: Rid,
-        model: Arc<dyn PciDevice>,
-        port: Arc<Port>,
-        iommu: Arc<dyn Iommu>,
-        watched: Option<Arc<Watched>>,
-    ) -> Self {
-        Self { number, rid, model, port, iommu, bound: AtomicBool::new(false), watched }
-    }
-
-    /// Who watches it, if anybody does.
-    pub(crate) fn watched(&self) -> Option<&Arc<Watched>> {
-        self.watched.as_ref()
-    }
-
     /// Its file and how its DMA fared, for the status.
     pub(crate) fn status(&self) -> DeviceStatus {
-        let dma = self.port.statistics();
-        DeviceStatus {
-            path: format!("/dev/vfio/devices/vfio{}", self.number),
-            dma_faults: dma.faults,
-            last_dma_fault: dma.last_fault.map(|fault| fault.to_string()),
-            ..DeviceStatus::default()
-        }
+        let path = format!("/dev/vfio/devices/vfio{}", self.number);
+        let (dma_faults, last_dma_fault) = self.faults.told();
+        DeviceStatus { path, dma_faults, last_dma_fault, ..DeviceStatus::default() }
     }
 }
 
@@ -112,7 +99,7 @@ impl Drop for Binding {
         let machine = &self.machine;
         self.context.tell_closing(Some(machine.number));
         machine.model.close();
-        self.bound.detach(&self.context);
+        self.bound.end(&self.context);
         self.context.objects().remove(self.id, &Object::Device(Arc::clone(&self.bound)));
         machine.bound.store(false, Ordering::Release);
     }
@@ -265,29 +252,37 @@ fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<A
 
 impl Binding {
     fn attach(&self, client: &dyn Client, address: u64) -> Result<(), Errno> {
-        let command: uapi::DeviceAttachIommufdPt = argument::receive_argsz(client, address)?;
-        match AttachFlags::from_bits(command.flags) {
-            None => return Err(Errno::INVAL),
-            Some(flags) if flags.contains(AttachFlags::PASID) => return Err(Errno::OPNOTSUPP),
-            Some(_) => {}
-        }
-        let table = self.bound.attach(&self.context, command.pt_id)?;
+        let mut command: uapi::DeviceAttachIommufdPt = argument::receive_argsz(client, address)?;
+        let flags = AttachFlags::from_bits(command.flags).ok_or(Errno::INVAL)?;
+        let has_pasid = flags.contains(AttachFlags::PASID);
+        let table = if has_pasid {
+            argument::receive_rest(client, address, &mut command)?;
+            if command.pasid > LARGEST_PASID {
+                return Err(Errno::NOSPC);
+            }
+            self.bound.attach_pasid(&self.context, command.pasid, command.pt_id, PasidAttach::Either)?
+        } else {
+            self.bound.attach(&self.context, command.pt_id)?
+        };
         let out = address.checked_add(std::mem::offset_of!(uapi::DeviceAttachIommufdPt, pt_id) as u64);
         let written = out.ok_or(Errno::FAULT).and_then(|out| client.write(out, &table.to_ne_bytes()));
-        if written.is_err() {
-            self.bound.detach(&self.context);
+        match written {
+            Err(_) if has_pasid => self.bound.detach_pasid(command.pasid),
+            Err(_) => self.bound.detach(&self.context),
+            Ok(()) => {}
         }
         written
     }
 
     fn detach(&self, client: &dyn Client, address: u64) -> Result<(), Errno> {
-        let command: uapi::DeviceDetachIommufdPt = argument::receive_argsz(client, address)?;
-        match DetachFlags::from_bits(command.flags) {
-            None => return Err(Errno::INVAL),
-            Some(flags) if flags.contains(DetachFlags::PASID) => return Err(Errno::OPNOTSUPP),
-            Some(_) => {}
+        let mut command: uapi::DeviceDetachIommufdPt = argument::receive_argsz(client, address)?;
+        let flags = DetachFlags::from_bits(command.flags).ok_or(Errno::INVAL)?;
+        if flags.contains(DetachFlags::PASID) {
+            argument::receive_rest(client, address, &mut command)?;
+            self.bound.detach_pasid(command.pasid);
+        } else {
+            self.bound.detach(&self.context);
         }
-        self.bound.detach(&self.context);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ mod program;
 use ioasid_server::{Errno, File, InProcess, Opened};
 use ioasid_uapi::Command;
 use ioasid_uapi::iommufd as uapi;
-use ioasid_uapi::iommufd_test::{AddReserved, TestCommand};
+use ioasid_uapi::iommufd_test::{AddReserved, MockDeviceFlags, MockDomainFlags, PasidAttach, TestCommand};
 use ioasid_uapi::vfio;
 use program::{BUFFER, BUFFER_SIZE, IsCommand, PAGE, server};
 use std::path::Path;
@@ -106,6 +106,28 @@ fn what_maps_and_unmaps_say() {
     let mut test = TestCommand { op: 1, id: 1, ..Default::default() };
     test.set_payload(&add);
     m.iommu(test, "TEST_CMD ADD_RESERVED id=1 [0x100000 0x1000] -> 0");
+    m.iommu(
+        uapi::HwptAlloc { flags: 9, dev_id: 7, pt_id: 1, ..Default::default() },
+        &format!("HWPT_ALLOC dev=7 pt=1 nest-parent pasid {NO_ENTRY}"),
+    );
+    let mut test = TestCommand { op: 12, id: 1, ..Default::default() };
+    let dev_flags = MockDeviceFlags::PASID.bits();
+    test.set_payload(&MockDomainFlags { dev_flags, ..Default::default() });
+    m.iommu(test, "TEST_CMD MOCK_DOMAIN_FLAGS id=1 [0x0 0x400000000] -> 0");
+    m.iommu(
+        uapi::GetHwInfo { dev_id: 3, ..Default::default() },
+        "GET_HW_INFO dev=3 room=0 -> 0 type=4276993775 len=8 capabilities=0x9 pasid-bits=20",
+    );
+    for (op, words) in [
+        (18, "PASID_ATTACH id=7 pasid=5 pt=3"),
+        (19, "PASID_REPLACE id=7 pasid=5 pt=3"),
+        (20, "PASID_DETACH id=7 pasid=5"),
+        (21, "PASID_CHECK_HWPT id=7 pasid=5 hwpt=3"),
+    ] {
+        let mut test = TestCommand { op, id: 7, ..Default::default() };
+        test.set_payload(&PasidAttach { pasid: 5, pt_id: 3 });
+        m.iommu(test, &format!("TEST_CMD {words} {NO_ENTRY}"));
+    }
 }
 
 #[test]
@@ -119,7 +141,15 @@ fn what_devices_say() {
         vfio::DeviceAttachIommufdPt { pt_id: 9, ..Default::default() },
         &format!("VFIO_DEVICE_ATTACH_IOMMUFD_PT pt=9 {NO_ENTRY}"),
     );
+    m.device(
+        vfio::DeviceAttachIommufdPt { flags: 1, pasid: 5, pt_id: 9, ..Default::default() },
+        &format!("VFIO_DEVICE_ATTACH_IOMMUFD_PT pt=9 pasid=5 {NO_ENTRY}"),
+    );
     m.device(vfio::DeviceDetachIommufdPt::default(), "VFIO_DEVICE_DETACH_IOMMUFD_PT -> 0");
+    m.device(
+        vfio::DeviceDetachIommufdPt { flags: 1, pasid: 5, ..Default::default() },
+        "VFIO_DEVICE_DETACH_IOMMUFD_PT pasid=5 -> 0",
+    );
     m.device(vfio::DeviceInfo::default(), "VFIO_DEVICE_GET_INFO -> 0 flags=0x3 regions=9 irqs=5");
     let region = m.line(&m.device, vfio::RegionInfo { index: 7, ..Default::default() });
     assert!(region.starts_with("VFIO_DEVICE_GET_REGION_INFO index=7 -> 0 size=0x"), "{region}");

@@ -13,22 +13,22 @@ struct Notes(Mutex<Vec<String>>);
 impl Observer for Notes {
     fn happened(&self, event: &Event<'_>) {
         let note = match event {
-            Event::Attached { device } => format!("{device} attached"),
-            Event::Detached { device } => format!("{device} detached"),
-            Event::Mapped { device, range, memory: MemoryAt { owner, offset }, permissions } => {
+            Event::Attached { requester } => format!("{requester} attached"),
+            Event::Detached { requester } => format!("{requester} detached"),
+            Event::Mapped { requester, range, memory: MemoryAt { owner, offset }, permissions } => {
                 let owner = if matches!(owner, MemoryOwner::File(..)) { "file" } else { "process" };
                 let (first, length) = (range.first(), range.length().unwrap());
-                format!("{device} mapped {first:#x}+{length:#x} {permissions:?} {owner} {offset:#x}")
+                format!("{requester} mapped {first:#x}+{length:#x} {permissions:?} {owner} {offset:#x}")
             }
-            Event::Unmapped { device, range, .. } => {
-                format!("{device} unmapped {:#x}+{:#x}", range.first(), range.length().unwrap())
+            Event::Unmapped { requester, range, .. } => {
+                format!("{requester} unmapped {:#x}+{:#x}", range.first(), range.length().unwrap())
             }
-            Event::Dma { device, iova, length, write, result } => {
+            Event::Dma { requester, iova, length, write, result } => {
                 let (verb, end) = (
                     if *write { "writes" } else { "reads" },
                     if result.is_ok() { "" } else { " and faults" },
                 );
-                format!("{device} {verb} {iova:#x}+{length:#x}{end}")
+                format!("{requester} {verb} {iova:#x}+{length:#x}{end}")
             }
             Event::Closing { device, context, .. } => {
                 let areas: usize = context.address_spaces.iter().map(|space| space.area_count).sum();
@@ -227,4 +227,42 @@ fn what_is_let_through_agrees_with_what_was_heard_before() {
         }
     }
     assert_eq!(dma, 300);
+}
+
+/// Requests with a PASID are heard of by themselves, and so is what they reach.
+#[test]
+fn a_pasid_is_a_requester_of_its_own() {
+    let m = Machine::new();
+    let device = m.device(0);
+    let (plain, other) = (m.program.ioas(m.iommu), m.program.ioas(m.iommu));
+    let table = |ioas| m.program.hwpt_for_pasids(m.iommu, device.id, ioas).unwrap();
+    let (plain_table, other_table) = (table(plain), table(other));
+    let five = format!("{FIRST} with PASID 5");
+    m.map(other, 0, 1, 0x10000);
+    m.program.attach(&device, plain_table).unwrap();
+    m.program.attach_pasid(&device, 5, other_table).unwrap();
+    m.heard(&[format!("{FIRST} attached"), format!("{five} attached"), mapped(&five, 0x10000, 1, 0)]);
+    m.map(plain, 1, 1, 0x20000);
+    m.map(other, 1, 1, 0x30000);
+    m.heard(&[mapped(FIRST, 0x20000, 1, 1), mapped(&five, 0x30000, 1, 1)]);
+
+    m.program.use_pasid(&device, Some(5));
+    m.program.device_copies(&device, 0x10000, 0x20000, 16);
+    m.heard(&[format!("{five} reads 0x10000+0x10"), format!("{five} writes 0x20000+0x10 and faults")]);
+    m.program.attach_pasid(&device, 5, plain_table).unwrap();
+    m.heard(&[
+        format!("{five} unmapped 0x10000+0x1000"),
+        format!("{five} unmapped 0x30000+0x1000"),
+        format!("{five} attached"),
+        mapped(&five, 0x20000, 1, 1),
+    ]);
+    m.program.unmap(m.iommu, plain, 0x20000, PAGE).unwrap();
+    m.heard(&[format!("{FIRST} unmapped 0x20000+0x1000"), format!("{five} unmapped 0x20000+0x1000")]);
+    m.program.detach_pasid(&device, 5).unwrap();
+    m.heard(&[format!("{five} detached")]);
+    m.program.device_copies(&device, 0x10000, 0x20000, 16);
+    m.heard(&[
+        format!("{five} reads 0x10000+0x10 and faults"),
+        format!("{five} writes 0x20000+0x10 and faults"),
+    ]);
 }

@@ -5,8 +5,9 @@
 //! transfer with one result. The fault carries the address and the reason because a real IOMMU records
 //! both; devices such as [`edu`](crate::edu) have no register to report them and count them instead.
 
+use ioasid::pasid::Pasid;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The port through which one device reads and writes memory.
 ///
@@ -23,6 +24,39 @@ pub trait DmaPort: Send + Sync {
 
     /// Stores `bytes` to memory at `iova` (a device write).
     fn write(&self, iova: u64, bytes: &[u8]) -> Result<(), DmaFault>;
+}
+
+/// The ways of one device's requests that have a PASID.
+///
+/// Called with locks of the device held, so an implementation must not wait. It must not panic.
+///
+/// ```
+/// use ioasid::Rid;
+/// use ioasid::pasid::Pasid;
+/// use ioasid_soft::dma::{DmaPort, PasidPorts};
+/// use ioasid_soft::edu::{Edu, EduOptions};
+/// use ioasid_soft::iommu::{SoftIommu, TableKind};
+/// use std::sync::Arc;
+///
+/// /// A device behind a software IOMMU, with PASIDs of 8 bits.
+/// struct Pasids(Arc<SoftIommu>, Rid);
+///
+/// impl PasidPorts for Pasids {
+///     fn port(&self, pasid: Pasid) -> Option<Arc<dyn DmaPort>> {
+///         let port = if pasid.get() < 256 { self.0.port_with_pasid(self.1, pasid)? } else { return None };
+///         Some(port)
+///     }
+/// }
+///
+/// let iommu = SoftIommu::new();
+/// let port = iommu.add_device(Rid(8), TableKind::Native)?;
+/// let edu = Edu::with_pasids(port, Arc::new(Pasids(iommu, Rid(8))), EduOptions::default())?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait PasidPorts: Send + Sync {
+    /// The way of requests with this PASID; `None`: the device cannot make such requests. That a PASID leads nowhere is
+    /// nothing to know here: then the port refuses what comes.
+    fn port(&self, pasid: Pasid) -> Option<Arc<dyn DmaPort>>;
 }
 
 /// Why a transfer did not happen.

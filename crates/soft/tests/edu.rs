@@ -1,6 +1,7 @@
 //! The edu device as a driver uses it: through its regions, with memory behind a port.
 
-use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort, FlatMemory};
+use ioasid::pasid::Pasid;
+use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort, FlatMemory, PasidPorts};
 use ioasid_soft::edu::{Edu, EduDiagnostics, EduError, EduOptions, spec};
 use ioasid_soft::pci::{AccessError, PciDevice, RegionFlags};
 use std::sync::{Arc, Condvar, Mutex};
@@ -580,4 +581,99 @@ fn many_threads_may_use_one_device() {
     let before = edu.diagnostics().transfers_completed;
     transfer(&edu, MEMORY_BASE, spec::BUFFER_ADDRESS, 64, 0);
     assert_eq!(edu.diagnostics().transfers_completed, before + 1);
+}
+
+/// Memory for each of a few PASIDs, from 1 on.
+struct Memories(Vec<Arc<FlatMemory>>);
+
+impl PasidPorts for Memories {
+    fn port(&self, pasid: Pasid) -> Option<Arc<dyn DmaPort>> {
+        let memory = self.0.get((pasid.get() as usize).checked_sub(1)?)?;
+        Some(Arc::clone(memory) as _)
+    }
+}
+
+/// A device with two PASIDs, the memory of its requests without one, and that of those with 1 and 2. The first byte of each is
+/// its number, from 0.
+fn device_with_pasids() -> (Edu, Vec<Arc<FlatMemory>>) {
+    let memory = |number: u8| {
+        let memory = Arc::new(FlatMemory::new(MEMORY_BASE, 0x1000));
+        memory.write(MEMORY_BASE, &[number]).unwrap();
+        memory
+    };
+    let memories: Vec<_> = (0..3).map(memory).collect();
+    let plain = Arc::clone(&memories[0]) as Arc<dyn DmaPort>;
+    let edu = Edu::with_pasids(plain, Arc::new(Memories(memories[1..].to_vec())), EduOptions::default());
+    let edu = edu.unwrap();
+    edu.open();
+    set_command(&edu, 0x6);
+    (edu, memories)
+}
+
+const ENABLE: u32 = 1 << 31;
+
+#[test]
+fn the_register_chooses_the_pasid_of_transfers() {
+    let (edu, memories) = device_with_pasids();
+    assert_eq!(read32(&edu, spec::DMA_PASID), 0);
+    // A number alone chooses nothing.
+    for (chosen, reached) in [(0, 0), (1, 0), (ENABLE | 1, 1), (ENABLE | 2, 2), (ENABLE | 1, 1), (2, 0)] {
+        write32(&edu, spec::DMA_PASID, chosen);
+        transfer(&edu, MEMORY_BASE, spec::BUFFER_ADDRESS, 1, 0);
+        transfer(&edu, spec::BUFFER_ADDRESS, MEMORY_BASE + 8, 1, TO_MEMORY);
+        let copied: Vec<u8> = memories
+            .iter()
+            .map(|memory| {
+                let mut byte = [0];
+                memory.read(MEMORY_BASE + 8, &mut byte).unwrap();
+                memory.write(MEMORY_BASE + 8, &[0xee]).unwrap();
+                byte[0]
+            })
+            .collect();
+        assert_eq!(copied[reached], reached as u8, "{chosen:#x}");
+        assert_eq!(copied.iter().filter(|byte| ![0, 0xee].contains(byte)).count(), usize::from(reached > 0));
+    }
+    assert_eq!(edu.diagnostics().transfers_completed, 12);
+}
+
+#[test]
+fn a_pasid_that_the_device_does_not_have_moves_nothing() {
+    let (with_two, _) = device_with_pasids();
+    let (without, _) = device();
+    for (edu, pasid) in [(&with_two, 3), (&with_two, 0), (&with_two, 0xf_ffff), (&without, 1)] {
+        let before = edu.diagnostics();
+        write32(edu, spec::DMA_PASID, ENABLE | pasid);
+        transfer(edu, MEMORY_BASE, spec::BUFFER_ADDRESS, 1, INTERRUPT);
+        let refused_no_such_pasid = before.refused_no_such_pasid + 1;
+        assert_eq!(edu.diagnostics(), EduDiagnostics { refused_no_such_pasid, ..before });
+        assert_eq!(read32(edu, spec::INTERRUPT_STATUS), 0x100, "it ends like any other");
+    }
+}
+
+#[test]
+fn a_fault_is_remembered_with_its_pasid() {
+    let (edu, _) = device_with_pasids();
+    for pasid in [Some(2), None] {
+        write32(&edu, spec::DMA_PASID, pasid.map_or(0, |pasid| ENABLE | pasid));
+        transfer(&edu, 0, spec::BUFFER_ADDRESS, 1, 0);
+        let diagnostics = edu.diagnostics();
+        assert_eq!(diagnostics.last_fault.map(|fault| fault.reason), Some(DmaFaultReason::NotMapped));
+        assert_eq!(diagnostics.last_fault_pasid, pasid.and_then(Pasid::new));
+    }
+}
+
+#[test]
+fn a_reset_or_a_new_owner_finds_no_pasid() {
+    let (edu, memories) = device_with_pasids();
+    let leave: [fn(&Edu); 2] = [|edu| edu.reset(), |edu| edu.close()];
+    for leave in leave {
+        write32(&edu, spec::DMA_PASID, ENABLE | 1);
+        transfer(&edu, MEMORY_BASE, spec::BUFFER_ADDRESS, 1, 0);
+        assert_eq!(Arc::strong_count(&memories[1]), 3, "the device keeps the port that it uses");
+        leave(&edu);
+        assert_eq!(Arc::strong_count(&memories[1]), 2, "no port of the former owner's is left");
+        edu.open();
+        set_command(&edu, 0x6);
+        assert_eq!(read32(&edu, spec::DMA_PASID), 0);
+    }
 }

@@ -8,6 +8,10 @@
 //! that the virtual address or file offset, 48 bits of it. So the same page always has the same, what lies in a row stays in a row, and
 //! pages of different objects differ (up to 32,767 objects). Addresses on the server's bus would do neither: an object is in pieces there,
 //! and its place is given to others when it has gone.
+//!
+//! **A PASID of a device is a device of its own** in a trace, which has no PASIDs: what it reaches has nothing to do with what the
+//! device reaches without it. It has the device's address in another PCI segment: 1 for the PASID that comes by first, and so on, which
+//! is said on standard error. All devices are in segment 0.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -16,11 +20,11 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use ioasid::{IovaRange, Permissions, Rid};
+use ioasid::{IovaRange, Permissions};
 use ioasid_replay::trace::{
     DeviceAddress, Direction, Event as Line, LONGEST_DMA, Operation, Outcome, Writer,
 };
-use ioasid_server::{Event, MemoryAt, MemoryOwner, Observer};
+use ioasid_server::{Event, MemoryAt, MemoryOwner, Observer, Requester};
 use ioasid_soft::dma::DmaFaultReason;
 
 /// How many lines may wait to be written.
@@ -43,12 +47,16 @@ pub(super) struct Recorder {
 struct Inner {
     lines: SyncSender<Message>,
     objects: HashMap<MemoryOwner, u64>,
+    /// Which segment stands for a PASID of a device.
+    segments: HashMap<Requester, u16>,
 }
 
 /// What the writing thread is told.
 #[derive(Debug)]
 enum Message {
     Line(Line),
+    /// Something that no line can say, for the user.
+    Note(String),
     /// That was all, even if a device that was left behind in the middle of a transfer still has the recorder.
     End,
 }
@@ -81,18 +89,19 @@ impl Recorder {
             written
         };
         let thread = Builder::new().name("ioasid-record".to_owned()).spawn(write)?;
-        let inner = Mutex::new(Inner { lines: lines.clone(), objects: HashMap::new() });
+        let inner =
+            Mutex::new(Inner { lines: lines.clone(), objects: HashMap::new(), segments: HashMap::new() });
         Ok((Self { began: Instant::now(), inner }, Writing { thread, lines }))
     }
 
     fn record(
         &self,
-        device: Rid,
+        requester: Requester,
         make: impl FnOnce(&mut Inner) -> Option<(Operation, IovaRange, Direction)>,
     ) {
         let cpu = u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(0);
-        let device = DeviceAddress { segment: 0, requester: device.0 };
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(device) = inner.address(requester) else { return };
         let Some((operation, range, direction)) = make(&mut inner) else { return };
         // Under the lock, so that times ascend.
         let time = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -104,6 +113,24 @@ impl Recorder {
 }
 
 impl Inner {
+    /// The device that a requester is in the trace; `None`: no segment is left for it.
+    fn address(&mut self, requester: Requester) -> Option<DeviceAddress> {
+        let Requester { device, pasid } = requester;
+        let segment = match (pasid, self.segments.get(&requester)) {
+            (None, _) => 0,
+            (Some(_), Some(segment)) => *segment,
+            (Some(pasid), None) => {
+                let segment = u16::try_from(self.segments.len() + 1).ok()?;
+                let address = DeviceAddress { segment, requester: device.0 };
+                let note = format!("PASID {pasid} of device {device} is device {address} in the recording");
+                let _ = self.lines.send(Message::Note(note));
+                self.segments.insert(requester, segment);
+                segment
+            }
+        };
+        Some(DeviceAddress { segment, requester: device.0 })
+    }
+
     fn physical(&mut self, memory: MemoryAt) -> u64 {
         let next = self.objects.len() as u64 % OBJECTS;
         // Objects beyond those that are told apart share a number, and are not remembered.
@@ -127,20 +154,24 @@ fn direction(permissions: Permissions) -> Direction {
 impl Observer for Recorder {
     fn happened(&self, event: &Event<'_>) {
         match *event {
-            Event::Attached { device } => {
-                self.record(device, |_| Some((Operation::Attach, IovaRange::ALL, Direction::Bidirectional)));
+            Event::Attached { requester } => {
+                self.record(requester, |_| {
+                    Some((Operation::Attach, IovaRange::ALL, Direction::Bidirectional))
+                });
             }
-            Event::Detached { device } => {
-                self.record(device, |_| Some((Operation::Detach, IovaRange::ALL, Direction::Bidirectional)));
+            Event::Detached { requester } => {
+                self.record(requester, |_| {
+                    Some((Operation::Detach, IovaRange::ALL, Direction::Bidirectional))
+                });
             }
-            Event::Mapped { device, range, memory, permissions } => self.record(device, |inner| {
+            Event::Mapped { requester, range, memory, permissions } => self.record(requester, |inner| {
                 let operation = Operation::Map { physical: inner.physical(memory) };
                 Some((operation, range, direction(permissions)))
             }),
-            Event::Unmapped { device, range, permissions } => {
-                self.record(device, |_| Some((Operation::Unmap, range, direction(permissions))));
+            Event::Unmapped { requester, range, permissions } => {
+                self.record(requester, |_| Some((Operation::Unmap, range, direction(permissions))));
             }
-            Event::Dma { device, iova, length, write, result } => {
+            Event::Dma { requester, iova, length, write, result } => {
                 let outcome = match result.map_err(|fault| fault.reason) {
                     Ok(()) => Outcome::Done,
                     Err(DmaFaultReason::MemoryGone) => Outcome::Gone,
@@ -154,7 +185,7 @@ impl Observer for Recorder {
                 };
                 // No device transfers more at once than a line can say; if one does, its beginning is written.
                 let range = IovaRange::with_length(iova, length.min(LONGEST_DMA));
-                self.record(device, |_| Some((operation, range?, direction)));
+                self.record(requester, |_| Some((operation, range?, direction)));
             }
             _ => {}
         }
@@ -173,6 +204,7 @@ fn write_all<W: Write>(mut writer: Writer<W>, queue: &Receiver<Message>) -> io::
                 count += 1;
                 pending = true;
             }
+            Ok(Message::Note(note)) => eprintln!("ioasid: {note}"),
             Err(RecvTimeoutError::Timeout) => {}
             Ok(Message::End) | Err(RecvTimeoutError::Disconnected) => break,
         }
@@ -201,6 +233,8 @@ impl Writing {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use ioasid::Rid;
+    use ioasid::pasid::Pasid;
     use ioasid_replay::trace::Trace;
     use std::sync::Arc;
 
@@ -233,10 +267,14 @@ pub(super) mod tests {
         }
     }
 
+    fn requester(pasid: Option<u32>) -> Requester {
+        Requester { device: Rid(8), pasid: pasid.and_then(Pasid::new) }
+    }
+
     fn mapped(owner: MemoryOwner, offset: u64) -> Event<'static> {
         let range = IovaRange::with_length(0x1000, 0x1000).unwrap();
         let memory = MemoryAt { owner, offset };
-        Event::Mapped { device: Rid(8), range, memory, permissions: Permissions::READ_WRITE }
+        Event::Mapped { requester: requester(None), range, memory, permissions: Permissions::READ_WRITE }
     }
 
     #[test]
@@ -260,6 +298,22 @@ pub(super) mod tests {
         let found: Vec<u64> = lines.iter().map(physical).collect();
         assert_eq!(found, [0x7f00_0000_1000, 1 << 48 | 0x1000, 0x7f00_0000_1000, 1 << 48 | 0x2000]);
         assert!(lines.windows(2).all(|two| two[0].time <= two[1].time));
+    }
+
+    #[test]
+    fn each_pasid_is_a_device_of_its_own() {
+        let file = Shared::default();
+        let (recorder, writing) = Recorder::start(file.clone(), false).unwrap();
+        let other = Requester { device: Rid(16), pasid: Pasid::new(5) };
+        let requesters = [requester(None), requester(Some(5)), requester(Some(6)), other, requester(Some(5))];
+        for requester in requesters {
+            recorder.happened(&Event::Attached { requester });
+        }
+        drop(recorder);
+        assert_eq!(writing.finish().unwrap(), 5);
+        let text = String::from_utf8(file.0.lock().unwrap().clone()).unwrap();
+        let devices: Vec<_> = text.lines().skip(1).map(|line| line.split(',').nth(2).unwrap()).collect();
+        assert_eq!(devices, ["00:01.0", "0001:00:01.0", "0002:00:01.0", "0003:00:02.0", "0001:00:01.0"]);
     }
 
     /// However much is told to a recorder whose disk is full, it says so at the end and keeps nobody waiting.

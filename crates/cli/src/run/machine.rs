@@ -12,7 +12,8 @@ pub(crate) struct Machine {
     ///
     /// SPEC is a model with settings, as in edu:table=vtd,dma-mask=40. The model is edu, after QEMU's device of that name.
     /// Settings: table=KIND is the page table that the device's IOMMU walks: native (default), vtd, amdv1, x86-64, riscv, or
-    /// with other levels vtd39, vtd57, x86-64-la57, sv39, sv57; dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives.
+    /// with other levels vtd39, vtd57, x86-64-la57, sv39, sv57; dma-mask=BITS (12 to 64, default 28) is how many address bits the device drives;
+    /// pasids=BITS (0 to 20, default 20) how many bits its PASIDs have, of which its register 0xa0 chooses one.
     #[arg(long = "device", value_name = "SPEC")]
     pub(super) devices: Vec<DeviceOptions>,
 

@@ -146,12 +146,15 @@ mod tests {
         collected.left.push(Left {
             file: "vfio0".to_owned(),
             attached_to: Some(3),
+            pasids: 2,
             mapped: Vec::new(),
             charged: vec![("user 0".to_owned(), 256)],
         });
         let text = text(&collected);
         assert!(
-            text.contains("vfio0: attached to page table 3; 1 MiB pinned and charged to user 0"),
+            text.contains(
+                "vfio0: attached to page table 3; 2 PASIDs attached; 1 MiB pinned and charged to user 0"
+            ),
             "{text}"
         );
         let json: serde_json::Value = serde_json::from_str(&json(0, &collected)).unwrap();

@@ -76,12 +76,19 @@ pub(super) struct Left {
     /// A device: the page table that it was still attached to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) attached_to: Option<u32>,
+    /// A device: how many of its PASIDs were still attached.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(super) pasids: usize,
     /// An open `/dev/iommu`: the address spaces that had something mapped.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) mapped: Vec<LeftMapped>,
     /// Who was charged for pinned pages at that moment, and for how many.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(super) charged: Vec<(String, u64)>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// What was mapped in one address space.
@@ -196,10 +203,12 @@ impl Observer for Watch {
         let left = match device {
             Some(number) => {
                 let path = format!("/dev/vfio/devices/vfio{number}");
-                let attached_to = context.devices.iter().find(|device| device.path == path);
-                let attached_to = attached_to.and_then(|device| device.attached_to);
+                let device = context.devices.iter().find(|device| device.path == path);
+                let (attached_to, pasids) =
+                    device.map_or((None, 0), |device| (device.attached_to, device.pasid_count));
                 let file = format!("vfio{number}");
-                attached_to.map(|_| Left { file, attached_to, mapped: Vec::new(), charged })
+                let left = attached_to.is_some() || pasids > 0;
+                left.then_some(Left { file, attached_to, pasids, mapped: Vec::new(), charged })
             }
             None => {
                 let spaces = context.address_spaces.iter().filter(|space| space.area_count > 0);
@@ -218,7 +227,7 @@ impl Observer for Watch {
                     })
                     .collect();
                 let file = format!("iommu{}", context.number);
-                (!mapped.is_empty()).then_some(Left { file, attached_to: None, mapped, charged })
+                (!mapped.is_empty()).then_some(Left { file, attached_to: None, pasids: 0, mapped, charged })
             }
         };
         let Some(left) = left else { return };
@@ -237,6 +246,11 @@ impl Left {
         let mut parts = Vec::new();
         if let Some(table) = self.attached_to {
             parts.push(format!("attached to page table {table}"));
+        }
+        match self.pasids {
+            0 => {}
+            1 => parts.push("1 PASID attached".to_owned()),
+            pasids => parts.push(format!("{pasids} PASIDs attached")),
         }
         for mapped in &self.mapped {
             let areas =

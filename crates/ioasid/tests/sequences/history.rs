@@ -74,7 +74,10 @@ fn a_device_that_came_and_went_has_left_no_trace() {
                 Event::Step(step) => {
                     let takes_memory_away = matches!(
                         step,
-                        Step::Register { .. } | Step::Drop { .. } | Step::Release { .. } | Step::Revoke { .. }
+                        Step::Register { .. }
+                            | Step::Drop { .. }
+                            | Step::Release { .. }
+                            | Step::Revoke { .. }
                     );
                     // To unmap no more than what goes with memory is more than some tables can.
                     let goes = takes_memory_away && RIGID.contains(&DEVICES[visitor]);

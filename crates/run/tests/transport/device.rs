@@ -16,6 +16,8 @@ const IOAS_MAP_FILE: u32 = 0x3b8f;
 const GET_REGION_INFO: u32 = 0x3b6c;
 const BIND: u32 = 0x3b76;
 const ATTACH: u32 = 0x3b77;
+const DETACH: u32 = 0x3b78;
+const HWPT_ALLOC: u32 = 0x3b89;
 
 const CONFIG: u32 = 7;
 const BAR_0: u32 = 0;
@@ -26,6 +28,8 @@ pub(crate) const BUFFER_LENGTH: u64 = 4096;
 
 /// An address space and a device that does DMA through it.
 pub(crate) struct Machine {
+    /// The device's number in the iommufd; 0 if it was bound elsewhere.
+    pub(crate) device_id: u32,
     pub(crate) iommu: OwnedFd,
     pub(crate) device: File,
     pub(crate) space: u32,
@@ -52,10 +56,10 @@ impl Machine {
         let iommu = open_iommu();
         let space = allocate(&iommu).unwrap();
         let device = open("/dev/vfio/devices/vfio0", OFlags::RDWR | OFlags::CLOEXEC).unwrap();
-        Self::bind(&iommu, &device).unwrap();
+        let device_id = Self::bind(&iommu, &device).unwrap();
         ioctl_words(device.as_raw_fd(), ATTACH, &mut [12, 0, space]).unwrap();
         let (config, registers) = (Self::region(&device, CONFIG), Self::region(&device, BAR_0));
-        let machine = Self { iommu, device: File::from(device), space, config, registers };
+        let machine = Self { device_id, iommu, device: File::from(device), space, config, registers };
         // Memory decode and bus master.
         machine.device.write_all_at(&6u16.to_le_bytes(), config + 4).unwrap();
         machine
@@ -64,11 +68,43 @@ impl Machine {
     /// What [`Machine::new`] made, in another program that has inherited it.
     pub(crate) fn inherited(iommu: OwnedFd, device: OwnedFd, space: u32) -> Self {
         let (config, registers) = (Self::region(&device, CONFIG), Self::region(&device, BAR_0));
-        Self { iommu, device: device.into(), space, config, registers }
+        Self { device_id: 0, iommu, device: device.into(), space, config, registers }
     }
 
-    pub(crate) fn bind(iommu: &OwnedFd, device: &OwnedFd) -> Result<(), Errno> {
-        ioctl_words(device.as_raw_fd(), BIND, &mut [16, 0, iommu.as_raw_fd() as u32, 0]).map(drop)
+    /// Binds; returns the device's number in the iommufd.
+    pub(crate) fn bind(iommu: &OwnedFd, device: &OwnedFd) -> Result<u32, Errno> {
+        let mut command = [16, 0, iommu.as_raw_fd() as u32, 0];
+        ioctl_words(device.as_raw_fd(), BIND, &mut command)?;
+        Ok(command[3])
+    }
+
+    /// Makes a page table of an address space that can be attached with PASIDs.
+    pub(crate) fn table_for_pasids(&self, space: u32) -> Result<u32, Errno> {
+        let mut command = [0; 12];
+        command[..4].copy_from_slice(&[48, 8, self.device_id, space]);
+        ioctl_words(self.iommu.as_raw_fd(), HWPT_ALLOC, &mut command)?;
+        Ok(command[4])
+    }
+
+    /// Sends the device's requests without a PASID through a page table.
+    pub(crate) fn attach(&self, table: u32) -> Result<(), Errno> {
+        ioctl_words(self.device.as_raw_fd(), ATTACH, &mut [12, 0, table]).map(drop)
+    }
+
+    /// Sends the device's requests with a PASID through a page table.
+    pub(crate) fn attach_pasid(&self, pasid: u32, table: u32) -> Result<(), Errno> {
+        ioctl_words(self.device.as_raw_fd(), ATTACH, &mut [16, 1, table, pasid]).map(drop)
+    }
+
+    /// Blocks the device's requests with a PASID.
+    pub(crate) fn detach_pasid(&self, pasid: u32) -> Result<(), Errno> {
+        ioctl_words(self.device.as_raw_fd(), DETACH, &mut [12, 1, pasid]).map(drop)
+    }
+
+    /// Chooses the PASID of the device's requests.
+    pub(crate) fn use_pasid(&self, pasid: Option<u32>) {
+        let value = pasid.map_or(0, |pasid| u64::from(pasid) | 1 << 31);
+        self.device.write_all_at(&value.to_le_bytes(), self.registers + 0xa0).unwrap();
     }
 
     fn region(device: &OwnedFd, index: u32) -> u64 {
@@ -79,7 +115,12 @@ impl Machine {
 
     /// Maps memory of this process, readable and writable for the device.
     pub(crate) fn map(&self, address: u64, length: u64, iova: u64) -> Result<(), Errno> {
-        let mut command = [pair(40, 7), pair(self.space, 0), address, length, iova];
+        self.map_in(self.space, address, length, iova)
+    }
+
+    /// The same in any address space.
+    pub(crate) fn map_in(&self, space: u32, address: u64, length: u64, iova: u64) -> Result<(), Errno> {
+        let mut command = [pair(40, 7), pair(space, 0), address, length, iova];
         ioctl_longs(self.iommu.as_raw_fd(), IOAS_MAP, &mut command).map(drop)
     }
 

@@ -1,6 +1,7 @@
 //! The commands of `/dev/iommu`, one arm each. `None`: the server did not read the argument, or the command is unknown.
 
 use ioasid_uapi::iommufd as uapi;
+use ioasid_uapi::iommufd_test as test;
 use ioasid_uapi::iommufd_test::{OPERATIONS, TestCommand};
 use ioasid_uapi::{Command, vfio};
 
@@ -117,7 +118,7 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
         uapi::HwptAlloc::NUMBER => {
             let (input, output) = call.both::<uapi::HwptAlloc>()?;
             words.asked(format_args!("dev={} pt={}", input.dev_id, input.pt_id));
-            words.flags(input.flags, &[(1, "nest-parent"), (2, "dirty-tracking")]);
+            words.flags(input.flags, &[(1, "nest-parent"), (2, "dirty-tracking"), (8, "pasid")]);
             if input.data_len != 0 || input.data_type != 0 {
                 words.asked(format_args!("data-type={} data-len={}", input.data_type, input.data_len));
             }
@@ -131,6 +132,9 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
                 "type={} len={} capabilities={:#x}",
                 output.data_type, output.data_len, output.out_capabilities
             ));
+            if output.out_max_pasid_log2 != 0 {
+                words.answered(format_args!("pasid-bits={}", output.out_max_pasid_log2));
+            }
         }
         uapi::HwptSetDirtyTracking::NUMBER => {
             let input: uapi::HwptSetDirtyTracking = call.input()?;
@@ -207,6 +211,25 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
                     words.asked(format_args!("{} id={}", name.strip_prefix("OP_").unwrap_or(name), input.id));
                 }
                 None => words.asked(format_args!("op={} id={}", input.op, input.id)),
+            }
+            match input.op {
+                // PASID_REPLACE has the same fields.
+                test::OP_PASID_ATTACH | test::OP_PASID_REPLACE => {
+                    let test::PasidAttach { pasid, pt_id } = input.payload();
+                    words.asked(format_args!("pasid={pasid} pt={pt_id}"));
+                    return Some(());
+                }
+                test::OP_PASID_DETACH => {
+                    let test::PasidDetach { pasid } = input.payload();
+                    words.asked(format_args!("pasid={pasid}"));
+                    return Some(());
+                }
+                test::OP_PASID_CHECK_HWPT => {
+                    let test::PasidCheckHwpt { pasid, hwpt_id } = input.payload();
+                    words.asked(format_args!("pasid={pasid} hwpt={hwpt_id}"));
+                    return Some(());
+                }
+                _ => {}
             }
             let used = input.payload.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1);
             let payload: Vec<String> =

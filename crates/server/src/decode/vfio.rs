@@ -5,6 +5,14 @@ use ioasid_uapi::vfio as uapi;
 
 use super::{CapturedCall, Words};
 
+/// The PASID, if the flags say that there is one, and other flags.
+fn pasid(words: &mut Words, flags: u32, pasid: u32) {
+    if flags & 1 != 0 {
+        words.asked(format_args!("pasid={pasid}"));
+    }
+    words.flags(flags & !1, &[]);
+}
+
 pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
     match call.command() {
         uapi::DeviceBindIommufd::NUMBER => {
@@ -16,12 +24,12 @@ pub(super) fn decode(call: &CapturedCall, words: &mut Words) -> Option<()> {
         uapi::DeviceAttachIommufdPt::NUMBER => {
             let (input, output) = call.both::<uapi::DeviceAttachIommufdPt>()?;
             words.asked(format_args!("pt={}", input.pt_id));
-            words.flags(input.flags, &[(1, "pasid")]);
+            pasid(words, input.flags, input.pasid);
             words.answered(format_args!("hwpt={}", output.pt_id));
         }
         uapi::DeviceDetachIommufdPt::NUMBER => {
             let input: uapi::DeviceDetachIommufdPt = call.input()?;
-            words.flags(input.flags, &[(1, "pasid")]);
+            pasid(words, input.flags, input.pasid);
         }
         uapi::DeviceInfo::NUMBER => {
             let output: uapi::DeviceInfo = call.output()?;

@@ -343,10 +343,12 @@ impl Call<'_> {
             _ => return Err(Errno::INVAL),
         };
         let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;
-        let flags_of_others = command.flags & !HwptAllocFlags::DIRTY_TRACKING.bits();
+        let for_pasids = command.flags & HwptAllocFlags::PASID.bits() != 0;
+        let served = HwptAllocFlags::DIRTY_TRACKING | HwptAllocFlags::PASID;
+        let flags_of_others = command.flags & !served.bits();
         let engine = match device.mock() {
             Some(mock) => mock.engine(self.mock_table(mock, &command)?),
-            // Nesting, faults and PASIDs are capabilities that the software IOMMU does not have.
+            // Nesting and faults are capabilities that the software IOMMU does not have.
             None if flags_of_others != 0 || command.data_len != 0 => return Err(Errno::OPNOTSUPP),
             None => device.engine(),
         };
@@ -357,7 +359,7 @@ impl Call<'_> {
         let hwpt = ioas.with_table(engine, TableUse::Own, |table, _| {
             let user = Held::new(ioas.arc()).ok_or(Errno::NOENT)?;
             let hwpt = Hwpt::new(reservation.id(), table, user, false);
-            Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking)))
+            Ok(Arc::new(hwpt.with_dirty_tracking(dirty_tracking).with_pasids(for_pasids)))
         })?;
         drop((device, ioas));
         command.out_hwpt_id = reservation.id();
@@ -387,7 +389,8 @@ impl Call<'_> {
                 let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
                 capabilities.set(HwCapabilities::DIRTY_TRACKING, device.records_writes());
                 let data_type = uapi::HW_INFO_TYPE_NONE;
-                HwInfo { data: Vec::new(), data_type, capabilities, max_pasid_log2: 0 }
+                let max_pasid_log2 = device.pasid_bits() as u8;
+                HwInfo { data: Vec::new(), data_type, capabilities, max_pasid_log2 }
             }
         };
         drop(device);

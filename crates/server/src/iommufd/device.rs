@@ -3,12 +3,18 @@
 //! What a bound device stands for is either a device of the machine, which its file binds and keeps ([`crate::vfio`]), or a
 //! mock device that the test-only command has made ([`super::testing`]). Attaching is the same for both. A mock device
 //! can use tables of several classes, and the engine knows it as one device for each; at most one of them is attached.
+//!
+//! Requests with a PASID go their own ways ([`pasid`]).
 
+mod pasid;
+
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use ioasid::{Device, Table};
 use rustix::io::Errno;
 
+use self::pasid::PasidRoute;
 use super::Context;
 use super::errno::attach_errno;
 use super::hwpt::Hwpt;
@@ -18,15 +24,25 @@ use super::testing::MockDevice;
 use super::testing::mock::MockTable;
 use crate::observer::Watched;
 use crate::poison::lock;
-use crate::status::DeviceStatus;
+use crate::status::{DeviceStatus, Listing, PasidStatus};
 use crate::vfio::MachineDevice;
+
+pub(crate) use self::pasid::PasidAttach;
 
 /// A device that is bound to a context.
 #[derive(Debug)]
 pub(crate) struct BoundDevice {
     users: Users,
     behind: Behind,
-    attached: Mutex<Option<Held<Hwpt>>>,
+    attached: Mutex<Attached>,
+}
+
+/// What a device is attached to.
+#[derive(Debug, Default)]
+struct Attached {
+    /// Its requests without a PASID.
+    plain: Option<Held<Hwpt>>,
+    pasids: BTreeMap<u32, PasidRoute>,
 }
 
 /// What a bound device is.
@@ -54,7 +70,7 @@ impl BoundDevice {
     }
 
     fn new(behind: Behind) -> Self {
-        Self { users: Users::default(), behind, attached: Mutex::new(None) }
+        Self { users: Users::default(), behind, attached: Mutex::default() }
     }
 
     /// The mock device, if it is one.
@@ -65,10 +81,10 @@ impl BoundDevice {
         }
     }
 
-    /// Who watches the device. Nobody watches mock devices: they do no DMA.
+    /// Who watches its requests without a PASID. Nobody watches mock devices: they do no DMA.
     fn watched(&self) -> Option<&Arc<Watched>> {
         match &self.behind {
-            Behind::Machine { machine, .. } => machine.watched(),
+            Behind::Machine { machine, .. } => machine.watched.as_ref().map(|watched| watched.plain()),
             Behind::Mock(_) => None,
         }
     }
@@ -94,20 +110,38 @@ impl BoundDevice {
     }
 
     /// What the device is attached to and how its DMA fared, for the status.
-    pub(crate) fn status(&self, id: u32) -> DeviceStatus {
-        let attached_to = lock(&self.attached).as_ref().map(|hwpt| hwpt.id());
-        match &self.behind {
-            Behind::Machine { machine, .. } => DeviceStatus { id, attached_to, ..machine.status() },
-            Behind::Mock(_) => {
-                DeviceStatus { id, attached_to, path: "mock device".to_owned(), ..DeviceStatus::default() }
-            }
+    pub(crate) fn status(&self, id: u32, listing: &mut Listing) -> DeviceStatus {
+        let status = match &self.behind {
+            Behind::Machine { machine, .. } => machine.status(),
+            Behind::Mock(_) => DeviceStatus { path: "mock device".to_owned(), ..DeviceStatus::default() },
+        };
+        let attached = lock(&self.attached);
+        let shown = listing.take(attached.pasids.len().min(DeviceStatus::PASIDS_SHOWN));
+        let pasid =
+            |(&pasid, route): (&u32, &PasidRoute)| PasidStatus { pasid, attached_to: route.hwpt().id() };
+        DeviceStatus {
+            id,
+            attached_to: attached.plain.as_ref().map(|hwpt| hwpt.id()),
+            pasid_count: attached.pasids.len(),
+            pasids: attached.pasids.iter().take(shown).map(pasid).collect(),
+            ..status
         }
+    }
+
+    /// Whether the device's IOMMU can do with the table what it was made for.
+    fn suits(&self, hwpt: &Hwpt) -> bool {
+        !hwpt.tracks_writes() || self.mock().is_none_or(MockDevice::records_writes)
+    }
+
+    /// The engine's view of the device for which `table` is.
+    fn engine_for(&self, table: &Arc<Table>) -> Result<&Device, Errno> {
+        let of_class = |engine: &&Device| engine.requirements().class == table.class();
+        self.engines().iter().find(of_class).ok_or(Errno::INVAL)
     }
 
     /// Moves the device's DMA to `table`.
     fn attach_engine(&self, table: &Arc<Table>) -> Result<(), Errno> {
-        let of_class = |engine: &&Device| engine.requirements().class == table.class();
-        let engine = self.engines().iter().find(of_class).ok_or(Errno::INVAL)?;
+        let engine = self.engine_for(table)?;
         engine.attach(table).map_err(|error| attach_errno(&error))?;
         // A mock device does no DMA, so that it is attached to two tables for a moment has no effect.
         for other in self.engines().iter().filter(|other| !std::ptr::eq(*other, engine)) {
@@ -119,22 +153,25 @@ impl BoundDevice {
     /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
     ///
     /// # Errors
-    /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use. Those
-    /// of [`Ioas::with_table`].
+    /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use; the device
+    /// uses PASIDs, and the table is not for them. Those of [`Ioas::with_table`].
     pub(crate) fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
         let mut attached = lock(&self.attached);
+        let uses_pasids = !attached.pasids.is_empty();
         let watched = self.watched();
         // Until the observer has heard of all that changes.
         let _changing = watched.map(|watched| watched.changing());
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
-                if hwpt.tracks_writes() && self.mock().is_some_and(|mock| !mock.records_writes()) {
+                if !self.suits(&hwpt) || (uses_pasids && !hwpt.is_for_pasids()) {
                     return Err(Errno::INVAL);
                 }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
                 self.attach_engine(&table)?;
                 hwpt
             }
+            // The tables that it makes by itself are not for PASIDs.
+            HeldObject::Ioas(_) if uses_pasids => return Err(Errno::INVAL),
             HeldObject::Ioas(ioas) => {
                 let mut used = None;
                 ioas.with_table(self.engine(), TableUse::Shared, |table, existing| {
@@ -161,7 +198,7 @@ impl BoundDevice {
         };
         let number = hwpt.id();
         let ioas = hwpt.ioas();
-        let before = attached.replace(hwpt);
+        let before = attached.plain.replace(hwpt);
         if let Some(watched) = watched {
             tell_moved(watched, before.as_ref().and_then(|hwpt| hwpt.ioas()), ioas);
         }
@@ -171,10 +208,16 @@ impl BoundDevice {
         Ok(number)
     }
 
-    /// Blocks the device's DMA and lets go of its table.
+    /// Blocks all of the device's DMA, with PASIDs too, and lets go of its tables.
+    pub(crate) fn end(&self, context: &Context) {
+        self.detach_pasids();
+        self.detach(context);
+    }
+
+    /// Blocks the device's requests without a PASID and lets go of their table.
     pub(crate) fn detach(&self, context: &Context) {
         let mut attached = lock(&self.attached);
-        if let Some(hwpt) = attached.take() {
+        if let Some(hwpt) = attached.plain.take() {
             let watched = self.watched();
             let _changing = watched.map(|watched| watched.changing());
             for engine in self.engines() {

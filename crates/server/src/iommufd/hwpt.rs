@@ -22,6 +22,8 @@ pub(crate) struct Hwpt {
     automatic: bool,
     /// Made to record what devices write.
     dirty_tracking: bool,
+    /// Made for requests with PASIDs, and to be used beside them.
+    for_pasids: bool,
     /// Empty once the object has been destroyed.
     body: Mutex<Option<Body>>,
 }
@@ -45,6 +47,7 @@ impl Hwpt {
             users: Users::default(),
             automatic,
             dirty_tracking: false,
+            for_pasids: false,
             body: Mutex::new(Some(Body { table, ioas })),
         }
     }
@@ -52,6 +55,16 @@ impl Hwpt {
     /// The same, and whether it is there to record what devices write.
     pub(crate) fn with_dirty_tracking(self, dirty_tracking: bool) -> Self {
         Self { dirty_tracking, ..self }
+    }
+
+    /// The same, and whether it is there for requests with PASIDs.
+    pub(crate) fn with_pasids(self, for_pasids: bool) -> Self {
+        Self { for_pasids, ..self }
+    }
+
+    /// Whether it was made for requests with PASIDs.
+    pub(crate) fn is_for_pasids(&self) -> bool {
+        self.for_pasids
     }
 
     /// The engine's table.

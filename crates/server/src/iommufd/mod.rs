@@ -4,7 +4,7 @@
 //! - [`areas`], [`ioas`], `placement`: address spaces;
 //! - [`hwpt`]: page tables;
 //! - [`errno`]: the error numbers for what the engine refuses;
-//! - [`device`]: the devices that are bound;
+//! - [`device`]: the devices that are bound; [`pasids`]: the PASIDs that they use;
 //! - `commands`: what each command does, one function each;
 //! - `dirty`: what devices have written;
 //! - `vfio_compat`: VFIO's type 1 commands, which this file answers too;
@@ -20,6 +20,7 @@ pub(crate) mod errno;
 pub(crate) mod hwpt;
 pub(crate) mod ioas;
 pub(crate) mod objects;
+pub(crate) mod pasids;
 mod placement;
 pub(crate) mod testing;
 mod vfio_compat;
@@ -35,6 +36,7 @@ use rustix::io::Errno;
 
 use self::hwpt::Hwpt;
 use self::objects::{Held, Object, Objects};
+use self::pasids::Pasids;
 use self::vfio_compat::CompatIoas;
 use crate::Client;
 use crate::PinnedMemory;
@@ -49,6 +51,7 @@ use crate::status::{AddressSpaceStatus, ContextStatus, Listing, Status, TableSta
 pub(crate) struct Context {
     number: u64,
     memory: Arc<MemoryRegistry>,
+    pasids: Arc<Pasids>,
     objects: Objects,
     allowance: Arc<Allowance>,
     /// Whether memory is charged to the process that maps it, not to its user.
@@ -65,6 +68,7 @@ impl Context {
     pub(crate) fn new(
         number: u64,
         memory: Arc<MemoryRegistry>,
+        pasids: Arc<Pasids>,
         allowance: Arc<Allowance>,
         test_devices: bool,
         observer: Option<Arc<dyn Observer>>,
@@ -72,6 +76,7 @@ impl Context {
         Self {
             number,
             memory,
+            pasids,
             test_devices,
             objects: Objects::new(Arc::clone(&allowance.objects)),
             allowance,
@@ -89,6 +94,11 @@ impl Context {
     /// What is made in it is taken from this.
     pub(crate) fn allowance(&self) -> &Arc<Allowance> {
         &self.allowance
+    }
+
+    /// The PASIDs of the machine.
+    pub(crate) fn pasids(&self) -> &Arc<Pasids> {
+        &self.pasids
     }
 
     pub(crate) fn objects(&self) -> &Objects {
@@ -220,7 +230,9 @@ impl Context {
         for (id, object) in &objects {
             match object {
                 Object::Ioas(ioas) if listing.take_one() => spaces.push((*id, ioas)),
-                Object::Device(device) if listing.take_one() => status.devices.push(device.status(*id)),
+                Object::Device(device) if listing.take_one() => {
+                    status.devices.push(device.status(*id, listing));
+                }
                 _ => {}
             }
         }

@@ -222,6 +222,7 @@ pub(crate) fn region(index: u64) -> u64 {
 pub(crate) const EDU_BUFFER: u64 = 0x40000;
 const DMA_SOURCE: u64 = 0x80;
 const DMA_COMMAND: u64 = 0x98;
+const DMA_PASID: u64 = 0xa0;
 const CONFIG: u64 = 7;
 
 impl Program {
@@ -254,6 +255,29 @@ impl Program {
     pub(crate) fn hwpt(&self, iommu: i32, dev_id: u32, pt_id: u32) -> Result<u32, Errno> {
         let command = uapi::HwptAlloc { dev_id, pt_id, ..Default::default() };
         self.run(iommu, command).map(|command| command.out_hwpt_id)
+    }
+
+    /// Makes a page table that can be attached with PASIDs, and beside them.
+    pub(crate) fn hwpt_for_pasids(&self, iommu: i32, dev_id: u32, pt_id: u32) -> Result<u32, Errno> {
+        let flags = uapi::HwptAllocFlags::PASID.bits();
+        let command = uapi::HwptAlloc { flags, dev_id, pt_id, ..Default::default() };
+        self.run(iommu, command).map(|command| command.out_hwpt_id)
+    }
+
+    pub(crate) fn attach_pasid(&self, device: &BoundDevice, pasid: u32, pt_id: u32) -> Result<u32, Errno> {
+        let command = DeviceAttachIommufdPt { flags: 1, pasid, pt_id, ..Default::default() };
+        self.run(device.fd, command).map(|command| command.pt_id)
+    }
+
+    pub(crate) fn detach_pasid(&self, device: &BoundDevice, pasid: u32) -> Result<(), Errno> {
+        let command = DeviceDetachIommufdPt { flags: 1, pasid, ..Default::default() };
+        self.run(device.fd, command).map(drop)
+    }
+
+    /// Chooses the PASID of the device's requests from now on.
+    pub(crate) fn use_pasid(&self, device: &BoundDevice, pasid: Option<u32>) {
+        let value = pasid.map_or(0, |pasid| u64::from(pasid) | 1 << 31);
+        self.pwrite(device.fd, region(0) + DMA_PASID, &value.to_le_bytes()).unwrap();
     }
 
     fn dma(&self, device: &BoundDevice, source: u64, destination: u64, length: u64, command: u64) {

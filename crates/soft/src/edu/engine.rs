@@ -14,9 +14,10 @@
 use super::registers::{Effect, Registers};
 use super::spec;
 use super::{DmaMask, EduDiagnostics};
-use crate::dma::{DmaFault, DmaPort};
+use crate::dma::{DmaFault, DmaPort, PasidPorts};
 use crate::pci::access::{AccessWidth, write_split};
 use crate::pci::{AccessError, Command, ConfigSpace};
+use ioasid::pasid::Pasid;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What the device and its worker share.
 pub(super) struct Engine {
     port: Arc<dyn DmaPort>,
+    /// None: the device has no PASIDs.
+    pasids: Option<Arc<dyn PasidPorts>>,
     dma_mask: DmaMask,
     dma_latency: Duration,
     state: Mutex<State>,
@@ -41,6 +44,8 @@ pub(super) struct State {
     pub(super) registers: Registers,
     pub(super) diagnostics: EduDiagnostics,
     buffer: Box<[u8; spec::BUFFER_SIZE]>,
+    /// The port of the PASID that was used last: an IOTLB is in it.
+    pasid_port: Option<(Pasid, Arc<dyn DmaPort>)>,
     /// When the transfer that is due was commanded.
     commanded: Option<Instant>,
     /// The transfer that is inside the port.
@@ -73,7 +78,8 @@ enum Worker {
 enum Refusal {
     BusMasterOff,
     OutOfRange,
-    Fault(DmaFault),
+    NoSuchPasid,
+    Fault(DmaFault, Option<Pasid>),
 }
 
 /// What [`Engine::run`] does when there is nothing to do.
@@ -86,6 +92,7 @@ enum WhenIdle {
 impl Engine {
     pub(super) fn new(
         port: Arc<dyn DmaPort>,
+        pasids: Option<Arc<dyn PasidPorts>>,
         config: ConfigSpace,
         dma_mask: DmaMask,
         dma_latency: Duration,
@@ -95,6 +102,7 @@ impl Engine {
             registers: Registers::default(),
             diagnostics: EduDiagnostics::default(),
             buffer: Box::new([0; spec::BUFFER_SIZE]),
+            pasid_port: None,
             commanded: None,
             moving: None,
             next_transfer: 0,
@@ -102,6 +110,7 @@ impl Engine {
         };
         Self {
             port,
+            pasids,
             dma_mask,
             dma_latency,
             state: Mutex::new(state),
@@ -157,6 +166,7 @@ impl Engine {
         state.cancel();
         state.registers = Registers::default();
         state.buffer.fill(0);
+        state.pasid_port = None;
         drop(self.wait_until_still(state));
     }
 
@@ -236,6 +246,11 @@ impl Engine {
             state.finish_transfer(Err(Refusal::BusMasterOff));
             return state;
         }
+        let pasid = state.registers.pasid();
+        let Some(port) = self.port(&mut state, pasid) else {
+            state.finish_transfer(Err(Refusal::NoSuchPasid));
+            return state;
+        };
         let iova = transfer.memory & self.dma_mask.get();
         if iova != transfer.memory {
             state.diagnostics.masked_addresses += 1;
@@ -253,8 +268,8 @@ impl Engine {
         drop(state);
         let result = match (bytes.is_empty(), transfer.to_memory) {
             (true, _) => Ok(()),
-            (false, true) => self.port.write(iova, bytes),
-            (false, false) => self.port.read(iova, bytes),
+            (false, true) => port.write(iova, bytes),
+            (false, false) => port.read(iova, bytes),
         };
         let mut state = self.lock();
         let cancelled = state.moving.take().is_some_and(|moving| moving.cancelled);
@@ -266,8 +281,21 @@ impl Engine {
             state.buffer[range].copy_from_slice(bytes);
         }
         let moved = result.map(|()| (transfer.to_memory, transfer.length as u64));
-        state.finish_transfer(moved.map_err(Refusal::Fault));
+        state.finish_transfer(moved.map_err(|fault| Refusal::Fault(fault, pasid)));
         state
+    }
+
+    /// The way of requests with this PASID, or without one.
+    fn port(&self, state: &mut State, pasid: Option<Pasid>) -> Option<Arc<dyn DmaPort>> {
+        let Some(pasid) = pasid else { return Some(Arc::clone(&self.port)) };
+        match &state.pasid_port {
+            Some((last, port)) if *last == pasid => Some(Arc::clone(port)),
+            _ => {
+                let port = self.pasids.as_ref()?.port(pasid)?;
+                state.pasid_port = Some((pasid, Arc::clone(&port)));
+                Some(port)
+            }
+        }
     }
 
     /// Waits until the transfer that is inside the port now has left it, but not for ever.
@@ -314,10 +342,12 @@ impl State {
             }
             Err(Refusal::BusMasterOff) => diagnostics.refused_bus_master_off += 1,
             Err(Refusal::OutOfRange) => diagnostics.refused_out_of_range += 1,
-            Err(Refusal::Fault(fault)) => {
-                tracing::debug!(%fault, "a transfer of an edu device faulted");
+            Err(Refusal::NoSuchPasid) => diagnostics.refused_no_such_pasid += 1,
+            Err(Refusal::Fault(fault, pasid)) => {
+                tracing::debug!(%fault, ?pasid, "a transfer of an edu device faulted");
                 diagnostics.faults += 1;
                 diagnostics.last_fault = Some(fault);
+                diagnostics.last_fault_pasid = pasid;
             }
         }
         self.commanded = None;
@@ -338,7 +368,7 @@ mod tests {
         let mut config = ConfigSpace::new(ConfigSpaceSize::Conventional, &Type0Header::default()).unwrap();
         config.set_command(Command::BUS_MASTER);
         let mask = DmaMask::from_bits(64).unwrap();
-        let engine = Engine::new(memory, config, mask, Duration::from_millis(1));
+        let engine = Engine::new(memory, None, config, mask, Duration::from_millis(1));
         let mut state = engine.lock();
         state.registers.write(spec::FACTORIAL, AccessWidth::Dword, 6);
         state.registers.write(spec::DMA_DESTINATION, AccessWidth::Qword, spec::BUFFER_ADDRESS);

@@ -5,6 +5,16 @@
 //! acknowledge interrupt causes, and have up to 4096 bytes copied between memory and a buffer in the
 //! device, one direction at a time, through the [`DmaPort`] that the device was given.
 //!
+//! # PASIDs
+//!
+//! This device has one register more, [`spec::DMA_PASID`], which chooses the PASID of its requests. Bit 31 says that they have
+//! one, the lowest 20 bits which; like the other registers of a transfer it is not written while one is under way. It reads 0
+//! after a reset, and a driver that never touches it has the well-known device. [`Edu::with_pasids`] says what ways there are for requests
+//! with PASIDs. A transfer with a PASID that the device does not have moves nothing, as one that is out of range.
+//!
+//! The PASID capability is not in configuration space, which stays that of a conventional device: Linux's VFIO does not show it
+//! to programs either, they are told by `IOMMU_GET_HW_INFO`.
+//!
 //! # How an access flows
 //!
 //! [`Edu`] checks it against the regions and memory decode, and cuts it into bus accesses; `registers`
@@ -51,12 +61,13 @@ mod engine;
 mod registers;
 pub mod spec;
 
-use crate::dma::{DmaFault, DmaPort};
+use crate::dma::{DmaFault, DmaPort, PasidPorts};
 use crate::pci::access::read_split;
 use crate::pci::{
     AccessError, Bar, Command, ConfigSpace, ConfigSpaceSize, HeaderError, PciDevice, RegionTable, Type0Header,
 };
 use engine::Engine;
+use ioasid::pasid::Pasid;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,10 +136,14 @@ pub struct EduDiagnostics {
     pub refused_bus_master_off: u64,
     /// Transfers that moved nothing because they did not stay within the device's buffer.
     pub refused_out_of_range: u64,
+    /// Transfers that moved nothing because the device does not have their PASID.
+    pub refused_no_such_pasid: u64,
     /// Transfers that the port refused.
     pub faults: u64,
     /// What the port said last.
     pub last_fault: Option<DmaFault>,
+    /// The PASID of that transfer, if it had one.
+    pub last_fault_pasid: Option<Pasid>,
     /// Transfers that a reset, a close or the device's end cancelled.
     pub transfers_cancelled: u64,
     /// Transfers whose address lost bits to the DMA mask.
@@ -147,8 +162,31 @@ pub struct Edu {
 }
 
 impl Edu {
-    /// A closed device with its registers reset, which reaches memory through `port`.
+    /// A closed device with its registers reset, which reaches memory through `port`, and has no PASIDs.
+    ///
+    /// # Errors
+    /// The options are impossible.
     pub fn new(port: Arc<dyn DmaPort>, options: EduOptions) -> Result<Self, EduError> {
+        Self::made(port, None, options)
+    }
+
+    /// A device that can use PASIDs, and reaches memory through the ports of `pasids` then.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn with_pasids(
+        port: Arc<dyn DmaPort>,
+        pasids: Arc<dyn PasidPorts>,
+        options: EduOptions,
+    ) -> Result<Self, EduError> {
+        Self::made(port, Some(pasids), options)
+    }
+
+    fn made(
+        port: Arc<dyn DmaPort>,
+        pasids: Option<Arc<dyn PasidPorts>>,
+        options: EduOptions,
+    ) -> Result<Self, EduError> {
         let bits = options.dma_mask_bits;
         let dma_mask = DmaMask::from_bits(bits).ok_or(EduError::DmaMask { bits })?;
         let mut header = Type0Header {
@@ -162,7 +200,7 @@ impl Edu {
         let config = ConfigSpace::new(ConfigSpaceSize::Conventional, &header)?;
         Ok(Self {
             regions: RegionTable::new(ConfigSpaceSize::Conventional, &header),
-            engine: Arc::new(Engine::new(port, config, dma_mask, options.dma_latency)),
+            engine: Arc::new(Engine::new(port, pasids, config, dma_mask, options.dma_latency)),
         })
     }
 

@@ -5,8 +5,9 @@
 //! [`complete_transfer`](Registers::complete_transfer). The busy bits are therefore the only record that
 //! work is due, and a reset, which clears them, takes it back.
 
-use super::spec::{self, DmaCommand, InterruptCauses, Status};
+use super::spec::{self, DmaCommand, DmaPasid, InterruptCauses, Status};
 use crate::pci::access::AccessWidth;
+use ioasid::pasid::Pasid;
 
 /// What a read yields where there is nothing to read.
 const ALL_ONES: u64 = u64::MAX;
@@ -23,6 +24,7 @@ pub(super) struct Registers {
     dma_destination: u64,
     dma_count: u64,
     dma_command: DmaCommand,
+    dma_pasid: DmaPasid,
 }
 
 /// What a write has left to do.
@@ -67,6 +69,7 @@ impl Registers {
             spec::DMA_DESTINATION => self.dma_destination,
             spec::DMA_COUNT => self.dma_count,
             spec::DMA_COMMAND => self.dma_command.bits(),
+            spec::DMA_PASID => self.dma_pasid.bits(),
             _ => ALL_ONES,
         }
     }
@@ -94,7 +97,11 @@ impl Registers {
             spec::INTERRUPT_ACKNOWLEDGE => {
                 self.interrupt_status.remove(InterruptCauses::from_bits_retain(narrow));
             }
-            spec::DMA_SOURCE | spec::DMA_DESTINATION | spec::DMA_COUNT | spec::DMA_COMMAND
+            spec::DMA_SOURCE
+            | spec::DMA_DESTINATION
+            | spec::DMA_COUNT
+            | spec::DMA_COMMAND
+            | spec::DMA_PASID
                 if self.is_transferring() =>
             {
                 return Effect::DroppedBusy;
@@ -102,6 +109,7 @@ impl Registers {
             spec::DMA_SOURCE => self.dma_source = value,
             spec::DMA_DESTINATION => self.dma_destination = value,
             spec::DMA_COUNT => self.dma_count = value,
+            spec::DMA_PASID => self.dma_pasid = DmaPasid::from_bits_truncate(value),
             spec::DMA_COMMAND => {
                 let command = DmaCommand::from_bits_retain(value);
                 if command.contains(DmaCommand::RUN) {
@@ -147,6 +155,12 @@ impl Registers {
         fits.then_some(Transfer { to_memory, memory, buffer, length })
     }
 
+    /// The PASID that requests have, if they have one.
+    pub(super) fn pasid(&self) -> Option<Pasid> {
+        let number = (self.dma_pasid.bits() & spec::DMA_PASID_NUMBER) as u32;
+        Pasid::new(number).filter(|_| self.dma_pasid.contains(DmaPasid::ENABLE))
+    }
+
     /// Ends the transfer, whatever became of it: the device has no way to report an error.
     pub(super) fn complete_transfer(&mut self) {
         self.dma_command.remove(DmaCommand::RUN);
@@ -180,8 +194,8 @@ mod tests {
     use super::AccessWidth::{Byte, Dword, Qword, Word};
     use super::*;
 
-    const DMA_REGISTERS: [u64; 4] =
-        [spec::DMA_SOURCE, spec::DMA_DESTINATION, spec::DMA_COUNT, spec::DMA_COMMAND];
+    const DMA_REGISTERS: [u64; 5] =
+        [spec::DMA_SOURCE, spec::DMA_DESTINATION, spec::DMA_COUNT, spec::DMA_COMMAND, spec::DMA_PASID];
 
     #[test]
     fn identification_is_constant() {
@@ -309,6 +323,19 @@ mod tests {
         registers.complete_transfer();
         assert_eq!(registers.read(spec::DMA_COMMAND, Qword), 0x1_0000_0006);
         assert_eq!(registers.read(spec::INTERRUPT_STATUS, Dword), 0x100);
+    }
+
+    #[test]
+    fn a_pasid_has_twenty_bits_and_has_to_be_enabled() {
+        let mut registers = Registers::default();
+        assert_eq!((registers.read(spec::DMA_PASID, Qword), registers.pasid()), (0, None));
+        registers.write(spec::DMA_PASID, Dword, 5);
+        assert_eq!((registers.read(spec::DMA_PASID, Dword), registers.pasid()), (5, None));
+        registers.write(spec::DMA_PASID, Dword, 0x8000_0005);
+        assert_eq!((registers.read(spec::DMA_PASID, Dword), registers.pasid()), (0x8000_0005, Pasid::new(5)));
+        registers.write(spec::DMA_PASID, Qword, u64::MAX);
+        assert_eq!(registers.read(spec::DMA_PASID, Qword), 0x800f_ffff, "other bits do not exist");
+        assert_eq!(registers.pasid(), Pasid::new(0xf_ffff));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The registers of the edu device: numbers only.
 //!
 //! The source is the device's public description, "EDU device" in QEMU's documentation of emulated
-//! device specifications. Offsets are in BAR 0.
+//! device specifications. Offsets are in BAR 0. [`DMA_PASID`] is not in it: it is an extension of this project.
 
 use bitflags::bitflags;
 
@@ -40,6 +40,10 @@ pub const DMA_DESTINATION: u64 = 0x88;
 pub const DMA_COUNT: u64 = 0x90;
 /// 4 or 8 bytes: [`DmaCommand`].
 pub const DMA_COMMAND: u64 = 0x98;
+/// 4 or 8 bytes, an extension of this project: [`DmaPasid`]. 0 after a reset, and then the device is the one described.
+pub const DMA_PASID: u64 = 0xa0;
+/// The bits of [`DMA_PASID`] that are the PASID.
+pub const DMA_PASID_NUMBER: u64 = 0xf_ffff;
 /// The first offset whose registers may be accessed 8 bytes at a time.
 pub const WIDE_REGISTERS: u64 = 0x80;
 
@@ -84,5 +88,13 @@ bitflags! {
         /// Raise [`InterruptCauses::DMA`] when it has ended.
         const INTERRUPT_WHEN_DONE = 0x4;
         const _ = !0;
+    }
+
+    /// The register [`DMA_PASID`]. Its lowest 20 bits are [the PASID](DMA_PASID_NUMBER); other bits without a name read zero.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct DmaPasid: u64 {
+        /// Requests have the PASID. Without this bit they have none, whatever the number.
+        const ENABLE = 0x8000_0000;
+        const _ = DMA_PASID_NUMBER;
     }
 }

@@ -71,6 +71,61 @@ const PAGE: u64 = 4096;
 /// Where the tests map things for devices.
 const IOVA: u64 = 0x10_0000;
 
+/// One device, two address spaces: its requests go to the one or the other by their PASID, while that is moved under way.
+pub(super) fn each_pasid_has_its_own_memory() {
+    const PASID: u32 = 5;
+    let machine = Machine::new();
+    let memory = pages(4 * PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
+    let second = allocate(&machine.iommu).unwrap();
+    for (space, page, seed) in [(machine.space, 0, 1), (second, 2, 2)] {
+        machine.map_in(space, memory + page * PAGE, 2 * PAGE, IOVA).unwrap();
+        fill(memory + page * PAGE, PAGE, seed);
+    }
+    let [plain, other] = [machine.space, second].map(|space| machine.table_for_pasids(space).unwrap());
+    let copy = || {
+        machine.fetch(IOVA, BUFFER_LENGTH);
+        machine.store(IOVA + PAGE, BUFFER_LENGTH);
+    };
+    let copied = |page| same(memory + page * PAGE, memory + (page + 1) * PAGE, PAGE);
+
+    assert_eq!(
+        machine.attach_pasid(PASID, other),
+        Err(Errno::INVAL),
+        "beside a table that is not for PASIDs"
+    );
+    machine.attach(plain).unwrap();
+    machine.attach_pasid(PASID, other).unwrap();
+    machine.use_pasid(Some(PASID));
+    copy();
+    assert!(copied(2) && !copied(0));
+    machine.use_pasid(None);
+    copy();
+    assert!(copied(0));
+
+    // Moved while the device copies: it never finds neither.
+    machine.use_pasid(Some(PASID));
+    fill(memory, PAGE, 3);
+    fill(memory + 2 * PAGE, PAGE, 4);
+    thread::scope(|scope| {
+        let copying = scope.spawn(|| (0..200).for_each(|_| copy()));
+        while !copying.is_finished() {
+            machine.attach_pasid(PASID, plain).unwrap();
+            machine.attach_pasid(PASID, other).unwrap();
+        }
+    });
+    let state = || std::fs::read_to_string("/dev/ioasid").unwrap();
+    assert!(state().contains("\"dma_faults\": 0"), "{}", state());
+    copy();
+    assert!(copied(2));
+
+    machine.detach_pasid(PASID).unwrap();
+    fill(memory + 3 * PAGE, PAGE, 5);
+    copy();
+    assert!(!copied(2), "detached: nothing is copied any more");
+    assert!(state().contains("(PASID 5)"), "{}", state());
+    assert_eq!(machine.detach_pasid(PASID), Ok(()));
+}
+
 pub(super) fn a_device_copies_private_memory() {
     let machine = Machine::new();
     let memory = pages(4 * PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);

@@ -41,6 +41,7 @@ pub(crate) const CLIENTS: &[(&str, fn())] = &[
     ("device_regions", devices::device_regions),
     ("a_device_copies_private_memory", devices::a_device_copies_private_memory),
     ("a_device_copies_a_memory_file", devices::a_device_copies_a_memory_file),
+    ("each_pasid_has_its_own_memory", devices::each_pasid_has_its_own_memory),
     ("a_device_is_free_after_its_close", devices::a_device_is_free_after_its_close),
     ("mapped_memory_must_be_there", devices::mapped_memory_must_be_there),
     ("a_child_has_memory_of_its_own", devices::a_child_has_memory_of_its_own),

@@ -5,16 +5,18 @@
 //! IOMMU, so devices on one address space share its table. There is no DMA: what a table says is looked at by MD_CHECK_MAP.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ioasid::pagetable::AmdV1;
+use ioasid::pasid::Pasid;
 use ioasid::{
     AttachError, Bus, DerivedTable, Device, Iommu, IovaRange, PageSize, RadixTable, Requirements, Rid, Table,
-    TableClass,
+    TableClass, TableError,
 };
 use ioasid_uapi::iommufd::{HW_INFO_TYPE_NONE, HWPT_DATA_NONE, HwCapabilities, HwptAlloc, HwptAllocFlags};
 use ioasid_uapi::iommufd_test::{
     MOCK_APERTURE_LAST, MOCK_APERTURE_START, MOCK_HUGE_PAGE_SIZE, MOCK_PAGE_SIZE, MOCK_PASID_WIDTH,
-    MockDeviceFlags,
+    MockDeviceFlags, PASID_RESERVED,
 };
 use rustix::io::Errno;
 
@@ -90,15 +92,20 @@ pub(crate) fn granule(class: TableClass) -> PageSize {
     PageSize::from_log2(MOCK_PAGE_SIZE.ilog2()).filter(|_| mock).unwrap_or(PageSize::SIZE_4K)
 }
 
-/// The imagined IOMMU, as it is for tables of one kind. It remembers nothing.
+/// The imagined IOMMU of one device, as it is for tables of one kind.
 #[derive(Debug)]
-struct MockIommu(MockTable);
+struct MockIommu {
+    table: MockTable,
+    /// Whether the next attachment of [`PASID_RESERVED`] fails. The test has that number so that it can see a replacement fail: every
+    /// second attachment does, until the PASID is detached.
+    fails_next: Arc<AtomicBool>,
+}
 
 impl Iommu for MockIommu {
     fn requirements(&self, _device: Rid) -> Option<Requirements> {
         Some(Requirements {
-            class: self.0.class(),
-            aperture: self.0.aperture(),
+            class: self.table.class(),
+            aperture: self.table.aperture(),
             reserved: Vec::new(),
             coherent: true,
         })
@@ -114,12 +121,12 @@ impl Iommu for MockIommu {
         largest_leaf: PageSize,
         _: &Arc<Bus>,
     ) -> Result<Arc<dyn DerivedTable>, AttachError> {
-        if class != self.0.class() {
+        if class != self.table.class() {
             return Err(AttachError::Incompatible);
         }
         let no_larger = largest_leaf.bytes() | (largest_leaf.bytes() - 1);
         let format = AmdV1::new().with_granule_2k().with_accessed_dirty(true);
-        Ok(Arc::new(RadixTable::new(format.with_leaf_sizes(self.0.leaf_sizes() & no_larger))))
+        Ok(Arc::new(RadixTable::new(format.with_leaf_sizes(self.table.leaf_sizes() & no_larger))))
     }
 
     fn attach(&self, _device: Rid, _table: &Arc<Table>) -> Result<(), AttachError> {
@@ -127,6 +134,19 @@ impl Iommu for MockIommu {
     }
 
     fn block(&self, _device: Rid) {}
+
+    fn attach_pasid(&self, _device: Rid, pasid: Pasid, _table: &Arc<Table>) -> Result<(), AttachError> {
+        if pasid.get() == PASID_RESERVED && self.fails_next.fetch_xor(true, Ordering::Relaxed) {
+            return Err(AttachError::Table(TableError::OutOfTables));
+        }
+        Ok(())
+    }
+
+    fn block_pasid(&self, _device: Rid, pasid: Pasid) {
+        if pasid.get() == PASID_RESERVED {
+            self.fails_next.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A mock device.
@@ -139,7 +159,9 @@ pub(crate) struct MockDevice {
 
 impl MockDevice {
     fn new(flags: MockDeviceFlags) -> Self {
-        let engine = |table| Device::new(Arc::new(MockIommu(table)), Rid(0));
+        let fails_next = Arc::new(AtomicBool::new(false));
+        let iommu = |table| Arc::new(MockIommu { table, fails_next: Arc::clone(&fails_next) });
+        let engine = |table| Device::new(iommu(table), Rid(0));
         Self { flags, engines: MockTable::ALL.into_iter().filter_map(|table| engine(table).ok()).collect() }
     }
 
@@ -153,14 +175,18 @@ impl MockDevice {
         }
         let mut capabilities = HwCapabilities::ATS_NOT_SUPPORTED;
         capabilities.set(HwCapabilities::DIRTY_TRACKING, self.records_writes());
-        let has_pasids = self.flags.contains(MockDeviceFlags::PASID);
         Ok(HwInfo {
             // Flags, of which none is defined, and a register.
             data: [0, HW_INFO_REGISTER].map(u32::to_ne_bytes).concat(),
             data_type: HW_INFO_TYPE,
             capabilities,
-            max_pasid_log2: if has_pasids { MOCK_PASID_WIDTH as u8 } else { 0 },
+            max_pasid_log2: self.pasid_bits() as u8,
         })
+    }
+
+    /// How many bits its PASIDs have; 0: it has none.
+    pub(crate) fn pasid_bits(&self) -> u32 {
+        if self.flags.contains(MockDeviceFlags::PASID) { MOCK_PASID_WIDTH } else { 0 }
     }
 
     /// Whether its IOMMU can record what it writes.
@@ -201,7 +227,7 @@ impl TestDevice {
 
     /// Detaches the device and takes it away.
     pub(crate) fn end(&self, context: &Context) {
-        self.device.detach(context);
+        self.device.end(context);
         self.device.users().release();
         context.objects().remove(self.id, &Object::Device(Arc::clone(&self.device)));
     }

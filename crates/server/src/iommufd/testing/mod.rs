@@ -8,12 +8,14 @@
 //! - [`mock`]: the mock devices and their tables;
 //! - [`accesses`]: users of pages in the kernel;
 //! - [`dma_buf`]: memory of an imagined driver;
+//! - `pasids`: PASIDs of mock devices;
 //! - `checks`: what a table says, how often pages are held.
 
 mod accesses;
 mod checks;
 mod dma_buf;
 pub(super) mod mock;
+mod pasids;
 
 use ioasid::IovaRange;
 use ioasid_uapi::iommufd_test as uapi;
@@ -72,14 +74,10 @@ impl Call<'_> {
                 let limit = command.payload::<uapi::SetTempMemoryLimit>().limit;
                 if limit < LEAST_MEMORY_LIMIT { Err(Errno::INVAL) } else { Ok(()) }
             }
-            // PASIDs: the test device is looked up first.
-            uapi::OP_PASID_ATTACH
-            | uapi::OP_PASID_REPLACE
-            | uapi::OP_PASID_DETACH
-            | uapi::OP_PASID_CHECK_HWPT => {
-                drop(self.context.objects.hold_test_device(id)?);
-                Err(Errno::OPNOTSUPP)
-            }
+            uapi::OP_PASID_ATTACH => self.attach_mock_pasid(command),
+            uapi::OP_PASID_REPLACE => self.replace_mock_pasid(command),
+            uapi::OP_PASID_DETACH => self.detach_mock_pasid(id, command.payload()),
+            uapi::OP_PASID_CHECK_HWPT => self.check_mock_pasid(id, command.payload()),
             _ => Err(Errno::OPNOTSUPP),
         }
         .map(|()| 0)
