@@ -37,8 +37,8 @@
 //! # Where it differs from Linux
 //!
 //! - Private memory of a client is reached through its process, not pinned (shared memory is its file's, if that can be
-//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's write to
-//!   a file of hugetlbfs is a fault.
+//!   opened): when the process ends or unmaps it, the device's access is a fault. Files are reached by reading and writing, see the `memory` module; a device's
+//!   access to a huge page that is not there yet, and that the pool has none for, is a fault too.
 //! - Every page is charged once for all that one user maps of it, however often and through however many opens.
 //! - Unmapping over several areas happens whole or not at all.
 //! - A dirty bitmap that cannot be written is an error, and what was to be reported stays dirty. It has at most 1 GiB,
@@ -92,6 +92,7 @@ use crate::iommufd::testing::{AccessFile, DmaBuf};
 use crate::limits::{Allowance, Allowances, Taken};
 use crate::memory::MemoryRegistry;
 use crate::poison::lock;
+use crate::status::Listing;
 use crate::vfio::{DeviceFile, MachineDevice};
 
 pub use client::{Client, Descriptor, Process};
@@ -281,13 +282,23 @@ impl Server {
         Some(pinned)
     }
 
-    /// A snapshot of what is mapped, attached and charged.
+    /// A snapshot of what is mapped, attached and charged: [`Status::LISTED_AT_MOST`] things of it, and how many more there are.
     pub fn status(&self) -> Status {
         let contexts: Vec<_> = lock(&self.contexts).living.iter().filter_map(Weak::upgrade).collect();
-        Status {
-            contexts: contexts.iter().map(|context| context.status()).collect(),
-            accounts: self.memory.accounts().iter().map(|account| account.status()).collect(),
+        let mut listing = Listing::new(Status::LISTED_AT_MOST);
+        let mut status = Status::default();
+        for (number, context) in contexts.iter().enumerate() {
+            // Those behind it, and the accounts.
+            let parts = contexts.len() - number + 1;
+            status.contexts.extend(
+                listing.list_part(parts, |listing| listing.take_one().then(|| context.status(listing))),
+            );
         }
+        let accounts = self.memory.accounts();
+        let listed = accounts.iter().filter(|_| listing.take_one());
+        status.accounts = listed.map(|account| account.status()).collect();
+        status.not_listed = listing.not_listed();
+        status
     }
 }
 

@@ -14,8 +14,8 @@
 //! The bytes of a file are reached by `pread` and `pwrite` on our own duplicate of the client's descriptor. A mapping
 //! would be faster, but the client keeps the file: it may truncate it at any time, and touching a mapped page beyond
 //! the new end raises SIGBUS, in us. A server must not be at a client's mercy, and a copying call says `MemoryGone`
-//! instead. What this costs: files of hugetlbfs can be read but not written this way (the kernel has no `write` for
-//! them), so a device's write to one is a fault.
+//! instead. Files of hugetlbfs can only be read this way; the kernel has no `write` for them. They are written through the
+//! engine's backing of such a file, which maps it after all, but copies by system calls (docs/decisions/0003).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -129,6 +129,8 @@ struct FileBacking {
 struct MappedFile {
     /// Our duplicate, open for writing if it could be had.
     fd: OwnedFd,
+    /// What writes to it, if it is of hugetlbfs and can be written.
+    huge: Option<Arc<Backing>>,
     /// The backing that reaches its bytes here, and holds it.
     backing: Mutex<Weak<Backing>>,
 }
@@ -173,6 +175,9 @@ impl LateBound for MappedFile {
         if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > size) {
             return Err(gone(size.max(offset)));
         }
+        if let Some(huge) = &self.huge {
+            return huge.write(offset, bytes);
+        }
         let mut done = 0;
         while done < bytes.len() {
             let at = offset + done as u64;
@@ -202,6 +207,23 @@ fn writable(fd: OwnedFd) -> OwnedFd {
     }
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap_or(fd)
+}
+
+/// The same file as the engine maps it, if it is made of huge pages and others can bear that: the descriptor can write, and the
+/// kernel lets us copy by calls.
+fn of_huge_pages(bus: &Arc<Bus>, fd: &OwnedFd) -> Option<Arc<Backing>> {
+    /// What hugetlbfs says that it is.
+    const HUGETLBFS: u32 = 0x9584_58f6;
+    // It is a file of memory, so that this asks nobody who could keep us waiting either.
+    let system = rustix::fs::fstatfs(fd).ok()?;
+    if system.f_type as u32 != HUGETLBFS {
+        return None;
+    }
+    let huge = Backing::file(bus, fd);
+    if let Err(error) = &huge {
+        tracing::warn!(%error, "devices cannot write to a file of huge pages");
+    }
+    huge.ok()
 }
 
 /// Whether the file's pages are memory: what Linux accepts are files of tmpfs (memfds) and of hugetlbfs, and only they
@@ -258,7 +280,8 @@ impl Pages {
                 files.behind(&**process, backing, start, length)?
             }
             Source::File(mapped) => {
-                if range.last() >= mapped.file.size()? {
+                // Whole pages are held: a page that the file ends in is none of it.
+                if range.last() | (PAGE_SIZE - 1) >= mapped.file.size()? {
                     return Err(Errno::INVAL);
                 }
                 (Arc::clone(&mapped.backing), start)
@@ -346,7 +369,10 @@ impl Files {
     fn backing(&self, fd: OwnedFd) -> Result<FileBacking, Errno> {
         let status = rustix::fs::fstat(&fd)?;
         let key = FileKey(status.st_dev, status.st_ino);
-        let make = || Arc::new(MappedFile { fd: writable(fd), backing: Mutex::default() });
+        let make = || {
+            let fd = writable(fd);
+            Arc::new(MappedFile { huge: of_huge_pages(&self.bus, &fd), fd, backing: Mutex::default() })
+        };
         let file = self.by_key.get_or_insert(key, make);
         let backing = {
             let mut known = lock(&file.backing);

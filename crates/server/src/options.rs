@@ -29,7 +29,7 @@ pub struct ServerOptions {
 /// ([`Limits::FILE_BYTES`] and so on). Page tables, with what they record of writes, are bounded by
 /// `ioasid_pagetable::HeapTables::set_limit`. Requests are those under way at the same time, whose number is the transport's to
 /// bound; most take a few hundred bytes. With [test devices](ServerOptions::test_devices) 256 MiB for dma-bufs are added. Texts of the
-/// [status](crate::Server::status) are not in this.
+/// [status](crate::Server::status), of 10 MiB at most each, are not in this.
 ///
 /// Parses from settings `NAME=PER_CLIENT` or `NAME=PER_CLIENT:TOTAL` with commas between them.
 ///

@@ -3,6 +3,9 @@
 //! The structures are the JSON's shape; every number's name ends in its unit. Addresses are text in hexadecimal, since
 //! JSON numbers above 2^53 are read wrongly by many programs. Contexts, then each address space, are looked at one after the other,
 //! so a snapshot taken while clients work is true of each part, not of one instant.
+//!
+//! Clients may have more than anybody wants to read. A snapshot lists so many things and says how many it left out; what one context
+//! leaves of its share is the others', so that a client with many objects hides its own and nobody else's.
 
 use serde::Serialize;
 
@@ -13,6 +16,9 @@ pub struct Status {
     pub contexts: Vec<ContextStatus>,
     /// Who is charged for registered memory.
     pub accounts: Vec<AccountStatus>,
+    /// How many contexts, address spaces, page tables, devices and accounts are not listed, because there are too many. Of areas
+    /// each address space says it.
+    pub not_listed: usize,
 }
 
 /// One open of `/dev/iommu`.
@@ -35,7 +41,7 @@ pub struct AddressSpaceStatus {
     pub area_count: usize,
     /// Bytes that the areas cover together.
     pub mapped_bytes: u128,
-    /// Areas in order of IOVA, at most [`AddressSpaceStatus::AREAS_SHOWN`].
+    /// Areas in order of IOVA, at most [`AddressSpaceStatus::AREAS_SHOWN`], and fewer if very much is to be listed.
     pub areas: Vec<AreaStatus>,
     /// The leaves of the address space's own table, by size.
     pub leaves: Vec<LeafStatus>,
@@ -135,7 +141,61 @@ pub struct AccountStatus {
     pub refused: u64,
 }
 
+/// How much more may be listed.
+#[derive(Debug)]
+pub(crate) struct Listing {
+    left: usize,
+    not_listed: usize,
+}
+
+impl Listing {
+    /// Room for `left` things.
+    pub(crate) fn new(left: usize) -> Self {
+        Self { left, not_listed: 0 }
+    }
+
+    /// Whether one more thing may be listed. Otherwise it counts as not listed.
+    pub(crate) fn take_one(&mut self) -> bool {
+        let listed = self.take(1) == 1;
+        if !listed {
+            self.leave_out();
+        }
+        listed
+    }
+
+    /// One thing is not listed.
+    pub(crate) fn leave_out(&mut self) {
+        self.not_listed += 1;
+    }
+
+    /// How many of `wanted` things may be listed; somebody else says how many there are.
+    pub(crate) fn take(&mut self, wanted: usize) -> usize {
+        let taken = wanted.min(self.left);
+        self.left -= taken;
+        taken
+    }
+
+    /// Lists one of `parts` that are still to come, in an equal part of the room; what it leaves is the others'.
+    pub(crate) fn list_part<T>(&mut self, parts: usize, list: impl FnOnce(&mut Listing) -> T) -> T {
+        let share = self.left / parts.max(1);
+        let mut listing = Listing::new(share);
+        let listed = list(&mut listing);
+        self.left = self.left - share + listing.left;
+        self.not_listed += listing.not_listed;
+        listed
+    }
+
+    /// How many things were not listed.
+    pub(crate) fn not_listed(&self) -> usize {
+        self.not_listed
+    }
+}
+
 impl Status {
+    /// How many things a snapshot lists at most: contexts, address spaces, areas, page tables, devices, their PASIDs and accounts together. Each is
+    /// less than 1 KiB of [`Status::to_json`], which is so never longer than 10 MiB.
+    pub const LISTED_AT_MOST: usize = 10_000;
+
     /// The snapshot as indented JSON text that ends with a newline.
     pub fn to_json(&self) -> String {
         let mut text = serde_json::to_string_pretty(self).unwrap_or_default();

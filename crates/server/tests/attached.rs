@@ -50,6 +50,7 @@ for_every_kind_of_table! {
     a_program_that_ends_while_attached_leaves_faults_only
     files_are_one_object_whoever_maps_them
     a_file_that_was_cut_gives_faults_and_does_not_grow_again
+    files_of_huge_pages_are_read_and_written
     a_file_opened_for_reading_only_can_be_written_by_later_mappers
     charges_obey_the_limit_of_the_user
     a_context_can_charge_processes_instead
@@ -284,6 +285,55 @@ fn a_file_that_was_cut_gives_faults_and_does_not_grow_again(m: &Machine) {
     assert_eq!(&bytes, b"data");
     m.copies(iova, iova + PAGE - 2, 4);
     assert_eq!(rustix::fs::fstat(&file).unwrap().st_size as u64, PAGE);
+}
+
+fn files_of_huge_pages_are_read_and_written(m: &Machine) {
+    use rustix::fs::MemfdFlags;
+    const HUGE: u64 = 2 << 20;
+    // The last page and the first of the next, which is a hole until a device writes there.
+    const EDGE: u64 = HUGE - 4;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let Ok(file) = rustix::fs::memfd_create("huge", flags) else {
+        println!("not run: the kernel has no huge pages of 2 MiB");
+        return;
+    };
+    rustix::fs::ftruncate(&file, 2 * HUGE).unwrap();
+    if let Err(error) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, HUGE) {
+        println!("not run: no huge pages are set aside on this machine ({error})");
+        return;
+    }
+    m.attach().unwrap();
+    let content = |offset| {
+        let mut bytes = [0; 8];
+        rustix::io::pread(&file, &mut bytes, offset).unwrap();
+        bytes
+    };
+    let fd = m.program.insert_foreign(file.try_clone().unwrap());
+    let iova = m.program.map_file(m.iommu, m.ioas, fd, 0, 2 * HUGE).unwrap();
+    m.map_fixed(BUFFER, PAGE, 0x800_0000).unwrap();
+    m.program.put(BUFFER, b"hugepage").unwrap();
+    m.copies(0x800_0000, iova + 8, 8);
+    assert_eq!(&content(8), b"hugepage");
+    m.copies(iova + 8, 0x800_0000 + 64, 8);
+    assert_eq!(m.program.get(BUFFER + 64, 8).unwrap(), b"hugepage", "and reads it");
+    // Mapping it again is the same memory.
+    let again = m.program.map_file(m.iommu, m.ioas, fd, HUGE, HUGE).unwrap();
+    assert_eq!(m.program.charged(), 1 + 2 * 512);
+    if rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), HUGE, HUGE).is_ok() {
+        m.copies(iova + 8, iova + EDGE, 8);
+        assert_eq!(&content(EDGE), b"hugepage", "over the boundary of two pages");
+        m.copies(again, 0x800_0000 + 128, 4);
+        assert_eq!(m.program.get(BUFFER + 128, 4).unwrap(), b"page");
+    } else {
+        println!("not run in part: there is one huge page only");
+    }
+    // Made shorter, it gives faults, here as for other files, and does not grow again.
+    rustix::fs::ftruncate(&file, HUGE).unwrap();
+    m.copies(iova + 8, iova + HUGE, 8);
+    m.copies(iova + 8, iova + EDGE, 8);
+    assert_eq!(rustix::fs::fstat(&file).unwrap().st_size as u64, HUGE);
+    m.copies(iova + 8, iova + 24, 8);
+    assert_eq!(&content(24), b"hugepage");
 }
 
 fn a_file_opened_for_reading_only_can_be_written_by_later_mappers(m: &Machine) {

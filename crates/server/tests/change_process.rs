@@ -4,6 +4,7 @@ mod program;
 
 use ioasid_server::Errno;
 use ioasid_uapi::iommufd as uapi;
+use ioasid_uapi::iommufd_test::{AccessPages, CreateAccess, CreateAccessFlags, DestroyAccessPages};
 use program::{BUFFER, PAGE, Program, memfd, server};
 
 fn change(program: &Program, iommu: i32) -> Result<(), Errno> {
@@ -104,4 +105,48 @@ fn processes_of_one_user_share_an_account_and_change_nothing() {
     assert_eq!(change(&second, iommu), Ok(()));
     assert_eq!(change(&program, iommu), Ok(()));
     assert_eq!(charged(&program), [4]);
+}
+
+/// What the user of this process pays itself, and has pinned.
+fn pinned(program: &Program) -> (u64, u64) {
+    let process = ioasid_server::Client::process(&program.client).unwrap().identity();
+    let pinned = program.server.pinned_memory(process).unwrap();
+    (pinned.locked_pages, pinned.pages)
+}
+
+/// Accesses pin by their own right, also where there is no table.
+#[test]
+fn what_accesses_have_pinned_is_paid_by_the_new_process() {
+    let (program, second, iommu, ioas, file) = two_processes([Some(100), Some(5)], true);
+    let other = program.ioas(iommu);
+    let in_table = program.map_file(iommu, ioas, file, 0, 2 * PAGE).unwrap();
+    let pinned_only = program.map_file(iommu, other, file, 4 * PAGE, 8 * PAGE).unwrap();
+    let access = |ioas| {
+        let flags = CreateAccessFlags::NEEDS_PIN_PAGES.bits();
+        program.test(iommu, ioas, &CreateAccess { flags, ..Default::default() }).unwrap().out_access_fd
+    };
+    let pin = |access, iova, pages: u64| {
+        let pages = AccessPages { iova, length: pages * PAGE, ..Default::default() };
+        program.test(iommu, access, &pages).unwrap().out_access_pages_id
+    };
+    let (of_table, of_other) = (access(ioas), access(other));
+    pin(of_table, in_table, 2);
+    let first = pin(of_other, pinned_only, 3);
+    let overlapping = pin(of_other, pinned_only + 2 * PAGE, 2);
+    assert_eq!((charged(&program), pinned(&program), pinned(&second)), (vec![6], (6, 6), (0, 0)));
+
+    assert_eq!(change(&second, iommu), Err(Errno::NOMEM), "the pins are counted: 2 pages and 4");
+    assert_eq!((charged(&program), pinned(&program)), (vec![6], (6, 6)));
+    second.set_memory_lock_limit(Some(6 * PAGE));
+    assert_eq!(change(&second, iommu), Ok(()));
+    assert_eq!((charged(&program), pinned(&program), pinned(&second)), (vec![6], (0, 0), (6, 6)));
+    // What is pinned from now on, and what is given back, is the second's.
+    let full = AccessPages { iova: pinned_only + 7 * PAGE, length: PAGE, ..Default::default() };
+    assert_eq!(program.test(iommu, of_other, &full).map(drop), Err(Errno::NOMEM));
+    for access_pages_id in [first, overlapping] {
+        program.test(iommu, of_other, &DestroyAccessPages { access_pages_id }).unwrap();
+    }
+    assert_eq!((charged(&program), pinned(&second)), (vec![2], (2, 2)));
+    program.unmap(iommu, ioas, 0, u64::MAX).unwrap();
+    assert_eq!((charged(&program), pinned(&second)), (vec![], (0, 0)));
 }

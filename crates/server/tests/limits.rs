@@ -307,3 +307,44 @@ fn what_test_devices_add_is_counted() {
         program.map_fixed(iommu, space, BUFFER, PAGE, number * PAGE).unwrap();
     }
 }
+
+#[test]
+fn the_text_of_the_status_is_bounded_and_hides_only_who_has_much() {
+    const SPACES: usize = 9000;
+    let server = server_with(Limits::default());
+    let (greedy, modest) = (Program::of(&server), Program::of(&server));
+    let iommu = greedy.iommu();
+    let spaces: Vec<u32> = (0..SPACES).map(|_| greedy.ioas(iommu)).collect();
+    for ioas in &spaces[..100] {
+        for page in 0..65 {
+            greedy.map_fixed(iommu, *ioas, BUFFER, PAGE, page * PAGE).unwrap();
+        }
+    }
+    let device = greedy.bind(iommu);
+    let tables: Vec<u32> =
+        spaces[SPACES - 2000..].iter().map(|ioas| greedy.hwpt(iommu, device.id, *ioas).unwrap()).collect();
+    let quiet = modest.iommu();
+    let ioas = modest.ioas(quiet);
+    modest.map_fixed(quiet, ioas, BUFFER, PAGE, 0).unwrap();
+
+    let status = server.status();
+    let count = |context: &ioasid_server::ContextStatus| {
+        let of_space = |space: &ioasid_server::AddressSpaceStatus| 1 + space.areas.len() + space.tables.len();
+        1 + context.devices.len() + context.address_spaces.iter().map(of_space).sum::<usize>()
+    };
+    let listed = status.contexts.iter().map(count).sum::<usize>() + status.accounts.len();
+    assert!(listed <= ioasid_server::Status::LISTED_AT_MOST, "{listed}");
+    assert!(status.to_json().len() <= 10 << 20);
+    // Of all that there is, each thing is listed or counted, and what there is little of is all there.
+    let [first, second] = &status.contexts[..] else { panic!("two contexts") };
+    let shown: usize = first.address_spaces.iter().map(|space| 1 + space.tables.len()).sum();
+    assert_eq!(status.not_listed + shown + first.devices.len(), SPACES + tables.len() + 1);
+    assert!(status.not_listed > 0 && shown > 3000, "{shown}");
+    assert_eq!((second.address_spaces.len(), second.address_spaces[0].areas.len()), (1, 1));
+    assert_eq!(status.accounts.len(), 1);
+
+    greedy.close(device.fd).unwrap();
+    greedy.close(iommu).unwrap();
+    let status = server.status();
+    assert_eq!((status.contexts.len(), status.not_listed), (1, 0));
+}

@@ -103,11 +103,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         eprintln!("{reason}");
         eprintln!("instances that need huge pages are not run");
     }
+    // What has its own answer to the capability is a server of ours; a kernel's own `/dev/iommu` minds the first namespace.
+    let in_a_namespace = !capability::is_held()
+        && arguments.run_with.is_none()
+        && chosen.iter().any(|instance| capability::needed_by(instance))
+        && capability::is_held_in_a_namespace();
     let mut outcomes = Vec::new();
     for instance in &chosen {
         let lacking = if matches!(huge_pages, Some(Err(_))) && huge_pages::needed_by(instance) {
             Some("no huge pages")
-        } else if capability::needed_by(instance) && !capability::is_held() {
+        } else if capability::needed_by(instance) && !capability::is_held() && !in_a_namespace {
             Some("no CAP_SYS_RESOURCE")
         } else {
             None
@@ -119,7 +124,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                 note: what.to_owned(),
                 seconds: 0.0,
             },
-            None => runner.run(instance)?,
+            None if in_a_namespace && capability::needed_by(instance) => {
+                runner.run(instance, capability::IN_A_NAMESPACE)?
+            }
+            None => runner.run(instance, &[])?,
         };
         let line = report::line(&outcome, &list);
         if arguments.json {

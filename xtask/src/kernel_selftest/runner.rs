@@ -54,9 +54,11 @@ impl Runner {
         Ok(Runner { prefix, self_test, logs, timeout, interrupted })
     }
 
-    /// Runs one instance to its end, or to the end of its time. An error means that none could be run.
-    pub(crate) fn run(&self, instance: &str) -> Result<Outcome> {
-        let mut words: Vec<_> = self.prefix.iter().map(Into::into).collect();
+    /// Runs one instance to its end, or to the end of its time, with `before` in front of the whole command. An error means that
+    /// none could be run.
+    pub(crate) fn run(&self, instance: &str, before: &[&str]) -> Result<Outcome> {
+        let mut words: Vec<_> = before.iter().map(Into::into).collect();
+        words.extend(self.prefix.iter().map(Into::into));
         words.push(self.self_test.clone().into_os_string());
         words.extend(["-r".into(), instance.into()]);
         let mut command = Command::new(&words[0]);
@@ -217,7 +219,7 @@ mod tests {
                 Runner::new(prefix, PathBuf::from("self-test"), logs.clone(), Duration::from_millis(500))
                     .unwrap();
             let begin = Instant::now();
-            let outcome = runner.run("a.b").unwrap();
+            let outcome = runner.run("a.b", &[]).unwrap();
             assert!(begin.elapsed() < Duration::from_secs(20), "{script}");
             assert_eq!(descendants_of(std::process::id(), &parents().unwrap()), [] as [u32; 0], "{script}");
             outcome

@@ -173,7 +173,8 @@ mod tests {
             AccountStatus { name: "user 7".to_owned(), charged_pages: 512, ..AccountStatus::default() };
         let context =
             ContextStatus { address_spaces: vec![space], devices: vec![device], ..ContextStatus::default() };
-        let status = Status { contexts: vec![ContextStatus::default(), context], accounts: vec![account] };
+        let contexts = vec![ContextStatus::default(), context];
+        let status = Status { contexts, accounts: vec![account], ..Status::default() };
         let machine: Machine = serde_json::from_str(&status.to_json()).unwrap();
         let space = machine.address_space("/dev/vfio/devices/vfio0", 3).unwrap();
         assert_eq!((space.area_count, space.mapped_bytes), (2, 1 << 21));

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ioasid::{IovaRange, Permissions};
 use ioasid_uapi::iommufd as uapi;
 use ioasid_uapi::iommufd::{HwCapabilities, HwInfoFlags, HwptAllocFlags, IoasMapFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -198,6 +199,10 @@ impl Call<'_> {
                 }
                 None
             }
+            // A descriptor that only names a file counts as none.
+            Descriptor::Foreign(fd) if rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::PATH) => {
+                return Err(Errno::BADF);
+            }
             Descriptor::Foreign(fd) => Some(fd),
         };
         check_length(command.length)?;
@@ -331,8 +336,10 @@ impl Call<'_> {
         let parent = self.context.objects.hold(command.pt_id).map_err(|_| Errno::INVAL)?;
         let ioas = match parent {
             HeldObject::Ioas(ioas) => ioas,
-            // A nested table: none of ours can be a parent.
-            HeldObject::Hwpt(_) if command.data_len == 0 => return Err(Errno::OPNOTSUPP),
+            // A nested table: only mock devices could use one, and no table can be a parent.
+            HeldObject::Hwpt(_) if command.data_len == 0 || device.mock().is_none() => {
+                return Err(Errno::OPNOTSUPP);
+            }
             _ => return Err(Errno::INVAL),
         };
         let dirty_tracking = command.flags & HwptAllocFlags::DIRTY_TRACKING.bits() != 0;

@@ -24,7 +24,7 @@ use super::testing::MockDevice;
 use super::testing::mock::MockTable;
 use crate::observer::Watched;
 use crate::poison::lock;
-use crate::status::{DeviceStatus, PasidStatus};
+use crate::status::{DeviceStatus, Listing, PasidStatus};
 use crate::vfio::MachineDevice;
 
 pub(crate) use self::pasid::PasidAttach;
@@ -110,19 +110,20 @@ impl BoundDevice {
     }
 
     /// What the device is attached to and how its DMA fared, for the status.
-    pub(crate) fn status(&self, id: u32) -> DeviceStatus {
+    pub(crate) fn status(&self, id: u32, listing: &mut Listing) -> DeviceStatus {
         let status = match &self.behind {
             Behind::Machine { machine, .. } => machine.status(),
             Behind::Mock(_) => DeviceStatus { path: "mock device".to_owned(), ..DeviceStatus::default() },
         };
         let attached = lock(&self.attached);
+        let shown = listing.take(attached.pasids.len().min(DeviceStatus::PASIDS_SHOWN));
         let pasid =
             |(&pasid, route): (&u32, &PasidRoute)| PasidStatus { pasid, attached_to: route.hwpt().id() };
         DeviceStatus {
             id,
             attached_to: attached.plain.as_ref().map(|hwpt| hwpt.id()),
             pasid_count: attached.pasids.len(),
-            pasids: attached.pasids.iter().take(DeviceStatus::PASIDS_SHOWN).map(pasid).collect(),
+            pasids: attached.pasids.iter().take(shown).map(pasid).collect(),
             ..status
         }
     }

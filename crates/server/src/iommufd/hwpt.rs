@@ -104,11 +104,6 @@ impl Hwpt {
         lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(&body.table, table))
     }
 
-    /// Whether it is a table of `ioas`.
-    pub(crate) fn belongs_to(&self, ioas: &Arc<Ioas>) -> bool {
-        lock(&self.body).as_ref().is_some_and(|body| Arc::ptr_eq(body.ioas.arc(), ioas))
-    }
-
     /// The address space that it is a table of; `None` once the object has been destroyed.
     pub(crate) fn ioas(&self) -> Option<Arc<Ioas>> {
         lock(&self.body).as_ref().map(|body| Arc::clone(body.ioas.arc()))

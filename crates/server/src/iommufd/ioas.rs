@@ -25,7 +25,6 @@ pub(crate) mod change_process;
 mod cut;
 mod tables;
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use ioasid::{Bus, IovaRange, Memory, PageSize, Permissions, ReservationOwner, Space};
@@ -43,7 +42,7 @@ use crate::limits::{Budget, Taken};
 use crate::memory::{PAGE_SIZE, Pages};
 use crate::observer::{MemoryAt, Watched};
 use crate::poison::lock;
-use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus};
+use crate::status::{AddressSpaceStatus, AreaStatus, LeafStatus, Listing};
 use tables::populate;
 
 pub(crate) use tables::TableUse;
@@ -434,43 +433,52 @@ impl Ioas {
         state.space.unreserve(SELFTEST_OWNER);
     }
 
-    /// Adds what the process of this identity has pinned here. Areas that were copied from one another share their pages,
-    /// and their pins.
+    /// Adds what the process of this identity has pinned here, in tables and by accesses. Areas that were copied from one another
+    /// share their pages, of which each counts once.
     pub(crate) fn add_pinned(&self, process: u64, pinned: &mut PinnedMemory) {
         let state = lock(&self.state);
-        let mut seen = HashSet::new();
-        for (_, area) in state.areas.iter().filter(|(_, area)| area.memory.is_some()) {
-            let source = &area.source;
-            let Some(pays_itself) = source.pages.is_pinned_by(process) else { continue };
-            if !seen.insert((Arc::as_ptr(&source.pages), source.offset)) {
-                continue;
-            }
-            let start = source.start() / PAGE_SIZE;
-            let end = source.start().saturating_add(source.length).div_ceil(PAGE_SIZE);
-            pinned.pages += end - start;
-            pinned.locked_pages += if pays_itself { end - start } else { 0 };
+        let by_accesses: Vec<_> = state.accesses.iter().flat_map(|access| access.pinned()).collect();
+        let in_tables = state.areas.iter().filter(|(_, area)| area.memory.is_some());
+        let sources =
+            in_tables.map(|(_, area)| &area.source).chain(by_accesses.iter().map(|piece| &piece.source));
+        let mut runs: Vec<_> = sources
+            .filter_map(|source| {
+                let pays_itself = source.pages.is_pinned_by(process)?;
+                let end = source.start().saturating_add(source.length).div_ceil(PAGE_SIZE);
+                Some((Arc::as_ptr(&source.pages), source.start() / PAGE_SIZE, end, pays_itself))
+            })
+            .collect();
+        runs.sort_unstable();
+        let mut counted = None;
+        for (pages, start, end, pays_itself) in runs {
+            // Runs of the same pages ascend; what an earlier one has counted ends at its highest page.
+            let done = counted.filter(|(of, _)| *of == pages).map_or(0, |(_, done)| done);
+            let more = end.saturating_sub(start.max(done));
+            counted = Some((pages, done.max(end)));
+            pinned.pages += more;
+            pinned.locked_pages += if pays_itself { more } else { 0 };
         }
     }
 
     /// What the address space holds, but for its number and its page table objects.
-    pub(crate) fn status(&self) -> AddressSpaceStatus {
+    pub(crate) fn status(&self, listing: &mut Listing) -> AddressSpaceStatus {
         let state = lock(&self.state);
-        let areas =
-            state.areas.iter().take(AddressSpaceStatus::AREAS_SHOWN).map(|(range, area)| AreaStatus {
-                first: format!("{:#x}", range.first()),
-                last: format!("{:#x}", range.last()),
-                permissions: match (
-                    area.permissions.contains(Permissions::READ),
-                    area.permissions.contains(Permissions::WRITE),
-                ) {
-                    (true, true) => "rw",
-                    (true, false) => "r",
-                    (false, _) => "w",
-                },
-                source: area.source.pages.describe(),
-                source_offset: format!("{:#x}", area.source.start()),
-                registered: area.memory.is_some(),
-            });
+        let shown = listing.take(state.areas.len().min(AddressSpaceStatus::AREAS_SHOWN));
+        let areas = state.areas.iter().take(shown).map(|(range, area)| AreaStatus {
+            first: format!("{:#x}", range.first()),
+            last: format!("{:#x}", range.last()),
+            permissions: match (
+                area.permissions.contains(Permissions::READ),
+                area.permissions.contains(Permissions::WRITE),
+            ) {
+                (true, true) => "rw",
+                (true, false) => "r",
+                (false, _) => "w",
+            },
+            source: area.source.pages.describe(),
+            source_offset: format!("{:#x}", area.source.start()),
+            registered: area.memory.is_some(),
+        });
         let statistics = state.space.statistics();
         let leaf = |&(size, count): &(PageSize, u64)| LeafStatus { size_bytes: size.bytes(), count };
         AddressSpaceStatus {

@@ -25,6 +25,7 @@ mod placement;
 pub(crate) mod testing;
 mod vfio_compat;
 
+use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -44,7 +45,7 @@ use crate::argument;
 use crate::limits::Allowance;
 use crate::memory::MemoryRegistry;
 use crate::observer::{Event, Observer};
-use crate::status::{AddressSpaceStatus, ContextStatus, TableStatus};
+use crate::status::{AddressSpaceStatus, ContextStatus, Listing, Status, TableStatus};
 
 /// One open of `/dev/iommu`.
 #[derive(Debug)]
@@ -125,15 +126,12 @@ impl Context {
         number: u32,
         argument: u64,
     ) -> Result<u32, Errno> {
-        // The kernel finds its table's row by the low byte, then reads the size, then compares the whole number.
-        let numbers =
-            COMMANDS.first().map_or(0, |row| row.number)..=COMMANDS.last().map_or(0, |row| row.number);
+        // The kernel finds its table's row by the low byte, then reads the size, then compares the whole number. The table
+        // of a kernel that is not built for the self-test ends before its command, which is the last.
+        let table = if self.test_devices { COMMANDS } else { &COMMANDS[..COMMANDS.len() - 1] };
+        let numbers = table.first().map_or(0, |row| row.number)..=table.last().map_or(0, |row| row.number);
         if !numbers.contains(&(IOCTL_TYPE | (number & 0xff))) {
             return self.vfio_ioctl(client, number, argument);
-        }
-        // A kernel that is not built for the self-test has no row for its command.
-        if number & 0xff == TestCommand::NUMBER & 0xff && !self.test_devices {
-            return Err(Errno::NOTTY);
         }
         let user_size = argument::read_u32(client, argument)?;
         let info = uapi::command(number).ok_or(Errno::NOTTY)?;
@@ -170,7 +168,12 @@ impl Context {
     pub(crate) fn tell_closing(&self, device: Option<usize>) {
         if let Some(observer) = &self.observer {
             let accounts: Vec<_> = self.memory.accounts().iter().map(|account| account.status()).collect();
-            observer.happened(&Event::Closing { device, context: &self.status(), accounts: &accounts });
+            let mut listing = Listing::new(Status::LISTED_AT_MOST);
+            observer.happened(&Event::Closing {
+                device,
+                context: &self.status(&mut listing),
+                accounts: &accounts,
+            });
         }
     }
 
@@ -228,24 +231,36 @@ impl Call<'_> {
 
 impl Context {
     /// What the context holds, for the status.
-    pub(crate) fn status(&self) -> ContextStatus {
+    pub(crate) fn status(&self, listing: &mut Listing) -> ContextStatus {
         let objects = self.objects.snapshot();
         let mut status = ContextStatus { number: self.number, ..ContextStatus::default() };
+        // Of an address space that is listed, the tables and the areas come after all spaces and devices.
+        let mut spaces = Vec::new();
         for (id, object) in &objects {
             match object {
-                Object::Ioas(ioas) => {
-                    let tables = objects.iter().filter_map(|(id, object)| match object {
-                        Object::Hwpt(hwpt) if hwpt.belongs_to(ioas) => {
-                            Some(TableStatus { id: *id, automatic: hwpt.is_automatic() })
-                        }
-                        _ => None,
-                    });
-                    let tables = tables.collect();
-                    status.address_spaces.push(AddressSpaceStatus { id: *id, tables, ..ioas.status() });
+                Object::Ioas(ioas) if listing.take_one() => spaces.push((*id, ioas)),
+                Object::Device(device) if listing.take_one() => {
+                    status.devices.push(device.status(*id, listing));
                 }
-                Object::Device(device) => status.devices.push(device.status(*id)),
-                Object::Hwpt(_) | Object::TestDevice(_) | Object::Access(_) => {}
+                _ => {}
             }
+        }
+        let mut tables: HashMap<_, Vec<_>> =
+            spaces.iter().map(|(_, ioas)| (Arc::as_ptr(ioas), Vec::new())).collect();
+        for (id, object) in &objects {
+            let Object::Hwpt(hwpt) = object else { continue };
+            let Some(ioas) = hwpt.ioas() else { continue };
+            match tables.get_mut(&Arc::as_ptr(&ioas)) {
+                Some(of_space) if listing.take_one() => {
+                    of_space.push(TableStatus { id: *id, automatic: hwpt.is_automatic() });
+                }
+                Some(_) => {}
+                None => listing.leave_out(),
+            }
+        }
+        for (id, ioas) in spaces {
+            let tables = tables.remove(&Arc::as_ptr(ioas)).unwrap_or_default();
+            status.address_spaces.push(AddressSpaceStatus { id, tables, ..ioas.status(listing) });
         }
         status
     }

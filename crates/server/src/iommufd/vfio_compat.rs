@@ -83,7 +83,7 @@ impl Context {
     /// Whether no DMA through any table of the address space can bypass the CPU's caches.
     fn is_coherent(&self, ioas: &Arc<Ioas>) -> bool {
         let mut tables = self.objects.snapshot().into_iter().filter_map(|(_, object)| match object {
-            Object::Hwpt(hwpt) if hwpt.belongs_to(ioas) => hwpt.table(),
+            Object::Hwpt(hwpt) if hwpt.ioas().is_some_and(|its| Arc::ptr_eq(&its, ioas)) => hwpt.table(),
             _ => None,
         });
         tables.all(|table| table.coherency() == Coherency::Enforced)
@@ -152,7 +152,11 @@ impl Context {
             match IovaRange::with_length(command.iova, command.size) {
                 None => Err(Errno::OVERFLOW),
                 Some(range) if ioas.large_pages() => ioas.unmap(range),
-                Some(range) => ioas.unmap_cutting(range),
+                Some(range) => match ioas.unmap_cutting(range) {
+                    // An area that cannot be cut is found out before anything is unmapped.
+                    Err(error @ (Errno::INVAL | Errno::OPNOTSUPP | Errno::NOMEM)) => return Err(error),
+                    unmapped => unmapped,
+                },
             }
         };
         drop(ioas);

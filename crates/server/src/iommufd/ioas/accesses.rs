@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLockReadGuard};
 use ioasid::{IovaRange, Memory};
 use rustix::io::Errno;
 
-use super::super::testing::Access;
+use super::super::testing::{Access, PinnedPiece};
 use super::{Ioas, Slice};
 use crate::limits::Taken;
 use crate::memory::{PAGE_SIZE, Pages};
@@ -74,7 +74,7 @@ impl Ioas {
         state.accesses.retain(|other| !Arc::ptr_eq(other, access));
     }
 
-    /// Registers what is mapped in `range` for `access`; returns the number of the pin and the memory, in order.
+    /// Registers what is mapped in `range` for `access`; returns the number of the pin and what it holds, in order.
     ///
     /// # Errors
     /// `ENOENT`: a byte of it belongs to no area. `EPERM`: the memory may not be written. `EINVAL`: it is a dma-buf's.
@@ -84,19 +84,21 @@ impl Ioas {
         access: &Access,
         range: IovaRange,
         write: bool,
-    ) -> Result<(u32, Vec<Arc<Memory>>), Errno> {
+    ) -> Result<(u32, Vec<PinnedPiece>), Errno> {
         let state = lock(&self.state);
         let pieces = state.areas.pieces(range).ok_or(Errno::NOENT)?;
         let share = Taken::some(&self.budget, pieces.len())?;
-        let mut memory = Vec::with_capacity(pieces.len());
+        let mut pinned = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            let source = &piece.payload.source;
-            may_access(&source.pages, write)?;
+            let Slice { pages, offset, .. } = &piece.payload.source;
+            may_access(pages, write)?;
             let length = piece.range.length().ok_or(Errno::INVAL)?;
-            memory.push(source.pages.register(source.offset + piece.offset, length)?);
+            let source = Slice { pages: Arc::clone(pages), offset: offset + piece.offset, length };
+            let memory = pages.register(source.offset, length)?;
+            pinned.push(PinnedPiece { source, memory });
         }
-        let id = access.enter_pin(range, memory.clone(), share)?;
-        Ok((id, memory))
+        let id = access.enter_pin(range, pinned.clone(), share)?;
+        Ok((id, pinned))
     }
 
     /// Held while software copies what [`Ioas::pieces_to_copy`] finds.

@@ -12,6 +12,7 @@ use std::sync::{Arc, MutexGuard};
 use ioasid::Memory;
 use rustix::io::Errno;
 
+use super::super::testing::PinnedPiece;
 use super::{Ioas, State};
 use crate::memory::{Charge, Pages};
 use crate::poison::lock;
@@ -27,9 +28,13 @@ pub(crate) fn change_process(spaces: &[Arc<Ioas>], to: &Charge, to_unlimited: &C
     if !areas().all(|area| area.source.pages.is_file()) {
         return Err(Errno::INVAL);
     }
+    // Whatever is pinned is mapped, since an unmap ends the pins; and with the areas locked nobody pins more.
+    let pinned: Vec<PinnedPiece> =
+        states.iter().flat_map(|state| &state.accesses).flat_map(|access| access.pinned()).collect();
     let registered = |limited: bool| -> Vec<&Memory> {
-        let areas = areas().filter(|area| area.source.pages.is_limited() == limited);
-        areas.filter_map(|area| Some(&*area.memory.as_ref()?.memory)).collect()
+        let in_tables = areas().filter_map(|area| Some((&area.source.pages, &*area.memory.as_ref()?.memory)));
+        let held = in_tables.chain(pinned.iter().map(|piece| (&piece.source.pages, &*piece.memory)));
+        held.filter(|(pages, _)| pages.is_limited() == limited).map(|(_, memory)| memory).collect()
     };
     to.take_over(&registered(true))?;
     to_unlimited.take_over(&registered(false))?;

@@ -30,7 +30,7 @@ impl Ioas {
     /// that were. An area is cut between its pages, and not behind its first byte or in front of its last.
     ///
     /// # Errors
-    /// `EINVAL`: an area would be cut within a page. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an end by all but one byte.
+    /// `EINVAL`: an area would be cut within a page, or an access has pinned pages of it. `EOPNOTSUPP`: it is a dma-buf's. `ENOENT`: an area reaches over an end by all but one byte.
     /// `ENOMEM`: an area too many, or no memory for page tables. Nothing has changed.
     pub(crate) fn unmap_cutting(&self, range: IovaRange) -> Result<u64, Errno> {
         let mut state = lock(&self.state);
@@ -40,6 +40,9 @@ impl Ioas {
             Some((area, _)) if at == area.last() => Ok(None),
             Some((_, area)) if !area.source.pages.is_accessible() => Err(Errno::OPNOTSUPP),
             Some(_) if at % PAGE_SIZE != PAGE_SIZE - 1 => Err(Errno::INVAL),
+            Some((area, _)) if state.accesses.iter().any(|access| access.has_pinned(area)) => {
+                Err(Errno::INVAL)
+            }
             found => Ok(found.map(|(area, _)| area)),
         };
         let sticks_out_behind = cut_behind(range.last())?;

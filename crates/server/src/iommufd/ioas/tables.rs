@@ -65,13 +65,14 @@ impl State {
     }
 }
 
-/// Whether no area lies where the device cannot have a mapping. The engine finds out too, but only when all of the
-/// memory is registered and mapped.
-fn fits(areas: &Areas<Area>, requirements: &Requirements) -> bool {
+/// Whether no area lies where the table cannot have one, and if it is made for attaching the device, where that cannot. The
+/// engine finds out too, but only when all of the memory is registered and mapped.
+fn fits(areas: &Areas<Area>, requirements: &Requirements, table_use: TableUse) -> bool {
     let aperture = requirements.aperture;
     let below = aperture.first().checked_sub(1).and_then(|last| IovaRange::new(0, last));
     let above = aperture.last().checked_add(1).and_then(|first| IovaRange::new(first, u64::MAX));
-    let mut forbidden = requirements.reserved.iter().copied().chain(below).chain(above);
+    let reserved = requirements.reserved.iter().copied().filter(|_| table_use == TableUse::Shared);
+    let mut forbidden = reserved.chain(below).chain(above);
     !forbidden.any(|range| areas.overlaps(range))
 }
 
@@ -150,7 +151,7 @@ impl Ioas {
             return Err(Errno::ADDRINUSE);
         }
         if first {
-            if !fits(&state.areas, device.requirements()) {
+            if !fits(&state.areas, device.requirements(), table_use) {
                 return Err(Errno::ADDRINUSE);
             }
             let State { space, areas, .. } = &mut *state;

@@ -17,7 +17,7 @@ use ioasid_uapi::iommufd_test as uapi;
 use ioasid_uapi::iommufd_test::{AccessPagesFlags, AccessRwFlags, CreateAccessFlags};
 use rustix::io::Errno;
 
-use super::super::ioas::Ioas;
+use super::super::ioas::{Ioas, Slice};
 use super::super::objects::{Counted, Held, Object, Users};
 use super::super::{Call, Context};
 use crate::limits::Taken;
@@ -55,8 +55,16 @@ struct Pin {
     id: u32,
     range: IovaRange,
     /// Held until the pin ends.
-    _memory: Vec<Arc<Memory>>,
+    pieces: Vec<PinnedPiece>,
     _share: Taken,
+}
+
+/// What a pin holds of one area.
+#[derive(Debug, Clone)]
+pub(crate) struct PinnedPiece {
+    /// What the area refers to. Who pays for that pays for the pin.
+    pub(crate) source: Slice,
+    pub(crate) memory: Arc<Memory>,
 }
 
 impl Counted for Access {
@@ -71,6 +79,11 @@ impl Access {
         self.pins_pages
     }
 
+    /// Whether it has pinned anything in `range`.
+    pub(crate) fn has_pinned(&self, range: IovaRange) -> bool {
+        lock(&self.pins).living.iter().any(|pin| pin.range.intersection(&range).is_some())
+    }
+
     /// Lets go of all that it has pinned in `range`, pin by pin.
     pub(crate) fn let_go(&self, range: IovaRange) {
         lock(&self.pins).living.retain(|pin| pin.range.intersection(&range).is_none());
@@ -83,7 +96,7 @@ impl Access {
     pub(crate) fn enter_pin(
         &self,
         range: IovaRange,
-        memory: Vec<Arc<Memory>>,
+        pieces: Vec<PinnedPiece>,
         share: Taken,
     ) -> Result<u32, Errno> {
         let mut pins = lock(&self.pins);
@@ -92,8 +105,13 @@ impl Access {
         }
         let id = pins.next;
         pins.next = pins.next.wrapping_add(1);
-        pins.living.push(Pin { id, range, _memory: memory, _share: share });
+        pins.living.push(Pin { id, range, pieces, _share: share });
         Ok(id)
+    }
+
+    /// All that it has pinned.
+    pub(crate) fn pinned(&self) -> Vec<PinnedPiece> {
+        lock(&self.pins).living.iter().flat_map(|pin| pin.pieces.iter().cloned()).collect()
     }
 
     /// Ends a pin.
@@ -201,14 +219,14 @@ impl Call<'_> {
             return Err(Errno::OPNOTSUPP);
         }
         let range = range_of(pages.iova, pages.length)?;
-        let (id, memory) = {
+        let (id, pieces) = {
             let space = lock(&access.space);
             let ioas = space.as_ref().ok_or(Errno::NOENT)?;
             ioas.pin(&access, range, flags.contains(AccessPagesFlags::WRITE))?
         };
         pages.out_access_pages_id = id;
         command.set_payload(&pages);
-        let result = self.compare_pages(range, &memory, pages.uptr).and_then(|()| self.respond(&command));
+        let result = self.compare_pages(range, &pieces, pages.uptr).and_then(|()| self.respond(&command));
         if result.is_err() {
             // Somebody may have unmapped it meanwhile.
             let _gone = access.unpin(id);
@@ -217,7 +235,7 @@ impl Call<'_> {
     }
 
     /// Whether the memory under `range` is made of the caller's pages at `address`; 0 asks for nothing.
-    fn compare_pages(&self, range: IovaRange, memory: &[Arc<Memory>], address: u64) -> Result<(), Errno> {
+    fn compare_pages(&self, range: IovaRange, pieces: &[PinnedPiece], address: u64) -> Result<(), Errno> {
         if address == 0 {
             return Ok(());
         }
@@ -225,7 +243,7 @@ impl Call<'_> {
         let expected = self.context.memory.identify(&self.client.process()?, address, length)?;
         let page = |memory: &Memory, offset| memory.output(offset).map(|output| output.get() / PAGE_SIZE);
         let mut begin = 0;
-        for piece in memory {
+        for PinnedPiece { memory: piece, .. } in pieces {
             let end = begin + piece.length();
             let mut at = begin;
             while at < end {

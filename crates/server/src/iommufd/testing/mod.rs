@@ -23,7 +23,7 @@ use rustix::io::Errno;
 
 use super::Call;
 
-pub(crate) use accesses::{Access, AccessFile};
+pub(crate) use accesses::{Access, AccessFile, PinnedPiece};
 pub(crate) use dma_buf::{DmaBuf, DmaBufs};
 pub(crate) use mock::{MockDevice, TestDevice};
 
