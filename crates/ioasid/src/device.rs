@@ -20,7 +20,7 @@
 use crate::group::{DeviceOwner, Group, InTheWay, Membership};
 use crate::iommu::{AttachError, Coherency, Iommu, Requirements, Rid, TableClass};
 use crate::pasid::{Pasid, PasidBinding, Spid};
-use crate::space::ReservationOwner;
+use crate::space::{ReservationOwner, Space};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::table::Table;
 use std::collections::BTreeMap;
@@ -77,8 +77,22 @@ struct Routes {
 #[derive(Debug)]
 struct Route {
     table: Arc<Table>,
-    /// For whom the space keeps the device's reserved addresses free.
+    /// Held for as long as the route lasts.
+    reserved: Arc<Reserved>,
+}
+
+/// That a space keeps a device's reserved addresses free. A device may have many routes to one space, and they share it: the
+/// space's list is as long as it has devices, however many PASIDs those use.
+#[derive(Debug)]
+struct Reserved {
+    space: Arc<Space>,
     owner: ReservationOwner,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.space.unreserve(self.owner);
+    }
 }
 
 impl Device {
@@ -197,8 +211,8 @@ impl Device {
         let mut routes = self.routes();
         let carry_out = || self.iommu.attach(self.rid, table);
         let membership = routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?;
-        let route = membership.attach(table, || self.route(routes.plain.as_ref(), table, carry_out))?;
-        leave(routes.plain.replace(route), Some(table));
+        let route = membership.attach(table, || self.route(&routes, table, carry_out))?;
+        routes.plain = Some(route);
         Ok(())
     }
 
@@ -216,7 +230,7 @@ impl Device {
         routes.detach();
         for (binding, route) in std::mem::take(&mut routes.pasids).into_values() {
             self.iommu.block_pasid(self.rid, binding.pasid());
-            leave(Some(route), None);
+            drop(route);
         }
         routes.membership = None;
     }
@@ -269,7 +283,7 @@ impl Device {
             return Err(AttachError::PasidTaken { device: self.rid, pasid: taken.pasid(), number: *number });
         }
         routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?.check_pasids()?;
-        let route = self.route(None, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
+        let route = self.route(&routes, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
         routes.pasids.insert(number, (binding, route));
         Ok(())
     }
@@ -282,10 +296,11 @@ impl Device {
     pub fn replace_pasid(&self, number: Spid, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
         let missing = AttachError::NoSuchPasid { device: self.rid, number };
-        let (binding, route) = routes.pasids.get_mut(&number).ok_or(missing)?;
-        let pasid = binding.pasid();
-        let new = self.route(Some(route), table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
-        leave(Some(std::mem::replace(route, new)), Some(table));
+        let pasid = routes.pasids.get(&number).ok_or(missing)?.0.pasid();
+        let new = self.route(&routes, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
+        if let Some((_, route)) = routes.pasids.get_mut(&number) {
+            *route = new;
+        }
         Ok(())
     }
 
@@ -295,7 +310,7 @@ impl Device {
         let mut routes = self.routes();
         let Some((binding, route)) = routes.pasids.remove(&number) else { return false };
         self.iommu.block_pasid(self.rid, binding.pasid());
-        leave(Some(route), None);
+        drop(route);
         true
     }
 
@@ -309,33 +324,24 @@ impl Device {
         self.routes().pasids.get(&number).map(|(_, route)| route.table.clone())
     }
 
-    /// Sets up a route to `table`, in place of `old`, and has the IOMMU carry it out. On an error everything is as it was.
+    /// Sets up a route to `table` and has the IOMMU carry it out. On an error everything is as it was.
     fn route(
         &self,
-        old: Option<&Route>,
+        routes: &Routes,
         table: &Arc<Table>,
         carry_out: impl FnOnce() -> Result<(), AttachError>,
     ) -> Result<Route, AttachError> {
         self.can_use(table)?;
-        if let Some(old) = old.filter(|old| Arc::ptr_eq(old.table.space(), table.space())) {
-            carry_out()?;
-            return Ok(Route { table: table.clone(), owner: old.owner });
-        }
-        let owner = ReservationOwner::Device(ROUTES.fetch_add(1, Ordering::Relaxed));
-        table.space().reserve_all(&self.requirements.reserved, owner)?;
-        if let Err(error) = carry_out() {
-            table.space().unreserve(owner);
-            return Err(error);
-        }
-        Ok(Route { table: table.clone(), owner })
-    }
-}
-
-/// Takes back what a route that is no more had reserved, unless the one in its place is in the same space and has it now.
-fn leave(old: Option<Route>, new: Option<&Arc<Table>>) {
-    let Some(old) = old else { return };
-    if !new.is_some_and(|new| Arc::ptr_eq(new.space(), old.table.space())) {
-        old.table.space().unreserve(old.owner);
+        let reserved = match routes.reserved_in(table.space()) {
+            Some(reserved) => reserved,
+            None => {
+                let owner = ReservationOwner::Device(ROUTES.fetch_add(1, Ordering::Relaxed));
+                table.space().reserve_all(&self.requirements.reserved, owner)?;
+                Arc::new(Reserved { space: Arc::clone(table.space()), owner })
+            }
+        };
+        carry_out()?;
+        Ok(Route { table: table.clone(), reserved })
     }
 }
 
@@ -343,8 +349,15 @@ impl Routes {
     fn detach(&mut self) {
         if let (Some(old), Some(membership)) = (self.plain.take(), &self.membership) {
             membership.detach();
-            leave(Some(old), None);
+            drop(old);
         }
+    }
+
+    /// What the device has reserved in a space that it has a route to.
+    fn reserved_in(&self, space: &Arc<Space>) -> Option<Arc<Reserved>> {
+        let of_pasids = self.pasids.values().map(|(_, route)| route);
+        let mut all = self.plain.iter().chain(of_pasids).map(|route| &route.reserved);
+        all.find(|reserved| Arc::ptr_eq(&reserved.space, space)).map(Arc::clone)
     }
 }
 

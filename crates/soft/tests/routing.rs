@@ -153,6 +153,37 @@ fn no_route_has_two_owners() {
     assert!(again().is_ok());
 }
 
+/// However many ways a device has into a space, the space keeps the device's addresses free once, and until the last has gone.
+#[test]
+fn many_routes_into_a_space_reserve_what_one_does() {
+    let machine = Machine::new();
+    let (device, _) = machine.device(8, TableKind::Native);
+    let (space, other) = (machine.space(1), machine.space(2));
+    let (first, second) = (table(&space, &device), table(&other, &device));
+    let free = other.reserved_ranges().len();
+    let reserved = || [&space, &other].map(|space| space.reserved_ranges().len() - free);
+    // The other device of the space has its own.
+    let before = reserved();
+    device.attach(&first).unwrap();
+    let attached = reserved();
+    assert!(attached[0] > before[0]);
+    for name in 1..=100 {
+        let binding = machine.guest.bind(machine.pasid()).unwrap();
+        device.attach_pasid(number(name), binding, &first).unwrap();
+    }
+    assert_eq!(reserved(), attached);
+    device.detach();
+    assert_eq!(reserved(), attached);
+    device.replace_pasid(number(1), &second).unwrap();
+    assert_eq!(reserved()[1], attached[0] - before[0]);
+    (2..100).for_each(|name| assert!(device.detach_pasid(number(name))));
+    assert_eq!(reserved()[0], attached[0]);
+    device.replace_pasid(number(100), &second).unwrap();
+    assert_eq!(reserved(), [before[0], attached[0] - before[0]]);
+    device.unbind();
+    assert_eq!(reserved(), before);
+}
+
 /// The guest's process changes its page tables' root while the device works for it: every request finds one or the other.
 #[test]
 fn a_route_is_replaced_in_one_step_with_dma_running() {
