@@ -19,8 +19,8 @@ use crate::process::Processes;
 /// Which processes the caller descends from; its own process alone, without its children, is below the last.
 type Lineage = Arc<[u64]>;
 
-/// How many of those that were put off are looked at when a request has ended.
-const LOOKS: usize = 32;
+/// Fewer that were put off are not worth a look at whether their callers are still alive.
+const FEW: usize = 32;
 
 /// For whom a worker works.
 #[derive(Debug, Default)]
@@ -45,7 +45,8 @@ pub(crate) struct Turns {
 #[derive(Debug, Default)]
 struct Waiting {
     places: Vec<Arc<Place>>,
-    requests: VecDeque<Notification>,
+    /// Those that were put off, as they came.
+    requests: VecDeque<(Lineage, Notification)>,
     /// How many there may be before it is looked whether their callers are still alive.
     swept_at: usize,
     /// Of requests in places, as far as somebody had to know.
@@ -77,16 +78,18 @@ impl Turns {
             self.take(place, &notification);
             return true;
         }
+        let lineage = lineage_of(notification.id, notification.thread, listener, processes);
         let mut waiting = self.waiting();
-        if self.may_begin(&mut waiting, &notification, listener, processes) {
+        waiting.learn_lineages(listener, processes);
+        if waiting.at_work(self.most).leaves_room_for(&lineage) {
             self.take(place, &notification);
             return true;
         }
         if waiting.requests.len() > waiting.swept_at {
-            waiting.requests.retain(|notification| listener.is_valid(notification.id));
-            waiting.swept_at = 2 * waiting.requests.len() + LOOKS;
+            waiting.requests.retain(|(_, notification)| listener.is_valid(notification.id));
+            waiting.swept_at = 2 * waiting.requests.len() + FEW;
         }
-        waiting.requests.push_back(notification);
+        waiting.requests.push_back((lineage, notification));
         self.put_off.store(waiting.requests.len(), Ordering::SeqCst);
         false
     }
@@ -97,8 +100,8 @@ impl Turns {
         self.busy.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// A request that was put off and whose turn it is. To be asked after one has ended, and after one was put off: the last one at
-    /// work may have ended before it was.
+    /// The first request that was put off and whose turn it is. To be asked after one has ended, and after one was put off: the
+    /// last one at work may have ended before it was. All are looked at, since nobody may come and ask again.
     pub(crate) fn next(
         &self,
         place: &Place,
@@ -109,16 +112,12 @@ impl Turns {
             return None;
         }
         let mut waiting = self.waiting();
-        for _ in 0..waiting.requests.len().min(LOOKS) {
-            let notification = waiting.requests.pop_front()?;
-            if self.may_begin(&mut waiting, &notification, listener, processes) {
-                self.put_off.store(waiting.requests.len(), Ordering::SeqCst);
-                self.take(place, &notification);
-                return Some(notification);
-            }
-            waiting.requests.push_back(notification);
-        }
-        None
+        waiting.learn_lineages(listener, processes);
+        let first = waiting.first(self.most)?;
+        let (_, notification) = waiting.requests.remove(first)?;
+        self.put_off.store(waiting.requests.len(), Ordering::SeqCst);
+        self.take(place, &notification);
+        Some(notification)
     }
 
     fn take(&self, place: &Place, notification: &Notification) {
@@ -133,54 +132,82 @@ impl Turns {
         busy.saturating_mul(GENERATIONS + 2) < self.most
     }
 
-    fn may_begin(
-        &self,
-        waiting: &mut Waiting,
-        notification: &Notification,
-        listener: &Listener,
-        processes: &Processes,
-    ) -> bool {
-        let lineage_of = |request, thread| match processes.thread(listener, request, thread) {
-            Ok(thread) => processes.lineage_of(&thread),
-            // It has died, and its request will soon have ended.
-            Err(_) => Lineage::default(),
-        };
-        let Waiting { places, lineages, .. } = waiting;
-        let mut at_work = HashMap::with_capacity(places.len());
-        for place in places.iter() {
-            let thread = place.thread.load(Ordering::SeqCst);
-            let request = place.request.load(Ordering::SeqCst);
-            if request != NOBODY {
-                let known = lineages.remove(&request);
-                at_work.insert(request, known.unwrap_or_else(|| lineage_of(request, thread)));
-            }
-        }
-        *lineages = at_work;
-        let lineage = lineage_of(notification.id, notification.thread);
-        is_no_more_than_its_share(self.most, lineages.values().map(|lineage| &**lineage), &lineage)
-    }
-
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Whether one more for `lineage` is no more, in any generation, than what is left of `most`.
-fn is_no_more_than_its_share<'a>(
-    most: usize,
-    at_work: impl Iterator<Item = &'a [u64]> + Clone,
-    lineage: &[u64],
-) -> bool {
-    let mut room = most.saturating_sub(at_work.clone().count());
-    for generation in 1..=lineage.len() {
-        let family = &lineage[..generation];
-        let taken = at_work.clone().filter(|other| other.starts_with(family)).count();
-        if taken >= room {
-            return false;
+impl Waiting {
+    /// Looks up for whom those in the places work.
+    fn learn_lineages(&mut self, listener: &Listener, processes: &Processes) {
+        let mut at_work = HashMap::with_capacity(self.places.len());
+        for place in &self.places {
+            let thread = place.thread.load(Ordering::SeqCst);
+            let request = place.request.load(Ordering::SeqCst);
+            if request != NOBODY {
+                let known = self.lineages.remove(&request);
+                let lineage = known.unwrap_or_else(|| lineage_of(request, thread, listener, processes));
+                at_work.insert(request, lineage);
+            }
         }
-        room = room.saturating_sub(taken);
+        self.lineages = at_work;
     }
-    at_work.filter(|other| *other == lineage).count() < room
+
+    fn at_work(&self, most: usize) -> AtWork<'_> {
+        AtWork::new(most, self.lineages.values().map(|lineage| &**lineage))
+    }
+
+    /// Where the first of the requests is whose turn it is.
+    fn first(&self, most: usize) -> Option<usize> {
+        let at_work = self.at_work(most);
+        self.requests.iter().position(|(lineage, _)| at_work.leaves_room_for(lineage))
+    }
+}
+
+fn lineage_of(request: u64, thread: u32, listener: &Listener, processes: &Processes) -> Lineage {
+    match processes.thread(listener, request, thread) {
+        Ok(thread) => processes.lineage_of(&thread),
+        // It has died, and its request will soon have ended.
+        Err(_) => Lineage::default(),
+    }
+}
+
+/// How many are at work for whom.
+#[derive(Debug)]
+struct AtWork<'a> {
+    /// How many more there may be.
+    room: usize,
+    /// By a process and those it descends from: for it and for all who descend from it.
+    families: HashMap<&'a [u64], usize>,
+    /// For a process by itself.
+    themselves: HashMap<&'a [u64], usize>,
+}
+
+impl<'a> AtWork<'a> {
+    fn new(most: usize, lineages: impl Iterator<Item = &'a [u64]>) -> Self {
+        let mut at_work = Self { room: most, families: HashMap::new(), themselves: HashMap::new() };
+        for lineage in lineages {
+            at_work.room = at_work.room.saturating_sub(1);
+            for generation in 1..=lineage.len() {
+                *at_work.families.entry(&lineage[..generation]).or_default() += 1;
+            }
+            *at_work.themselves.entry(lineage).or_default() += 1;
+        }
+        at_work
+    }
+
+    /// Whether one more for `lineage` is no more, in any generation, than what is left.
+    fn leaves_room_for(&self, lineage: &[u64]) -> bool {
+        let mut room = self.room;
+        for generation in 1..=lineage.len() {
+            let taken = self.families.get(&lineage[..generation]).copied().unwrap_or(0);
+            if taken >= room {
+                return false;
+            }
+            room -= taken;
+        }
+        self.themselves.get(lineage).copied().unwrap_or(0) < room
+    }
 }
 
 #[cfg(test)]
@@ -189,7 +216,7 @@ mod tests {
 
     fn most_of(most: usize, at_work: &mut Vec<Vec<u64>>, lineage: &[u64]) -> usize {
         let before = at_work.len();
-        while is_no_more_than_its_share(most, at_work.iter().map(Vec::as_slice), lineage) {
+        while AtWork::new(most, at_work.iter().map(Vec::as_slice)).leaves_room_for(lineage) {
             at_work.push(lineage.to_vec());
         }
         at_work.len() - before
@@ -203,6 +230,28 @@ mod tests {
         assert_eq!(most_of(100, &mut at_work, &[7, 3, 9]), 0);
         assert_eq!(most_of(100, &mut at_work, &[]), 25, "the first program itself");
         assert!(most_of(100, &mut at_work, &[8]) > 5);
+    }
+
+    fn request(id: u64) -> Notification {
+        Notification { id, thread: 1, number: 0, arguments: [0; 6] }
+    }
+
+    /// Somebody's requests all stall, and many more are put off. Nobody else may ever ask again, so that a neighbour's request
+    /// has to be found among them at the first asking.
+    #[test]
+    fn a_turn_is_found_behind_any_number_of_others() {
+        let waiting = Waiting {
+            lineages: (0..50).map(|id| (id, Lineage::from([7]))).collect(),
+            requests: (0..1000)
+                .map(|id| (Lineage::from([7, id % 40]), request(100 + id)))
+                .chain([(Lineage::from([8]), request(5000)), (Lineage::from([9]), request(5001))])
+                .collect(),
+            ..Waiting::default()
+        };
+        assert_eq!(waiting.first(100), Some(1000));
+        assert_eq!(waiting.first(51), Some(1000), "the last worker");
+        assert_eq!(waiting.first(50), None);
+        assert_eq!(waiting.first(104), Some(0), "in the order in which they came");
     }
 
     #[test]
