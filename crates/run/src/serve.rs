@@ -293,8 +293,7 @@ impl Service {
     fn map(&self, call: &Call<'_>) -> Reply {
         let [_, length, protection, flags, fd, offset] = call.notification.arguments;
         let (protection, flags) = (protection as i32, flags as i32);
-        // What is wrong with any file, the kernel will say.
-        if self.files.is_empty() || length == 0 || offset % 4096 != 0 {
+        if self.files.is_empty() || is_refused_for_any_file(length, flags, offset) {
             return Reply::Elsewhere;
         }
         let open_file = match call.resolve(fd as i32) {
@@ -394,6 +393,16 @@ impl Service {
         let word = |bytes: &[u8]| bytes.try_into().map(u64::from_ne_bytes).unwrap_or(0);
         Ok(bytes.chunks_exact(16).map(|pair| (word(&pair[..8]), word(&pair[8..]))).collect())
     }
+}
+
+/// Whether the kernel refuses such a mapping before it asks the file, and of ours as of any other.
+fn is_refused_for_any_file(length: u64, flags: i32, offset: u64) -> bool {
+    /// No process can address more, with five levels of page tables even.
+    const LONGEST: u64 = 1 << 56;
+    // Huge pages are of files that have them, or anonymous. MAP_SYNC is the one flag that a file has to support if its
+    // meaning is to be relied on, and ours do not.
+    let unsupported = flags & libc::MAP_TYPE == libc::MAP_SHARED_VALIDATE && flags & libc::MAP_SYNC != 0;
+    length == 0 || length > LONGEST || offset % 4096 != 0 || flags & libc::MAP_HUGETLB != 0 || unsupported
 }
 
 /// A buffer as long as the segments together, or as long as we go at once.

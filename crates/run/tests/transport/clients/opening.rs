@@ -186,6 +186,13 @@ pub(super) fn nothing_of_ours_can_be_mapped() {
         assert_eq!(try_map(file, PAGE, protection, flags, offset), Err(refusal));
     }
     assert_eq!(try_map(&iommu, 0, both, MAP_SHARED, 0), Err(Errno::INVAL));
+    // What no file is asked about.
+    let validate = libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC;
+    for file in [&iommu, &device] {
+        assert_eq!(try_map(file, 1 << 60, both, MAP_SHARED, 0), Err(Errno::NOMEM));
+        assert_eq!(try_map(file, PAGE, both, validate, 0), Err(Errno::OPNOTSUPP));
+    }
+    assert_eq!(try_map(&iommu, PAGE, both, MAP_SHARED | libc::MAP_HUGETLB, 0), Err(Errno::INVAL));
 
     // Other files are mapped as ever, beside ours, and so is what is no file.
     unmap(try_map(&memory, PAGE, both, MAP_SHARED, 0).unwrap(), PAGE);
