@@ -74,6 +74,7 @@ pub(crate) fn devices(
             iommu,
             pasid_bits,
             bound: false.into(),
+            complained: false.into(),
             watched,
         }))
     };

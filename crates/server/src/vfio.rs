@@ -59,6 +59,8 @@ pub(crate) struct MachineDevice {
     /// How many bits its PASIDs have; 0: it has none.
     pub(crate) pasid_bits: u32,
     pub(crate) bound: AtomicBool,
+    /// Whether it was said why it is not bound; once is enough.
+    pub(crate) complained: AtomicBool,
     /// Who watches it, if anybody does.
     pub(crate) watched: Option<Arc<WatchedDevice>>,
 }
@@ -248,7 +250,11 @@ impl DeviceFile {
 fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<Arc<Binding>, Errno> {
     let owner = context.device_owner();
     let engine = Device::bind(Arc::clone(&machine.iommu), machine.rid, owner).map_err(|error| {
-        tracing::warn!(%error, file = machine.path(), "a device is not bound");
+        // A client may try for ever, and the log is not to grow with that.
+        match machine.complained.swap(true, Ordering::Relaxed) {
+            false => tracing::warn!(%error, file = machine.path(), "a device is not bound"),
+            true => tracing::debug!(%error, file = machine.path(), "a device is not bound"),
+        }
         bind_errno(&error)
     })?;
     let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
