@@ -160,6 +160,14 @@ fn failures_of_its_own_have_their_statuses(command: &Command<'_>) -> Outcome {
 fn bad_usage_is_explained(command: &Command<'_>) -> Outcome {
     command.run(&["run", "--sumary", "--", "true"]).exits(125)?.complains("--summary")?;
     command.run(&["run", "--device", "ioat", "--", "true"]).exits(125)?.complains("there is \"edu\"")?;
+    for (setting, named) in
+        [("pasids=21", "pasids"), ("bus=0", "bus"), ("bus=256", "bus"), ("colour=1", "no-snoop")]
+    {
+        let device = format!("edu:{setting}");
+        command.run(&["run", "--device", &device, "--", "true"]).exits(125)?.complains(named)?;
+    }
+    let two_tables = ["run", "--device", "edu:bus=1", "--device", "edu:bus=1,table=vtd", "--", "true"];
+    command.run(&two_tables).exits(125)?.complains("cannot walk other tables")?;
     command.run(&["probe", "--size", "3"]).exits(2)?.complains("whole MiB")?;
     command.run(&["doctor", "--surely"]).exits(2)?;
     command.run(&[]).exits(2)?.complains("ioasid run")?;
