@@ -97,6 +97,8 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
             Step::Allocate { pages, bits } => {
                 let (length, alignment) = (pages * PAGE, 1 << bits);
                 let alignment_of_pages = PAGE.max(alignment);
+                // A size that magazines hold may come out of an aligned run of several, the rest of which is parked.
+                let parks = pages < 12 || pages == 16 || pages == 32;
                 let result = allocator.allocate(length, alignment);
                 let mut places = model.places(base, length, alignment_of_pages);
                 let expected = match policy {
@@ -114,7 +116,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
                         let place = range(iova.get(), length);
                         assert!(iova.get() % alignment == 0 && iova.get() != 0);
                         assert!(model.is_free(place), "{place} is not free");
-                        assert!(small || pages < 12 || Some(iova.get()) == expected);
+                        assert!(small || parks || Some(iova.get()) == expected);
                         model.allocated.insert(place.first(), place.last());
                     }
                     Err(AllocateError::Exhausted { length: asked, free }) => {
@@ -125,7 +127,7 @@ fn run(base: u64, windows: &[(u64, u64)], policy: Policy, steps: &[Step]) {
                     }
                     Err(error) => panic!("{error}"),
                 }
-                small |= pages < 12 || pages == 16 || pages == 32;
+                small |= parks;
             }
             Step::Free(which) => {
                 if let Some(place) = nth(&model.allocated, which) {
