@@ -1,7 +1,11 @@
 //! Each kind of call beside its floor, in turns, so that whatever disturbs the machine disturbs both.
 //!
-//! Two clients wait for orders on their standard input ("this kind, so many times, in so many threads") and answer with
-//! the time it took. One runs under the transport, the other above the floor. The table shows medians over the rounds.
+//! Three clients wait for orders on their standard input ("this kind, so many times, in so many threads") and answer with
+//! the time it took. One runs under the transport, the others above floors. The table shows medians over the rounds.
+//!
+//! There are two floors, because threads that wait in the receive call are all woken by each request. One server is the
+//! least for one client thread at a time; with four, three wake-ups are for nothing, but several client threads are
+//! served at once.
 
 use std::error::Error;
 use std::fs::File;
@@ -20,6 +24,9 @@ use crate::{floor, ioctl};
 const ROUNDS: usize = 61;
 /// Calls in each round.
 const CALLS: u32 = 300;
+
+/// How many threads serve each floor.
+const SERVERS: [usize; 2] = [1, 4];
 
 const DESTROY: u32 = 0x3b80;
 const IOAS_ALLOC: u32 = 0x3b81;
@@ -150,35 +157,49 @@ pub(crate) fn print() -> Result<(), Box<dyn Error>> {
 }
 
 fn table(place: Place) -> Result<(), Box<dyn Error>> {
-    let (mut child, listener) = floor::spawn(&mut command("floor", place)?)?;
+    let mut children = Vec::new();
+    let mut listeners = Vec::new();
+    for _ in SERVERS {
+        let (child, listener) = floor::spawn(&mut command("floor", place)?)?;
+        children.push(child);
+        listeners.push(listener);
+    }
     std::thread::scope(|scope| {
-        // As many as the transport has workers for so many threads.
-        for _ in 0..4 {
-            scope.spawn(|| floor::serve(&listener));
+        for (listener, servers) in listeners.iter().zip(SERVERS) {
+            for _ in 0..servers {
+                scope.spawn(move || floor::serve(listener));
+            }
         }
-        let measured = Client::new(&mut child).and_then(|floor| beside(floor, place));
-        let ended = child.wait();
-        measured?;
-        ended?;
-        Ok(())
+        let clients: Result<Vec<_>, _> = children.iter_mut().map(Client::new).collect();
+        let measured = clients.and_then(|floors| beside(floors, place));
+        for child in &mut children {
+            child.wait()?;
+        }
+        measured
     })
 }
 
 /// The transport takes the program's standard streams from us, so a client of it is this program's grandchild: of a
 /// supervisor that is started as the floor's client is.
-fn beside(mut floor: Client, place: Place) -> Result<(), Box<dyn Error>> {
+fn beside(mut floors: Vec<Client>, place: Place) -> Result<(), Box<dyn Error>> {
     let mut supervisor = command("supervisor", place)?.spawn()?;
     let mut ours = Client::new(&mut supervisor)?;
 
     println!("\n{}: nanoseconds for each ioctl, medians of {ROUNDS} rounds of {CALLS} calls", place.title());
-    println!("{:34} {:>8} {:>8} {:>7}", "", "ours", "floor", "ratio");
+    print!("{:43} {:>8}", "", "ours");
+    for servers in SERVERS {
+        print!(" {:>8} {:>7}", format!("floor/{servers}"), "ratio");
+    }
+    println!();
     for kind in Kind::OURS {
-        row(kind.name(), kind, 1, &mut ours, &mut floor)?;
+        row(kind.name(), kind, 1, &mut ours, &mut floors)?;
     }
     if place == Place::Anywhere {
-        for threads in [2, 4] {
-            let name = format!("the last, {threads} threads");
-            row(&name, Kind::MapUnmap, threads, &mut ours, &mut floor)?;
+        for kind in [Kind::Refused, Kind::MapUnmap] {
+            for threads in [2, 4] {
+                let name = format!("{}, {threads} threads", kind.name());
+                row(&name, kind, threads, &mut ours, &mut floors)?;
+            }
         }
     }
     drop(ours);
@@ -191,19 +212,29 @@ fn row(
     kind: Kind,
     threads: u32,
     ours: &mut Client,
-    floor: &mut Client,
+    floors: &mut [Client],
 ) -> Result<(), Box<dyn Error>> {
-    let (mut times, mut floors) = (Vec::new(), Vec::new());
+    let mut times = Vec::new();
+    let mut least = vec![Vec::new(); floors.len()];
     for round in 0..=ROUNDS {
-        let (time, least) = (ours.measure(kind, threads)?, floor.measure(Kind::Floor, threads)?);
+        let time = ours.measure(kind, threads)?;
         // The first one is for caches and for workers to be started.
         if round > 0 {
             times.push(time);
-            floors.push(least);
+        }
+        for (floor, least) in floors.iter_mut().zip(&mut least) {
+            let time = floor.measure(Kind::Floor, threads)?;
+            if round > 0 {
+                least.push(time);
+            }
         }
     }
-    let (time, least) = (median(times), median(floors));
-    println!("{name:34} {time:>8.0} {least:>8.0} {:>7.2}", time / least);
+    let time = median(times);
+    print!("{name:43} {time:>8.0}");
+    for floor in least.into_iter().map(median) {
+        print!(" {floor:>8.0} {:>7.2}", time / floor);
+    }
+    println!();
     Ok(())
 }
 
