@@ -110,7 +110,8 @@ impl Scene {
         let device = Device::new(iommu.clone(), RID).unwrap();
         let table = Table::for_device(&space, &device).unwrap();
         let system = PasidSystem::new(64).unwrap();
-        let pasids = Arc::new(system.create_set(Owner::Machine(1), 8, &Limit::new(&system, "all", None)).unwrap());
+        let pasids =
+            Arc::new(system.create_set(Owner::Machine(1), 8, &Limit::new(&system, "all", None)).unwrap());
         let pasid = pasids.allocate(1..=u32::MAX, 0).unwrap();
         let port = if with_pasid {
             let binding = pasids.bind(pasid).unwrap();
@@ -162,7 +163,7 @@ impl Scene {
 type End = (&'static str, fn(&Scene));
 
 /// Ways in which memory goes from under a device, however that is attached.
-const MEMORY_GOES: [End; 11] = [
+const MEMORY_GOES: [End; 13] = [
     ("an unmap", |scene| assert_eq!(scene.space.unmap(scene.page()).unwrap().bytes(), PAGE)),
     ("an unmap of everything", |scene| drop(scene.space.unmap(IovaRange::ALL).unwrap())),
     ("a deferred unmap and its flush", |scene| {
@@ -188,7 +189,23 @@ const MEMORY_GOES: [End; 11] = [
     ("a revoke", |scene| scene.backing.revoke()),
     ("the drop of the memory", |scene| *scene.memory.lock().unwrap() = None),
     ("the unbinding of the device", |scene| scene.device().unbind()),
+    ("the drop of the memory beside an unmap", |scene| {
+        beside_an_unmap(scene, || *scene.memory.lock().unwrap() = None);
+    }),
+    ("a revoke beside an unmap", |scene| beside_an_unmap(scene, || scene.backing.revoke())),
 ];
+
+/// While an unmap waits for the device, so that nothing is mapped any more.
+fn beside_an_unmap(scene: &Scene, end: impl FnOnce()) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| scene.space.unmap(scene.page()).unwrap());
+        while scene.space.walk(Iova::new(AT)).is_some() {
+            std::thread::yield_now();
+        }
+        end();
+        assert!(!scene.halt.at_work.load(Ordering::SeqCst), "returned before the unmap");
+    });
+}
 
 const DEVICE_GOES: [End; 4] = [
     ("a detach", |scene| scene.device().detach()),
@@ -225,7 +242,10 @@ fn all_wait(place: Place, with_pasid: bool, ends: &[End]) {
                 std::thread::sleep(TIME_TO_RETURN);
                 scene.halt.let_go();
                 let waited = ending.join();
-                assert!(waited.unwrap(), "{name} has returned before the device has ended ({kind:?}, {place:?})");
+                assert!(
+                    waited.unwrap(),
+                    "{name} has returned before the device has ended ({kind:?}, {place:?})"
+                );
             });
             let kept = scene.memory.lock().unwrap().as_ref().map(Arc::strong_count);
             assert!(kept.is_none_or(|count| count == 1), "{name} keeps the memory");
