@@ -2,6 +2,7 @@
 
 use crate::double::{DERIVED, DERIVED_TOO, Double, NATIVE};
 use crate::fixture::{World, check, others_may_run, random};
+use ioasid::pasid::{Limit, Owner, Pasid, PasidSystem, Spid};
 use ioasid::{
     AttachError, Bus, DerivedTable, Device, DeviceError, DeviceOwner, DriverClaim, Iommu, PageSize,
     Requirements, Rid, Space, Table, TableClass,
@@ -48,6 +49,26 @@ impl Iommu for Connected {
         others_may_run();
         self.0.block(self.requester(device));
     }
+
+    fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
+        others_may_run();
+        self.0.attach_pasid(device, pasid, table)
+    }
+
+    fn block_pasid(&self, device: Rid, pasid: Pasid) {
+        others_may_run();
+        self.0.block_pasid(device, pasid);
+    }
+}
+
+/// Nobody has any device of the group, nor does one do DMA: somebody else can have all of them.
+fn all_are_free(iommu: &Arc<Connected>) {
+    for requester in [NATIVE, DERIVED] {
+        assert!(iommu.0.table_of(requester).is_none(), "{requester} goes on");
+    }
+    let next = DeviceOwner::new("the next one");
+    let devices = MEMBERS.map(|rid| Device::bind(iommu.clone(), rid, &next).unwrap());
+    drop(devices);
 }
 
 /// What there is of each, as its users count it: from before they have it until after they have it no more, or for `held`
@@ -105,9 +126,7 @@ fn a_group_has_one_owner_and_no_dma_before_bind_and_attach() {
             })
             .collect();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
-        for requester in [NATIVE, DERIVED] {
-            assert!(world.double.table_of(requester).is_none());
-        }
+        all_are_free(&iommu);
         world.finish();
     });
 }
@@ -137,7 +156,8 @@ fn use_device(
     };
     counts.held[number].fetch_add(1, Ordering::SeqCst);
     counts.check(iommu);
-    let space = Space::new(&world.bus);
+    // Devices with one requester ID are attached at the same time if they go the same way.
+    let space = if random(2) == 0 { world.space.clone() } else { Space::new(&world.bus) };
     let table = Table::for_device(&space, &device).unwrap();
     counts.attached[member].fetch_add(1, Ordering::SeqCst);
     let attached = device.attach(&table);
@@ -162,4 +182,74 @@ fn use_device(
     counts.held[number].fetch_sub(1, Ordering::SeqCst);
     drop(device);
     counts.attached[member].fetch_sub(1, Ordering::SeqCst);
+}
+
+/// An owner gives a device back while others of his threads attach it, with a PASID and without, and a second owner is waiting
+/// for it. Once the second one has it, it is blocked, goes where he attaches it, and stays there.
+#[test]
+fn a_device_that_is_given_back_is_attached_by_nobody_who_still_looks_at_it() {
+    check(1000, || {
+        let world = World::new();
+        let iommu = Arc::new(Connected(world.double.clone()));
+        let system = PasidSystem::new(8).unwrap();
+        let set =
+            Arc::new(system.create_set(Owner::Machine(1), 8, &Limit::new(&system, "all", None)).unwrap());
+        let pasid = set.allocate(0..=7, 0).unwrap();
+        let [first, second] = ["one", "other"].map(DeviceOwner::accepting_peers);
+        let device = Arc::new(Device::bind(iommu.clone(), NATIVE, &first).unwrap());
+        let attaching = [false, true].map(|with_pasid| {
+            let (world, device, set) = (world.clone(), device.clone(), set.clone());
+            thread::spawn(move || {
+                let table = Table::for_device(&Space::new(&world.bus), &device).unwrap();
+                for _ in 0..2 {
+                    let attached = if with_pasid {
+                        device.attach_pasid(Spid::new(1).unwrap(), set.bind(pasid).unwrap(), &table)
+                    } else {
+                        device.attach(&table)
+                    };
+                    match attached {
+                        Ok(()) | Err(AttachError::Unbound(_) | AttachError::PasidTaken { .. }) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            })
+        });
+        let taking = {
+            let (world, iommu) = (world.clone(), iommu.clone());
+            thread::spawn(move || {
+                // It is given back at last.
+                let device = loop {
+                    match Device::bind(iommu.clone(), NATIVE, &second) {
+                        Ok(device) => break device,
+                        Err(DeviceError::Taken(_)) => thread::yield_now(),
+                        Err(error) => panic!("{error}"),
+                    }
+                };
+                for _ in 0..2 {
+                    let plain = world.double.table_of(NATIVE);
+                    assert!(plain.is_none(), "attached by who has it no more");
+                    let with_pasid = world.double.table_of_pasid(NATIVE, pasid);
+                    assert!(with_pasid.is_none(), "a PASID attached by who has the device no more");
+                    others_may_run();
+                }
+                let table = Table::for_device(&Space::new(&world.bus), &device).unwrap();
+                device.attach(&table).unwrap();
+                for _ in 0..3 {
+                    others_may_run();
+                    let theirs = world.double.table_of(NATIVE).expect("blocked by who has it no more");
+                    assert!(Arc::ptr_eq(&theirs, &table), "moved by who has it no more");
+                }
+            })
+        };
+        others_may_run();
+        device.unbind();
+        assert!(device.table().is_none());
+        // Once more is nothing to whoever has it now.
+        device.unbind();
+        attaching.into_iter().chain([taking]).for_each(|thread| thread.join().unwrap());
+        assert_eq!(set.free(pasid).map(drop), Ok(()), "the binding has stayed");
+        drop(device);
+        all_are_free(&iommu);
+        world.finish();
+    });
 }
