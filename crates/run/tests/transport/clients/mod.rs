@@ -3,6 +3,7 @@
 mod devices;
 mod disturbed;
 mod hostile;
+mod killed;
 mod last_close;
 mod opening;
 mod processes;
@@ -35,6 +36,7 @@ pub(crate) const CLIENTS: &[(&str, fn())] = &[
     ("too_many_descriptors", opening::too_many_descriptors),
     ("killed_at_any_moment", disturbed::killed_at_any_moment),
     ("killed_while_the_server_sleeps", disturbed::killed_while_the_server_sleeps),
+    ("killed_in_the_middle_of_everything", killed::killed_in_the_middle_of_everything),
     ("signals_do_not_repeat_calls", disturbed::signals_do_not_repeat_calls),
     ("not_dumpable", disturbed::not_dumpable),
     ("surroundings_are_as_before", processes::surroundings_are_as_before),
