@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process_group, setpgid, waitpid};
 
 pub(crate) const IOAS_ALLOC: u32 = 0x3b81;
 /// A number that no interface uses.
@@ -88,6 +88,28 @@ pub(crate) fn fork(body: impl FnOnce()) -> Pid {
         unsafe { libc::_exit(if outcome.is_ok() { 0 } else { 101 }) };
     }
     Pid::from_raw(pid).expect("fork failed")
+}
+
+/// A child with all that descends from it, unless it leaves the group. They are killed when this is dropped, so that none of them
+/// outlives a test that fails.
+pub(crate) struct Family(pub(crate) Pid);
+
+impl Family {
+    pub(crate) fn fork(body: impl FnOnce()) -> Self {
+        let leader = fork(|| {
+            setpgid(None, None).unwrap();
+            body();
+        });
+        // Both do it: neither may go on before it is done. The child may have ended.
+        let _ = setpgid(Some(leader), Some(leader));
+        Self(leader)
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        let _ = kill_process_group(self.0, Signal::KILL);
+    }
 }
 
 pub(crate) fn wait(pid: Pid) -> WaitStatus {

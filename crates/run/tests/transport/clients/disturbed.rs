@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group, setpgid};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::calls::*;
 use crate::device::Machine;
@@ -59,25 +59,30 @@ pub(super) fn killed_at_any_moment() {
     }
 }
 
-/// Tells when all threads of the supervisor have stopped, without a call that would need it.
-struct StopWatch(Vec<File>);
+/// The threads that the supervisor had at a time, to be looked at without a call that would need it.
+struct ThreadsOfServer(Vec<File>);
 
-impl StopWatch {
-    fn new() -> Self {
+impl ThreadsOfServer {
+    fn now() -> Self {
         let threads = std::fs::read_dir(format!("/proc/{}/task", supervisor())).unwrap();
-        Self(threads.map(|thread| File::open(thread.unwrap().path().join("stat")).unwrap()).collect())
+        // One may end meanwhile.
+        Self(threads.filter_map(|thread| File::open(thread.unwrap().path().join("stat")).ok()).collect())
     }
 
-    fn wait(&self) {
-        let start = Instant::now();
-        let is_stopped = |file: &File| {
+    /// How many are in a state, by the kernel's letter for it.
+    fn count(&self, state: u8) -> usize {
+        let is_in_it = |file: &&File| {
             let mut text = [0; 512];
-            let length = file.read_at(&mut text, 0).unwrap();
+            let Ok(length) = file.read_at(&mut text, 0) else { return false };
             // The state is the word after the name in parentheses.
-            let name_end = text[..length].iter().rposition(|byte| *byte == b')').unwrap();
-            text[name_end + 2] == b'T'
+            text[..length].iter().rposition(|byte| *byte == b')').is_some_and(|end| text[end + 2] == state)
         };
-        while !self.0.iter().all(is_stopped) {
+        self.0.iter().filter(is_in_it).count()
+    }
+
+    fn wait_until_stopped(&self) {
+        let start = Instant::now();
+        while self.count(b'T') < self.0.len() {
             assert!(start.elapsed() < Duration::from_secs(20));
             thread::sleep(Duration::from_millis(1));
         }
@@ -94,9 +99,9 @@ pub(super) fn killed_while_the_server_sleeps() {
             rustix::io::read(&reading, &mut [0; 1]).unwrap();
             let _ = allocate(&iommu);
         });
-        let stopped = StopWatch::new();
+        let threads = ThreadsOfServer::now();
         kill_process(supervisor, Signal::STOP).unwrap();
-        stopped.wait();
+        threads.wait_until_stopped();
         rustix::io::write(&writing, b"x").unwrap();
         thread::sleep(Duration::from_millis(20));
         kill_process(child, Signal::KILL).unwrap();
@@ -180,10 +185,8 @@ pub(super) fn stalled_clients_have_half() {
     const THREADS: u64 = 150;
     let workers = ioasid_run::Options::default().workers;
     assert!(PROCESSES * THREADS as usize > workers);
-    let threads_of_server = || std::fs::read_dir(format!("/proc/{}/task", supervisor())).unwrap().count();
     let iommu = open_iommu();
-    let storm = fork(|| {
-        setpgid(None, None).unwrap();
+    let storm = Family::fork(|| {
         for _ in 0..PROCESSES {
             fork(|| {
                 let memory = pages_that_never_come(THREADS);
@@ -197,17 +200,19 @@ pub(super) fn stalled_clients_have_half() {
         }
         thread::sleep(Duration::from_secs(3600));
     });
-    // Until all of them are stuck, or wait for their turn.
+    // Until all of them are stuck, or wait for their turn: for a second nothing has changed. Who waits for such a page cannot be
+    // interrupted.
     let start = Instant::now();
-    let mut last = 0;
-    while last < workers / 2 || threads_of_server() != last {
-        assert!(start.elapsed() < Duration::from_secs(40), "{last} of {workers}");
-        last = threads_of_server();
+    let (mut stuck, mut unchanged) = (0, 0);
+    while stuck < workers / 4 || unchanged < 5 {
+        assert!(start.elapsed() < Duration::from_secs(40), "{stuck} of {workers} are stuck");
+        let before = stuck;
+        stuck = ThreadsOfServer::now().count(b'D');
+        unchanged = if stuck == before { unchanged + 1 } else { 0 };
         allocate(&iommu).unwrap();
         thread::sleep(Duration::from_millis(200));
     }
-    // A few that were started for us, and the one that watches.
-    assert!(last < workers / 2 + 32, "{last} of {workers}");
+    assert!(stuck <= workers / 2, "{stuck} of {workers} are stuck");
     for _ in 0..100 {
         allocate(&iommu).unwrap();
     }
@@ -217,8 +222,9 @@ pub(super) fn stalled_clients_have_half() {
             scope.spawn(|| allocate(&iommu).unwrap());
         }
     });
-    kill_process_group(storm, Signal::KILL).unwrap();
-    assert_eq!(wait(storm).terminating_signal(), Some(libc::SIGKILL));
+    let leader = storm.0;
+    drop(storm);
+    assert_eq!(wait(leader).terminating_signal(), Some(libc::SIGKILL));
     allocate(&iommu).unwrap();
     drop(iommu);
     expect_files_in_server(0);

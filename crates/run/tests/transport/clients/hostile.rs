@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ioasid_server::Limits;
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group, setpgid};
+use rustix::process::{Pid, Signal};
 
 use crate::calls::*;
 use crate::device::Machine;
@@ -53,18 +53,15 @@ fn work(memory: u64) {
 /// Works while `hostile` runs in a program of its own.
 fn beside(hostile: impl FnOnce()) {
     let memory = pages(PAGE as usize, libc::PROT_READ | libc::PROT_WRITE);
-    let child = fork(|| {
-        setpgid(None, None).unwrap();
-        hostile();
-    });
+    let family = Family::fork(hostile);
     let mut status = None;
     while status.is_none() {
         work(memory);
         let options = rustix::process::WaitOptions::NOHANG;
-        status = rustix::process::waitpid(Some(child), options).unwrap().map(|(_, status)| status);
+        status = rustix::process::waitpid(Some(family.0), options).unwrap().map(|(_, status)| status);
     }
-    // Whoever it has left behind.
-    let _ = kill_process_group(child, Signal::KILL);
+    // Whoever it has left behind goes too.
+    drop(family);
     assert_eq!(status.and_then(|status| status.exit_status()), Some(0));
     work(memory);
     expect_files_in_server(0);
