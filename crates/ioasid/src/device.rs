@@ -182,10 +182,16 @@ impl Device {
     pub fn can_use(&self, table: &Table) -> Result<(), AttachError> {
         let class = Some(table.class());
         let Requirements { class: plain, snooping_class, no_snoop, .. } = self.requirements;
-        if class != Some(plain) && class != snooping_class {
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => self.iommu.first_stages(self.rid).contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && class != Some(plain) && class != snooping_class {
             return Err(AttachError::Incompatible);
         }
-        if no_snoop && table.coherency() == Coherency::Enforced && class != snooping_class {
+        // Over a second stage that has accesses snoop, they do whatever the first stage says.
+        let snoops = class == snooping_class || nested && snooping_class.is_some();
+        if no_snoop && table.coherency() == Coherency::Enforced && !snoops {
             return Err(AttachError::Incoherent(self.rid));
         }
         Ok(())
