@@ -52,9 +52,12 @@ mod remembered;
 
 pub use first_stage::FirstStage;
 
-/// How many bytes a shadow may take, its bookkeeping included, before all that it remembers is forgotten: room for 480 MiB in
+/// How many bytes a shadow may take, its bookkeeping included, before all that it remembers is forgotten: room for 360 MiB in
 /// pages of 4 KiB that lie close to each other.
 pub const SHADOW_BYTES: u64 = 16 << 20;
+
+/// At most so many bytes more are taken for a block: a table page of each level, and the notes of it.
+const BLOCK_BYTES: u64 = 6 * 4096 + 512;
 
 /// How often an address is looked up anew because it was invalidated meanwhile.
 const TRIES: u32 = 64;
@@ -76,6 +79,8 @@ pub struct Nesting {
 #[derive(Debug, Default)]
 struct State {
     remembered: Remembered,
+    /// It takes no more bytes than this, together with the shadow. What it really takes would have to be counted each time.
+    bytes_at_most: u64,
     /// Those that are looking something up.
     walks: BTreeMap<u64, Walk>,
     next_walk: u64,
@@ -296,10 +301,16 @@ impl Nesting {
             permitted.remove(Attributes::WRITE);
         }
         let mut retired = Vec::new();
-        if self.shadow.table_bytes().saturating_add(state.remembered.bytes()) >= SHADOW_BYTES {
-            state.remembered.clear();
-            retired.extend(self.remove(&[IovaRange::ALL]));
+        if state.bytes_at_most + BLOCK_BYTES > SHADOW_BYTES {
+            state.bytes_at_most = self.shadow.table_bytes().saturating_add(state.remembered.bytes());
+            // So that there is something between two counts.
+            if state.bytes_at_most > SHADOW_BYTES / 4 * 3 {
+                state.remembered.clear();
+                state.bytes_at_most = 0;
+                retired.extend(self.remove(&[IovaRange::ALL]));
+            }
         }
+        state.bytes_at_most += BLOCK_BYTES;
         let Some(block) = IovaRange::new(iova, iova | within) else { return (retired, Ok(())) };
         // What is there may say less, or be of another size.
         let taken = state.remembered.take_at(block);
