@@ -485,8 +485,8 @@ impl<I: Fn(&DmaSection) -> bool> ForeignMemory for Tables<'_, I> {
     }
 }
 
-/// How a shadow follows the space: by forgetting. Mappings are never made in it by the space's operations, and its leaves need not
-/// be cut for them.
+/// How a shadow follows the space: by forgetting. It is never told of mappings, and its leaves need not be cut, since they can go
+/// as a whole.
 impl DerivedTable for Nesting {
     fn map(&self, _range: IovaRange, _oa: Oa, _attributes: Attributes) -> Result<(), TableError> {
         Ok(())
@@ -520,10 +520,6 @@ impl DerivedTable for Nesting {
     fn remap(&self, range: IovaRange, _oa: Oa, _attributes: Attributes) -> Result<(), TableError> {
         self.forget(range);
         Ok(())
-    }
-
-    fn split(&self, _range: IovaRange, _largest: PageSize) -> Result<bool, TableError> {
-        Ok(false)
     }
 
     fn invalidate(&self, _runs: &Runs) {

@@ -162,7 +162,7 @@ impl Port {
     /// Where an address leads, for a device model that wants to know no more.
     ///
     /// What it says holds until the section ends. An address that does not translate is no fault of the device, and
-    /// is not written down.
+    /// is not written down. One that a guest's table translates has to be [looked up](Self::resolve) before.
     ///
     /// ```
     /// # use ioasid::{Account, Backing, Bus, Device, Iova, Memory, Permissions, Rid, Space, Table, epoch};
