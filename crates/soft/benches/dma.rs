@@ -105,7 +105,7 @@ fn guest_table(scene: &Scene, first: u64) -> Arc<Table> {
         let table = TABLES + level * K4;
         set(table + (first >> (39 - 9 * level) & 511) * 8, (table + K4) | ENTRY);
     }
-    (0..512).for_each(|page| set(TABLES + 3 * K4 + page * 8, page * K4 | ENTRY));
+    (0..512).for_each(|page| set(TABLES + 3 * K4 + page * 8, (page * K4) | ENTRY));
     scene.map(0, 0, G1);
     Table::nested(&scene.space, &scene.device, FirstStage::X86_64, Iova::new(TABLES)).unwrap()
 }
