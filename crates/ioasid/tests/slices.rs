@@ -2,6 +2,7 @@
 
 mod double;
 
+use double::search::Search;
 use double::{DERIVED, Double, NATIVE, Stop};
 use ioasid::{
     Account, Backing, BorrowError, BorrowedSlice, Bus, Iova, IovaRange, LateBound, Memory, MemoryGone,
@@ -9,7 +10,6 @@ use ioasid::{
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 const K4: u64 = 4 << 10;
 const M2: u64 = 2 << 20;
@@ -283,6 +283,7 @@ fn an_unmap_and_a_borrower_never_miss_each_other() {
     let borrowed = AtomicU64::new(0);
     let (space, ram) = (&scene.space, &scene.ram);
     std::thread::scope(|scope| {
+        let search = Search::new(&stop, [&borrowed]);
         for thread in 0..2u64 {
             let (stop, borrowed) = (&stop, &borrowed);
             scope.spawn(move || {
@@ -302,11 +303,7 @@ fn an_unmap_and_a_borrower_never_miss_each_other() {
                 }
             });
         }
-        let end = Instant::now() + Duration::from_millis(700);
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let (first, length) = (round % PAGES * K4, K4);
             // It may fail: a borrower that lost its CPU while it held its own lock.
             let unmapped = match round % 3 {
@@ -321,7 +318,6 @@ fn an_unmap_and_a_borrower_never_miss_each_other() {
             scene.backing.write(first, &0u64.to_ne_bytes()).unwrap();
             space.map(Iova::new(first), ram, first, length, RW).unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(borrowed.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
 }
@@ -364,6 +360,7 @@ fn a_change_in_place_and_a_borrower_never_miss_each_other() {
     let stop = AtomicBool::new(false);
     let (written, space) = (AtomicU64::new(0), &scene.space);
     std::thread::scope(|scope| {
+        let search = Search::new(&stop, [&written]);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let Ok(polite) = Polite::borrow(space, 0, K4) else { continue };
@@ -373,11 +370,7 @@ fn a_change_in_place_and_a_borrower_never_miss_each_other() {
                 };
             }
         });
-        let end = Instant::now() + Duration::from_millis(500);
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let place = [0, 8 * K4];
             // Either way nobody writes there any more through what was borrowed before.
             let gone = match round % 2 {
@@ -394,7 +387,6 @@ fn a_change_in_place_and_a_borrower_never_miss_each_other() {
             // Back to the beginning; who has borrowed the other page meanwhile is asked.
             while space.remap(Iova::new(0), &scene.ram, place[0], K4, RW).is_err() {}
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(written.load(Ordering::Relaxed) > 0, "nothing was ever borrowed");
 }
