@@ -14,7 +14,7 @@ const CONFIG: u32 = 7;
 const MEMORY_BASE: u64 = 0x10_0000;
 
 /// How long a test waits for what has to happen.
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 fn device_with(port: Arc<dyn DmaPort>, options: EduOptions) -> Edu {
     let edu = Edu::new(port, options).unwrap();
