@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
+pub(crate) mod search;
+
 /// Where these tests are run for the machine's IOMMU, some of the tables are its own.
 #[cfg(host_iommu)]
 #[path = "../../../host/tests/engine/mod.rs"]
