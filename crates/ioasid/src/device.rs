@@ -11,6 +11,12 @@
 //! so ([`Device::replace_pasid`]), and the device's DMA goes through the one or the other, without a moment of neither or both.
 //! As long as a route has a PASID it holds the PASID's binding, so the PASID is not given out anew.
 //!
+//! # Whose fault
+//!
+//! Who binds a device can give it a *cookie*, a number that means something to its user ([`Device::with_cookie`]). The IOMMU is
+//! told beforehand, and says it in what it reports of the device, together with the [space](crate::Space::id): so a fault
+//! finds its way to whoever has to hear of it without anybody looking up what a requester ID stands for at the moment.
+//!
 //! # Whose numbers
 //!
 //! Whoever drives the device, a guest perhaps, has numbers of its own for address spaces. A device model is asked to use such a
@@ -39,6 +45,7 @@ pub struct Device {
     iommu: Arc<dyn Iommu>,
     rid: Rid,
     requirements: Requirements,
+    cookie: Option<u64>,
     routes: Mutex<Routes>,
 }
 
@@ -133,7 +140,36 @@ impl Device {
         let membership = Membership::bind(&iommu, rid, owner)?;
         let (owner, group) = (owner.clone(), Arc::clone(membership.group()));
         let routes = Routes { membership: Some(membership), plain: None, pasids: BTreeMap::new() };
-        Ok(Device { owner, group, iommu, rid, requirements, routes: Mutex::new(routes) })
+        Ok(Device { owner, group, iommu, rid, requirements, cookie: None, routes: Mutex::new(routes) })
+    }
+
+    /// The device with a number of its user's, which its IOMMU's reports say: faults of the software IOMMU, for one.
+    ///
+    /// Devices that share a requester ID cannot be told apart, so reports say a cookie only while all of them that are bound have
+    /// the same: who wants to hear of such devices gives it to each.
+    ///
+    /// ```
+    /// # use ioasid::{Device, Iommu, Rid};
+    /// # use std::sync::Arc;
+    /// # fn example(iommu: &Arc<dyn Iommu>) -> Result<(), Box<dyn std::error::Error>> {
+    /// // The guest calls its third device 0x18.
+    /// let device = Device::new(iommu.clone(), Rid(8))?.with_cookie(0x18);
+    /// assert_eq!(device.cookie(), Some(0x18));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_cookie(mut self, cookie: u64) -> Device {
+        self.cookie = Some(cookie);
+        if let Some(membership) = &self.routes().membership {
+            membership.set_cookie(cookie);
+        }
+        self
+    }
+
+    /// The number that [`with_cookie`](Self::with_cookie) has given it.
+    pub fn cookie(&self) -> Option<u64> {
+        self.cookie
     }
 
     /// Whose it is.
@@ -372,6 +408,7 @@ impl fmt::Debug for Device {
         f.debug_struct("Device")
             .field("rid", &self.rid)
             .field("owner", self.owner())
+            .field("cookie", &self.cookie)
             .field("requirements", &self.requirements)
             .finish_non_exhaustive()
     }

@@ -96,7 +96,7 @@ pub use slice::{
 pub use snapshot::Snapshot;
 pub use space::{
     ALIAS_PATIENCE, AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped,
-    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space,
+    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceId,
     SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::{NoRecord, Table};

@@ -101,7 +101,7 @@ fn each_route_leads_to_its_own_space() {
         // What is written down about a refusal names the device and the PASID.
         let log = port_two.take_faults();
         let last = log.records.last().unwrap();
-        assert_eq!((last.device, last.pasid), (Rid(8), Some(two)));
+        assert_eq!((last.device, last.pasid, last.cookie, last.space), (Rid(8), Some(two), None, None));
         assert!(last.to_string().starts_with("device 00:01.0 with PASID 2: "), "{last}");
         assert!(plain.take_faults().records.iter().all(|record| record.pasid.is_none()));
 
