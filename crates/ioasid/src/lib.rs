@@ -64,6 +64,7 @@ mod mapped_in;
 mod memory;
 pub mod pasid;
 mod place;
+mod route;
 mod sleeping;
 mod slice;
 pub mod snapshot;
