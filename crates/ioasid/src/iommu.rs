@@ -357,6 +357,13 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// The engine makes no two calls for one device, or for devices of one group, at the same time.
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
 
+    /// From now on, what the IOMMU reports of the device's requests, with PASIDs too, says this cookie of its user's; `None`: none.
+    /// What it reports of requests that ran before the device was blocked last still says the one of that time.
+    ///
+    /// Requests of all devices with the same [requester](Self::requester) ID have the same. An IOMMU that reports nothing need not
+    /// implement it.
+    fn set_cookie(&self, _device: Rid, _cookie: Option<u64>) {}
+
     /// Refuses all DMA of the device that has no PASID. When it returns, none is running.
     fn block(&self, device: Rid);
 

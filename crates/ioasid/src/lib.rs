@@ -65,6 +65,7 @@ mod memory;
 mod nesting;
 pub mod pasid;
 mod place;
+mod route;
 mod sleeping;
 mod slice;
 pub mod snapshot;
@@ -98,7 +99,7 @@ pub use slice::{
 pub use snapshot::Snapshot;
 pub use space::{
     ALIAS_PATIENCE, AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped,
-    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space,
+    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceId,
     SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::{NoRecord, Table};

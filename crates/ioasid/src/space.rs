@@ -56,6 +56,16 @@ pub use unmap::{UnmapError, Unmapped};
 
 static SPACES: Number = Number::new(0);
 
+/// The number of a space: no two spaces of a process ever have the same, so that one can be told from another after it has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpaceId(u64);
+
+impl std::fmt::Display for SpaceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// What devices may do with a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Permissions(Attributes);
@@ -173,6 +183,11 @@ impl Space {
     /// The smallest page that can be mapped.
     pub fn granule(&self) -> PageSize {
         self.native.format().granule()
+    }
+
+    /// Which space it is: what an IOMMU's faults call it.
+    pub fn id(&self) -> SpaceId {
+        SpaceId(self.id)
     }
 
     /// Its number, which no other space of the process ever has; below 2^63.

@@ -70,7 +70,8 @@ impl Routes {
             self.pasids.retain(|_, attachment| Arc::strong_count(attachment) > 1 || attachment.is_attached());
             self.limit = (2 * self.pasids.len()).max(64);
         }
-        let attachment = Arc::new(Attachment::new(self.plain.kind, self.plain.no_snoop));
+        let Attachment { kind, no_snoop, ref cookie, .. } = *self.plain;
+        let attachment = Arc::new(Attachment::new(kind, no_snoop, cookie.clone()));
         self.pasids.insert(pasid, attachment.clone());
         attachment
     }
@@ -82,6 +83,9 @@ struct Attachment {
     kind: TableKind,
     /// Whether requests can ask not to snoop.
     no_snoop: bool,
+    /// What the device's user calls it; all routes of a device share it. Read where a fault is found, within its section: a device is
+    /// blocked before another user has it, so the fault says the cookie of the one whose request it was.
+    cookie: Arc<Protected<u64>>,
     /// None: all DMA is refused.
     table: Protected<Table>,
     /// What the device model has borrowed, and perhaps given back.
@@ -96,8 +100,8 @@ struct Slices {
 }
 
 impl Attachment {
-    fn new(kind: TableKind, no_snoop: bool) -> Attachment {
-        Attachment { kind, no_snoop, table: Protected::default(), slices: Mutex::default() }
+    fn new(kind: TableKind, no_snoop: bool, cookie: Arc<Protected<u64>>) -> Attachment {
+        Attachment { kind, no_snoop, cookie, table: Protected::default(), slices: Mutex::default() }
     }
 
     fn is_attached(&self) -> bool {
@@ -209,7 +213,7 @@ impl SoftIommu {
         let requester = self.topology.requester(rid);
         let same = devices.iter().find(|(other, _)| self.topology.requester(**other) == requester);
         let plain = match same {
-            None => Arc::new(Attachment::new(kind, no_snoop)),
+            None => Arc::new(Attachment::new(kind, no_snoop, Arc::default())),
             Some((_, routes)) if routes.plain.kind == kind => routes.plain.clone(),
             Some((other, _)) => {
                 return Err(PlugError::SharedRequester { device: rid, other: *other, requester });
@@ -298,6 +302,12 @@ impl Iommu for SoftIommu {
 
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
         self.replace(self.device(device), device, table)
+    }
+
+    fn set_cookie(&self, device: Rid, cookie: Option<u64>) {
+        if let Some(attachment) = self.device(device) {
+            drop(attachment.cookie.replace(cookie.map(Arc::new)));
+        }
     }
 
     fn block(&self, device: Rid) {

@@ -16,7 +16,7 @@
 //! a device sees on a real machine too. Lists of segments ([`list`]) are not, and say how far they came; atomic
 //! operations ([`atomic`]) are one word.
 
-use super::faults::{FaultLog, FaultRecord, Faults};
+use super::faults::{FaultLog, Faults, Refused};
 use super::iotlb::Iotlb;
 use super::kind::{radix, with_derived};
 use super::{Attachment, TableKind};
@@ -24,7 +24,9 @@ use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid::epoch::{self, DmaSection};
 use ioasid::pagetable::VtdSecondStage;
 use ioasid::pasid::Pasid;
-use ioasid::{Attributes, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
+use ioasid::{
+    Attributes, DmaError, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault,
+};
 use std::sync::Arc;
 
 mod atomic;
@@ -190,7 +192,7 @@ impl Port {
         wanted: Permissions,
     ) -> Result<Translation, DmaFault> {
         let access = Access(wanted.attributes());
-        let table = self.table(section, iova, access)?;
+        let table = self.table(section, iova, access).map_err(|refused| refused.fault)?;
         let translation = self.translation(section, table, iova, 1, access)?;
         if table.is_recording() && access.0.contains(Attributes::WRITE) {
             record(table, iova, translation.length);
@@ -200,22 +202,36 @@ impl Port {
 
     /// Writes a fault down.
     #[inline(always)]
-    fn noted<T>(&self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
-        if let Err(fault) = &result {
-            self.faults.record(FaultRecord { device: self.rid, pasid: self.pasid, fault: *fault });
-        }
-        result
+    fn noted<T>(&self, result: Result<T, Refused>) -> Result<T, DmaFault> {
+        result.map_err(|refused| {
+            let record = refused.by(self.rid, self.pasid);
+            self.faults.record(record);
+            record.fault
+        })
+    }
+
+    /// Lets a fault leave its section.
+    #[inline(always)]
+    fn out_of<T>(
+        &self,
+        section: &DmaSection,
+        table: &Table,
+        result: Result<T, DmaFault>,
+    ) -> Result<T, Refused> {
+        result.map_err(|fault| Refused::new(section, &self.attachment, Some(table), fault))
+    }
+
+    /// A fault that has nothing to do with what is mapped.
+    fn refused(&self, section: &DmaSection, fault: DmaFault) -> Refused {
+        Refused::new(section, &self.attachment, self.attachment.table.load(section), fault)
     }
 
     /// The table that the device is attached to.
     #[inline(always)]
-    fn table<'s>(
-        &'s self,
-        section: &'s DmaSection,
-        iova: u64,
-        access: Access,
-    ) -> Result<&'s Table, DmaFault> {
-        self.attachment.table.load(section).ok_or(access.fault(iova, DmaFaultReason::Blocked))
+    fn table<'s>(&'s self, section: &'s DmaSection, iova: u64, access: Access) -> Result<&'s Table, Refused> {
+        let blocked = || access.fault(iova, DmaFaultReason::Blocked);
+        let table = self.attachment.table.load(section);
+        table.ok_or_else(|| Refused::new(section, &self.attachment, None, blocked()))
     }
 
     #[inline(always)]
@@ -229,25 +245,36 @@ impl Port {
         let result = self.first_step(iova, &mut transfer, access);
         self.noted(match result {
             Ok(true) => Ok(()),
-            Ok(false) | Err(DmaFault { reason: DmaFaultReason::NotResolved, .. }) => {
-                self.transfer_slowly(iova, transfer)
-            }
-            Err(fault) => Err(fault),
+            Ok(false) => self.transfer_slowly(iova, transfer),
+            Err(refused) if refused.is_missed() => self.transfer_slowly(iova, transfer),
+            Err(refused) => Err(refused),
         })
     }
 
     /// Copies all or nothing in one step; `Ok(false)`: nothing, because it takes more than that.
     #[inline(always)]
-    fn first_step(&self, iova: u64, transfer: &mut Transfer<'_>, access: Access) -> Result<bool, DmaFault> {
-        let length = transfer.length();
+    fn first_step(&self, iova: u64, transfer: &mut Transfer<'_>, access: Access) -> Result<bool, Refused> {
         let section = epoch::dma();
         let table = self.table(&section, iova, access)?;
-        let translation = self.translation(&section, table, iova, length.min(PIECE), access)?;
+        self.out_of(&section, table, self.copy_at_once(&section, table, iova, transfer, access))
+    }
+
+    #[inline(always)]
+    fn copy_at_once(
+        &self,
+        section: &DmaSection,
+        table: &Table,
+        iova: u64,
+        transfer: &mut Transfer<'_>,
+        access: Access,
+    ) -> Result<bool, DmaFault> {
+        let length = transfer.length();
+        let translation = self.translation(section, table, iova, length.min(PIECE), access)?;
         if length > PIECE || length > translation.length {
             return Ok(false);
         }
         let gone = |_| access.fault(iova, DmaFaultReason::MemoryGone);
-        match table.space().memory_at(&section, translation.oa).map_err(gone)? {
+        match table.space().memory_at(section, translation.oa).map_err(gone)? {
             Translated::Here(memory) if memory.length() >= length => match transfer {
                 Transfer::Read(buffer) => memory.read(buffer).map_err(gone)?,
                 Transfer::Write(bytes) => memory.write(bytes).map_err(gone)?,
@@ -258,31 +285,32 @@ impl Port {
     }
 
     #[inline(never)]
-    fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), DmaFault> {
+    fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), Refused> {
         let (length, access) = (transfer.length(), transfer.access());
         self.check(iova, length, access)?;
         let (mut done, mut misses) = (0, Misses::default());
         while done < length {
             match self.piece(iova + done, &mut transfer, done) {
                 Ok(count) => done += count,
-                Err(fault) => self.resolve_missed(fault, access, &mut misses)?,
+                Err(refused) => self.resolve_missed(refused, access, &mut misses)?,
             }
         }
         Ok(())
     }
 
     /// Makes sure that all of a range translates at this moment.
-    fn check(&self, iova: u64, length: u64, access: Access) -> Result<(), DmaFault> {
+    fn check(&self, iova: u64, length: u64, access: Access) -> Result<(), Refused> {
         let Some(last) = length.checked_sub(1).map(|last| iova.checked_add(last)) else { return Ok(()) };
-        let last = last.ok_or(access.fault(iova, DmaFaultReason::OutOfRange))?;
+        let out_of_range = || self.refused(&epoch::dma(), access.fault(iova, DmaFaultReason::OutOfRange));
+        let last = last.ok_or_else(out_of_range)?;
         let (mut at, mut misses) = (Some(iova), Misses::default());
         while let Some(from) = at {
             match self.check_some(from, last, access) {
                 Ok(next) => at = next,
-                Err(fault) => {
+                Err(refused) => {
                     // What is in front of it has been found.
-                    at = Some(fault.iova);
-                    self.resolve_missed(fault, access, &mut misses)?;
+                    at = Some(refused.fault.iova);
+                    self.resolve_missed(refused, access, &mut misses)?;
                 }
             }
         }
@@ -290,11 +318,12 @@ impl Port {
     }
 
     /// Does what one section allows of that; where to go on.
-    fn check_some(&self, mut at: u64, last: u64, access: Access) -> Result<Option<u64>, DmaFault> {
+    fn check_some(&self, mut at: u64, last: u64, access: Access) -> Result<Option<u64>, Refused> {
         let section = epoch::dma();
         let table = self.table(&section, at, access)?;
         for _ in 0..LOOKS {
-            let length = self.translation(&section, table, at, (last - at).saturating_add(1), access)?.length;
+            let translation = self.translation(&section, table, at, (last - at).saturating_add(1), access);
+            let length = self.out_of(&section, table, translation)?.length;
             if last - at < length {
                 return Ok(None);
             }
@@ -304,7 +333,7 @@ impl Port {
     }
 
     /// Copies what one section allows of a transfer, of which `done` bytes have moved and the next is for `iova`.
-    fn piece(&self, iova: u64, transfer: &mut Transfer<'_>, done: u64) -> Result<u64, DmaFault> {
+    fn piece(&self, iova: u64, transfer: &mut Transfer<'_>, done: u64) -> Result<u64, Refused> {
         let access = transfer.access();
         let wanted = (transfer.length() - done).min(PIECE);
         let section = epoch::dma();
@@ -316,11 +345,13 @@ impl Port {
                 // What has moved is a piece of its own: then comes the fault, or the memory behind calls.
                 _ if moved > 0 => break,
                 Ok(Step::Late(memory, count)) => {
+                    let gone =
+                        self.out_of(&section, table, Err(access.fault(iova, DmaFaultReason::MemoryGone)));
                     drop(section);
-                    Self::move_late(&memory, iova, transfer, done, count)?;
+                    Self::move_late(&memory, transfer, done, count).or(gone)?;
                     return Ok(count);
                 }
-                Err(fault) => return Err(fault),
+                Err(fault) => return self.out_of(&section, table, Err(fault)),
             }
         }
         Ok(moved)
@@ -352,20 +383,12 @@ impl Port {
     }
 
     /// Copies to or from memory behind calls, outside of all sections.
-    fn move_late(
-        memory: &Late,
-        iova: u64,
-        transfer: &mut Transfer<'_>,
-        done: u64,
-        count: u64,
-    ) -> Result<(), DmaFault> {
-        let access = transfer.access();
+    fn move_late(memory: &Late, transfer: &mut Transfer<'_>, done: u64, count: u64) -> Result<(), DmaError> {
         let bytes = done as usize..(done + count) as usize;
-        let copied = match transfer {
+        match transfer {
             Transfer::Read(buffer) => memory.read(&mut buffer[bytes]),
             Transfer::Write(source) => memory.write(&source[bytes]),
-        };
-        copied.map_err(|_| access.fault(iova, DmaFaultReason::MemoryGone))
+        }
     }
 
     /// Finds the memory behind an address, and how much of it, up to `wanted`, lies in one piece. Leaves whose output

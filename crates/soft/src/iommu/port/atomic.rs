@@ -62,24 +62,26 @@ impl Port {
     ) -> Result<T, DmaFault> {
         let access = Access::READ_WRITE;
         let try_it = || {
-            if iova % length != 0 {
-                return Err(access.fault(iova, DmaFaultReason::Misaligned));
-            }
             let section = epoch::dma();
+            if iova % length != 0 {
+                return Err(self.refused(&section, access.fault(iova, DmaFaultReason::Misaligned)));
+            }
             let table = self.table(&section, iova, access)?;
-            match self.reach(&section, table, iova, length, access)? {
+            let reached = self.reach(&section, table, iova, length, access);
+            let value = reached.and_then(|reached| match reached {
                 Reached::Here(memory, count) if count == length => {
                     carry_out(&memory).ok_or(access.fault(iova, DmaFaultReason::NotAtomic))
                 }
                 _ => Err(access.fault(iova, DmaFaultReason::NotAtomic)),
-            }
+            });
+            self.out_of(&section, table, value)
         };
         let mut misses = Misses::default();
         let result = loop {
             match try_it() {
-                Err(fault) => match self.resolve_missed(fault, access, &mut misses) {
+                Err(refused) => match self.resolve_missed(refused, access, &mut misses) {
                     Ok(()) => {}
-                    Err(fault) => break Err(fault),
+                    Err(refused) => break Err(refused),
                 },
                 done => break done,
             }

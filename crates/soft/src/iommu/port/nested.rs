@@ -5,7 +5,7 @@
 //! it happens, [`NotResolved`](DmaFaultReason::NotResolved): the section ends, the address is looked up, and the transfer
 //! tries again. Only what the look-up says is a fault to the device.
 
-use super::{Access, DmaFault, DmaFaultReason, Port, Translation, translation};
+use super::{Access, DmaFault, DmaFaultReason, Port, Refused, Translation, translation};
 use ioasid::epoch::{self, DmaSection};
 use ioasid::{Attributes, NestingFault, Permissions, Table};
 use std::sync::Arc;
@@ -39,25 +39,28 @@ impl Port {
     #[inline(never)]
     pub(super) fn resolve_missed(
         &self,
-        fault: DmaFault,
+        refused: Refused,
         access: Access,
         misses: &mut Misses,
-    ) -> Result<(), DmaFault> {
-        if fault.reason != DmaFaultReason::NotResolved {
-            return Err(fault);
+    ) -> Result<(), Refused> {
+        if !refused.is_missed() {
+            return Err(refused);
         }
-        misses.tries = if misses.iova == fault.iova { misses.tries + 1 } else { 0 };
-        misses.iova = fault.iova;
+        let iova = refused.fault.iova;
+        misses.tries = if misses.iova == iova { misses.tries + 1 } else { 0 };
+        misses.iova = iova;
         if misses.tries == TRIES {
-            return Err(fault);
+            return Err(refused);
         }
-        self.look_up(fault.iova, access)
+        self.look_up(iova, access)
     }
 
-    fn look_up(&self, iova: u64, access: Access) -> Result<(), DmaFault> {
-        let nesting = {
+    fn look_up(&self, iova: u64, access: Access) -> Result<(), Refused> {
+        let (nesting, missed) = {
             let section = epoch::dma();
-            self.table(&section, iova, access)?.nesting().cloned()
+            let table = self.table(&section, iova, access)?;
+            let missed = self.refused(&section, access.fault(iova, DmaFaultReason::NotResolved));
+            (table.nesting().cloned(), missed)
         };
         // By now it may be attached to another table.
         let Some(nesting) = nesting else { return Ok(()) };
@@ -75,7 +78,7 @@ impl Port {
             Err(NestingFault::NotAtomic { .. }) => DmaFaultReason::NotAtomic,
             Err(NestingFault::Unsettled) => DmaFaultReason::NotResolved,
         };
-        Err(access.fault(iova, reason))
+        Err(missed.because(reason))
     }
 
     /// Finds an address in the shadow.
