@@ -202,17 +202,19 @@ impl Guest {
     fn change_second_stage(&self, random: &mut Random) {
         let length = if random.below(2) == 0 { K4 } else { M2 };
         let at = random.below(TABLES / length) * length;
-        match random.below(4) {
+        let from = random.below(TABLES / length) * length;
+        match random.below(6) {
             0 => drop(self.physical.unmap(range(at, length)).unwrap()),
-            1 => {
+            1 => drop(self.physical.unmap_deferred(range(at, length)).unwrap()),
+            // In one step, if all of it is mapped.
+            2 => drop(self.physical.remap(Iova::new(at), &self.ram, from, length, RW)),
+            3 => {
                 self.physical.unmap(range(at, length)).unwrap();
-                let from = random.below(TABLES / length) * length;
                 self.physical.map(Iova::new(at), &self.ram, from, length, RW).unwrap();
             }
-            2 => {
+            4 => {
                 let permissions = if random.below(2) == 0 { Permissions::READ } else { RW };
-                // All of it has to be mapped.
-                let _ = self.physical.protect(range(at, length), permissions);
+                self.physical.protect(range(at, length), permissions).unwrap();
             }
             _ => {
                 // A page of tables: away and back, or read-only for a time.
