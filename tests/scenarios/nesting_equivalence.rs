@@ -220,7 +220,8 @@ impl Guest {
             }
             _ => {
                 // A page of tables: away and back, or read-only for a time.
-                let page = ROOT + random.below((self.next - ROOT) / K4) * K4;
+                // Of those that were made last most are in use.
+                let page = (self.next - (1 + random.below(12)) * K4).max(ROOT);
                 let here = range(page, K4);
                 self.physical.unmap(here).unwrap();
                 let permissions = match random.below(4) {
