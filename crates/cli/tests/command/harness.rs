@@ -57,7 +57,7 @@ impl Installed {
         fs::create_dir(&directory)?;
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755))?;
         let mut installed = Self { directory, static_client: None, python: None };
-        fs::copy(env!("CARGO_BIN_EXE_ioasid"), installed.program())?;
+        fs::copy(env!("CARGO_BIN_EXE_ioasid"), installed.program()).inspect_err(|_| installed.remove())?;
         fs::set_permissions(installed.program(), fs::Permissions::from_mode(0o755))?;
         installed.static_client = installed.build_static_client();
         installed.python =
