@@ -7,13 +7,15 @@
 //! - Here the log is the device's own: each record has the requester ID, the PASID if there was one, the first address that could
 //!   not be reached, the direction and the reason. A device that floods its log fills no other one, and what came first stays.
 //!
-//! The *cookie* of the RFC is what the user gave when a PASID was allocated: the record's PASID leads to it.
+//! The RFC has raw {rid, pasid, addr} become {space, cookie, addr}. Each record has these as well: the *cookie* that the user gave
+//! to the device when it was bound, and the space that the request went through. What the user gave when a PASID was allocated is
+//! found by the record's PASID.
 
-use crate::machine::{Function, K4, Machine, RW, range};
+use crate::machine::{Function, K4, Machine, RW, beside, range};
 use ioasid::pasid::{Limit, Owner, Pasid, PasidSystem, Spid};
-use ioasid::{Account, Iova, Permissions, Space};
+use ioasid::{Account, Device, DeviceOwner, Iova, Permissions, Space};
 use ioasid_soft::dma::{DmaFault, DmaFaultReason, DmaPort};
-use ioasid_soft::iommu::{FAULT_LOG_RECORDS, FaultRecord, Port, TableKind};
+use ioasid_soft::iommu::{DmaSegment, FAULT_LOG_RECORDS, FaultRecord, Port, TableKind};
 use std::sync::Arc;
 
 const AT: u64 = 0x10_0000;
@@ -35,12 +37,24 @@ fn every_record_says_who_where_and_why() {
         let machine = Machine::new();
         let memory = machine.memory(4 * K4, &Account::new("guest", None));
         let space = Space::new(&machine.bus);
-        let devices = [0, 1].map(|_| machine.attached(kind, &space));
+        let devices = [0xc0, 0xc1].map(|cookie| {
+            let function = machine.device(kind);
+            let function = Function { device: function.device.with_cookie(cookie), ..function };
+            function.attach(&space);
+            function
+        });
         space.map(Iova::new(AT), &memory, 0, K4, RW).unwrap();
         space.map(Iova::new(AT + K4), &memory, K4, K4, Permissions::READ).unwrap();
         let [one, two] = &devices;
-        let record = |function: &Function, fault| {
-            let record = FaultRecord { device: function.device.rid(), pasid: None, fault };
+        let record = |function: &Function, fault: DmaFault| {
+            let attached = fault.reason != DmaFaultReason::Blocked;
+            let record = FaultRecord {
+                device: function.device.rid(),
+                pasid: None,
+                cookie: function.device.cookie(),
+                space: attached.then(|| space.id()),
+                fault,
+            };
             assert_eq!(only(&function.port), record, "{kind}");
         };
         // The first address that is missing, not the one that the transfer began with; and nothing has moved.
@@ -69,34 +83,84 @@ fn a_pasid_leads_back_to_whoever_it_was_given_to() {
     let machine = Machine::new();
     let system = PasidSystem::new(1 << 20).unwrap();
     let guest = system.create_set(Owner::Machine(7), 100, &Limit::new(&system, "guests", None)).unwrap();
-    let function = machine.device(TableKind::VtdSecondStage);
-    let processes: Vec<(Pasid, u64, Arc<Port>)> = (0..3u32)
+    let Function { device, .. } = machine.device(TableKind::VtdSecondStage);
+    let port = machine.iommu.port_with_pasid(device.rid(), guest.allocate(1..=u32::MAX, 0).unwrap()).unwrap();
+    // What the guest calls its device is said whatever the PASID, also by ports that were there before.
+    let device = device.with_cookie(0x18);
+    port.write(AT, &[1]).unwrap_err();
+    assert_eq!(only(&port).cookie, Some(0x18));
+    let processes: Vec<(Pasid, u64, Arc<Space>, Arc<Port>)> = (0..3u32)
         .map(|process| {
             let cookie = 0xc00c_1e00 + u64::from(process);
             let pasid = guest.allocate(1..=u32::MAX, cookie).unwrap();
             let space = Space::new(&machine.bus);
-            let table = ioasid::Table::for_device(&space, &function.device).unwrap();
+            let table = ioasid::Table::for_device(&space, &device).unwrap();
             let number = Spid::new(100 + process).unwrap();
             guest.set_spid(pasid, Some(number)).unwrap();
-            function.device.attach_pasid(number, guest.bind(pasid).unwrap(), &table).unwrap();
-            (pasid, cookie, machine.iommu.port_with_pasid(function.device.rid(), pasid).unwrap())
+            device.attach_pasid(number, guest.bind(pasid).unwrap(), &table).unwrap();
+            (pasid, cookie, space, machine.iommu.port_with_pasid(device.rid(), pasid).unwrap())
         })
         .collect();
-    for (process, (pasid, cookie, port)) in (0..).zip(&processes) {
+    for (process, (pasid, cookie, space, port)) in (0..).zip(&processes) {
         let at = AT + process * K4;
         port.write(at, &[1]).unwrap_err();
         let record = only(port);
-        assert_eq!((record.device, record.pasid), (function.device.rid(), Some(*pasid)));
+        assert_eq!((record.device, record.pasid), (device.rid(), Some(*pasid)));
+        assert_eq!((record.cookie, record.space), (Some(0x18), Some(space.id())));
         assert_eq!(record.fault, fault(at, true, DmaFaultReason::NotMapped));
         // What the user is told: its own cookie, its own number, its own machine.
         let status = system.lookup(record.pasid.unwrap()).unwrap();
         assert_eq!((status.data, status.owner), (*cookie, Owner::Machine(7)));
         assert_eq!(status.spid, Spid::new(100 + process as u32));
-        assert!(record.to_string().contains(&format!("PASID {pasid}")), "{record}");
+        let said = format!(" with PASID {pasid}, cookie 24, in space {}: ", space.id());
+        assert!(record.to_string().contains(&said), "{record}");
     }
-    // Requests without a PASID are somebody else's.
-    function.port.read(AT, &mut [0]).unwrap_err();
-    assert_eq!(only(&function.port).pasid, None);
+}
+
+/// A device goes from one guest to another and back, and does not stop. Each guest has a page that the other one has not, so a
+/// fault there is the other one's.
+#[test]
+fn a_fault_is_that_of_the_guest_whose_request_it_was() {
+    let machine = Machine::new();
+    let memory = machine.memory(K4, &Account::new("guests", None));
+    let spaces = [0, 1].map(|guest| {
+        let space = Space::new(&machine.bus);
+        space.map(Iova::new(AT + guest * K4), &memory, 0, K4, RW).unwrap();
+        space
+    });
+    let Function { kind, device, port } = machine.device(TableKind::X86_64);
+    let rid = device.rid();
+    drop(device);
+    let request = |number: u64| {
+        let at = AT + number % 2 * K4;
+        match number % 3 {
+            0 => drop(port.read(at, &mut [0])),
+            1 => drop(port.copy(at, at + 8, 8)),
+            _ => drop(port.write_list(&[DmaSegment { iova: at, length: 4 }], &[1; 4])),
+        }
+        for record in port.take_faults().records {
+            let (guest, cookie) = match record.fault.reason {
+                DmaFaultReason::Blocked => {
+                    assert!(record.space.is_none() && record.cookie.is_none_or(|cookie| cookie < 2));
+                    continue;
+                }
+                _ if record.fault.iova < AT + K4 => (&spaces[1], 1),
+                _ => (&spaces[0], 0),
+            };
+            assert_eq!((record.cookie, record.space), (Some(cookie), Some(guest.id())), "{record}");
+        }
+    };
+    beside(&[&request], || {
+        for round in 0..2000 {
+            let guest = round % 2;
+            let owner = DeviceOwner::new("guest");
+            let device = Device::bind(machine.iommu.clone(), rid, &owner).unwrap().with_cookie(guest as u64);
+            let table = ioasid::Table::for_device(&spaces[guest], &device).unwrap();
+            device.attach(&table).unwrap();
+            std::thread::yield_now();
+        }
+    });
+    assert!(port.statistics().faults > 0, "{kind}");
 }
 
 #[test]

@@ -11,6 +11,12 @@
 //! so ([`Device::replace_pasid`]), and the device's DMA goes through the one or the other, without a moment of neither or both.
 //! As long as a route has a PASID it holds the PASID's binding, so the PASID is not given out anew.
 //!
+//! # Whose fault
+//!
+//! Who binds a device can give it a *cookie*, a number that means something to its user ([`Device::with_cookie`]). The IOMMU is
+//! told beforehand, and says it in what it reports of the device, together with the [space](crate::Space::id): so a fault
+//! finds its way to whoever has to hear of it without anybody looking up what a requester ID stands for at the moment.
+//!
 //! # Whose numbers
 //!
 //! Whoever drives the device, a guest perhaps, has numbers of its own for address spaces. A device model is asked to use such a
@@ -20,15 +26,11 @@
 use crate::group::{DeviceOwner, Group, InTheWay, Membership};
 use crate::iommu::{AttachError, Coherency, Iommu, Requirements, Rid, TableClass};
 use crate::pasid::{Pasid, PasidBinding, Spid};
-use crate::space::{ReservationOwner, Space};
+use crate::route::{PasidRoutes, Reservations, Route};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::table::Table;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-static ROUTES: AtomicU64 = AtomicU64::new(0);
 
 /// A device behind an IOMMU, bound to its owner. Blocked until it is attached, and again when this is dropped.
 ///
@@ -39,6 +41,7 @@ pub struct Device {
     iommu: Arc<dyn Iommu>,
     rid: Rid,
     requirements: Requirements,
+    cookie: Option<u64>,
     routes: Mutex<Routes>,
 }
 
@@ -69,30 +72,8 @@ struct Routes {
     membership: Option<Membership>,
     /// That of requests without a PASID.
     plain: Option<Route>,
-    /// By what the device's user calls them.
-    pasids: BTreeMap<Spid, (PasidBinding, Route)>,
-}
-
-/// Where a route leads.
-#[derive(Debug)]
-struct Route {
-    table: Arc<Table>,
-    /// Held for as long as the route lasts.
-    reserved: Arc<Reserved>,
-}
-
-/// That a space keeps a device's reserved addresses free. A device may have many routes to one space, and they share it: the
-/// space's list is as long as it has devices, however many PASIDs those use.
-#[derive(Debug)]
-struct Reserved {
-    space: Arc<Space>,
-    owner: ReservationOwner,
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        self.space.unreserve(self.owner);
-    }
+    pasids: PasidRoutes,
+    reservations: Reservations,
 }
 
 impl Device {
@@ -132,8 +113,42 @@ impl Device {
         let requirements = iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
         let membership = Membership::bind(&iommu, rid, owner)?;
         let (owner, group) = (owner.clone(), Arc::clone(membership.group()));
-        let routes = Routes { membership: Some(membership), plain: None, pasids: BTreeMap::new() };
-        Ok(Device { owner, group, iommu, rid, requirements, routes: Mutex::new(routes) })
+        let routes = Routes {
+            membership: Some(membership),
+            plain: None,
+            pasids: PasidRoutes::default(),
+            reservations: Reservations::default(),
+        };
+        Ok(Device { owner, group, iommu, rid, requirements, cookie: None, routes: Mutex::new(routes) })
+    }
+
+    /// The device with a number of its user's, which its IOMMU's reports say: faults of the software IOMMU, for one.
+    ///
+    /// Devices that share a requester ID cannot be told apart, so reports say a cookie only while all of them that are bound have
+    /// the same: who wants to hear of such devices gives it to each.
+    ///
+    /// ```
+    /// # use ioasid::{Device, Iommu, Rid};
+    /// # use std::sync::Arc;
+    /// # fn example(iommu: &Arc<dyn Iommu>) -> Result<(), Box<dyn std::error::Error>> {
+    /// // The guest calls its third device 0x18.
+    /// let device = Device::new(iommu.clone(), Rid(8))?.with_cookie(0x18);
+    /// assert_eq!(device.cookie(), Some(0x18));
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_cookie(mut self, cookie: u64) -> Device {
+        self.cookie = Some(cookie);
+        if let Some(membership) = &self.routes().membership {
+            membership.set_cookie(cookie);
+        }
+        self
+    }
+
+    /// The number that [`with_cookie`](Self::with_cookie) has given it.
+    pub fn cookie(&self) -> Option<u64> {
+        self.cookie
     }
 
     /// Whose it is.
@@ -182,10 +197,16 @@ impl Device {
     pub fn can_use(&self, table: &Table) -> Result<(), AttachError> {
         let class = Some(table.class());
         let Requirements { class: plain, snooping_class, no_snoop, .. } = self.requirements;
-        if class != Some(plain) && class != snooping_class {
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => self.iommu.first_stages(self.rid).contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && class != Some(plain) && class != snooping_class {
             return Err(AttachError::Incompatible);
         }
-        if no_snoop && table.coherency() == Coherency::Enforced && class != snooping_class {
+        // Over a second stage that has accesses snoop, they do whatever the first stage says.
+        let snoops = class == snooping_class || nested && snooping_class.is_some();
+        if no_snoop && table.coherency() == Coherency::Enforced && !snoops {
             return Err(AttachError::Incoherent(self.rid));
         }
         Ok(())
@@ -209,10 +230,10 @@ impl Device {
     /// is attached where that does not go together with this, and is named.
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
+        let Routes { membership, plain, reservations, .. } = &mut *routes;
         let carry_out = || self.iommu.attach(self.rid, table);
-        let membership = routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?;
-        let route = membership.attach(table, || self.route(&routes, table, carry_out))?;
-        routes.plain = Some(route);
+        let membership = membership.as_ref().ok_or(AttachError::Unbound(self.rid))?;
+        *plain = Some(membership.attach(table, || self.route(reservations, table, carry_out))?);
         Ok(())
     }
 
@@ -228,7 +249,7 @@ impl Device {
     pub fn unbind(&self) {
         let mut routes = self.routes();
         routes.detach();
-        for (binding, route) in std::mem::take(&mut routes.pasids).into_values() {
+        for (binding, route) in routes.pasids.take() {
             self.iommu.block_pasid(self.rid, binding.pasid());
             drop(route);
         }
@@ -276,15 +297,13 @@ impl Device {
     ) -> Result<(), AttachError> {
         let mut routes = self.routes();
         let pasid = binding.pasid();
-        let same = |(other, (taken, _)): &(&Spid, &(PasidBinding, Route))| {
-            **other == number || taken.pasid() == pasid
-        };
-        if let Some((number, (taken, _))) = routes.pasids.iter().find(same) {
-            return Err(AttachError::PasidTaken { device: self.rid, pasid: taken.pasid(), number: *number });
+        if let Some((pasid, number)) = routes.pasids.taken(number, pasid) {
+            return Err(AttachError::PasidTaken { device: self.rid, pasid, number });
         }
         routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?.check_pasids()?;
-        let route = self.route(&routes, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
-        routes.pasids.insert(number, (binding, route));
+        let carry_out = || self.iommu.attach_pasid(self.rid, pasid, table);
+        let route = self.route(&mut routes.reservations, table, carry_out)?;
+        routes.pasids.insert(number, binding, route);
         Ok(())
     }
 
@@ -296,11 +315,10 @@ impl Device {
     pub fn replace_pasid(&self, number: Spid, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
         let missing = AttachError::NoSuchPasid { device: self.rid, number };
-        let pasid = routes.pasids.get(&number).ok_or(missing)?.0.pasid();
-        let new = self.route(&routes, table, || self.iommu.attach_pasid(self.rid, pasid, table))?;
-        if let Some((_, route)) = routes.pasids.get_mut(&number) {
-            *route = new;
-        }
+        let pasid = routes.pasids.pasid(number).ok_or(missing)?;
+        let carry_out = || self.iommu.attach_pasid(self.rid, pasid, table);
+        let new = self.route(&mut routes.reservations, table, carry_out)?;
+        drop(routes.pasids.replace(number, new));
         Ok(())
     }
 
@@ -308,7 +326,7 @@ impl Device {
     /// there was no PASID of this number.
     pub fn detach_pasid(&self, number: Spid) -> bool {
         let mut routes = self.routes();
-        let Some((binding, route)) = routes.pasids.remove(&number) else { return false };
+        let Some((binding, route)) = routes.pasids.remove(number) else { return false };
         self.iommu.block_pasid(self.rid, binding.pasid());
         drop(route);
         true
@@ -316,32 +334,25 @@ impl Device {
 
     /// The PASID that the device puts into requests for what its user calls `number`.
     pub fn pasid(&self, number: Spid) -> Option<Pasid> {
-        self.routes().pasids.get(&number).map(|(binding, _)| binding.pasid())
+        self.routes().pasids.pasid(number)
     }
 
     /// The table that requests with the PASID of this number are attached to.
     pub fn table_of_pasid(&self, number: Spid) -> Option<Arc<Table>> {
-        self.routes().pasids.get(&number).map(|(_, route)| route.table.clone())
+        self.routes().pasids.table(number).cloned()
     }
 
     /// Sets up a route to `table` and has the IOMMU carry it out. On an error everything is as it was.
     fn route(
         &self,
-        routes: &Routes,
+        reservations: &mut Reservations,
         table: &Arc<Table>,
         carry_out: impl FnOnce() -> Result<(), AttachError>,
     ) -> Result<Route, AttachError> {
         self.can_use(table)?;
-        let reserved = match routes.reserved_in(table.space()) {
-            Some(reserved) => reserved,
-            None => {
-                let owner = ReservationOwner::Device(ROUTES.fetch_add(1, Ordering::Relaxed));
-                table.space().reserve_all(&self.requirements.reserved, owner)?;
-                Arc::new(Reserved { space: Arc::clone(table.space()), owner })
-            }
-        };
+        let _reserved = reservations.of(table.space(), &self.requirements.reserved)?;
         carry_out()?;
-        Ok(Route { table: table.clone(), reserved })
+        Ok(Route { table: table.clone(), _reserved })
     }
 }
 
@@ -351,13 +362,6 @@ impl Routes {
             membership.detach();
             drop(old);
         }
-    }
-
-    /// What the device has reserved in a space that it has a route to.
-    fn reserved_in(&self, space: &Arc<Space>) -> Option<Arc<Reserved>> {
-        let of_pasids = self.pasids.values().map(|(_, route)| route);
-        let mut all = self.plain.iter().chain(of_pasids).map(|route| &route.reserved);
-        all.find(|reserved| Arc::ptr_eq(&reserved.space, space)).map(Arc::clone)
     }
 }
 
@@ -372,6 +376,7 @@ impl fmt::Debug for Device {
         f.debug_struct("Device")
             .field("rid", &self.rid)
             .field("owner", self.owner())
+            .field("cookie", &self.cookie)
             .field("requirements", &self.requirements)
             .finish_non_exhaustive()
     }

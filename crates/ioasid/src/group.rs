@@ -20,6 +20,13 @@
 //! Binding a device blocks the requests of its whole group, but for those that are attached already: the group has the same
 //! owner. Devices whose requests have the same ID have one route. As soon as one of them is attached, the requests of all
 //! of them go there, and until it is detached none can be attached elsewhere.
+//!
+//! # Whose fault it was
+//!
+//! An IOMMU that reports a fault knows a requester ID. What the device's user has given when it was bound, its
+//! [cookie](crate::Device::with_cookie), is told to the IOMMU beforehand, so that a report needs no look-up and no lock. Of
+//! several devices with one requester ID nobody knows which it was: then the cookie is said on which all that are bound agree,
+//! and none if they do not.
 
 use crate::device::DeviceError;
 use crate::iommu::{AttachError, Iommu, Rid};
@@ -150,7 +157,7 @@ fn take(iommu: &Arc<dyn Iommu>, rid: Rid, claim: Claim) -> Result<Arc<Group>, De
         }
         group = Some(Arc::clone(&other.group));
     }
-    let group = group.unwrap_or_else(|| Arc::new(Group { members, attached: Mutex::default() }));
+    let group = group.unwrap_or_else(|| Arc::new(Group { members, bound: Mutex::default() }));
     taken.insert(key(iommu, rid), Taken { claim, group: Arc::clone(&group) });
     Ok(group)
 }
@@ -163,14 +170,17 @@ fn give_back(iommu: &Arc<dyn Iommu>, rid: Rid) {
 #[derive(Debug)]
 pub(crate) struct Group {
     members: Vec<Rid>,
-    /// Held while a member is attached or detached.
-    attached: Mutex<BTreeMap<Rid, Attached>>,
+    /// Those that are bound. Held while a member comes, goes, is attached or is detached.
+    bound: Mutex<BTreeMap<Rid, Bound>>,
 }
 
+/// A member that is bound.
 #[derive(Debug)]
-struct Attached {
+struct Bound {
     requester: Rid,
-    table: Arc<Table>,
+    cookie: Option<u64>,
+    /// What it is attached to.
+    table: Option<Arc<Table>>,
 }
 
 /// A device's place in its group, from when it is bound until it is unbound.
@@ -192,8 +202,29 @@ impl Membership {
         let group = take(iommu, rid, Claim::Bound(owner.clone()))?;
         let requester = iommu.requester(rid);
         let membership = Membership { iommu: Arc::clone(iommu), rid, requester, owner: owner.clone(), group };
-        membership.group.block_idle(iommu);
+        let mut bound = membership.group.bound();
+        membership.group.block_idle(iommu, &bound);
+        bound.insert(rid, Bound { requester, cookie: None, table: None });
+        membership.tell_cookie(&bound);
+        drop(bound);
         Ok(membership)
+    }
+
+    /// Has the IOMMU say this of the device's requests, unless they may be another device's.
+    pub(crate) fn set_cookie(&self, cookie: u64) {
+        let mut bound = self.group.bound();
+        if let Some(own) = bound.get_mut(&self.rid) {
+            own.cookie = Some(cookie);
+        }
+        self.tell_cookie(&bound);
+    }
+
+    /// Tells the IOMMU on what cookie all agree whose requests have this ID.
+    fn tell_cookie(&self, bound: &BTreeMap<Rid, Bound>) {
+        let same = bound.values().filter(|other| other.requester == self.requester);
+        let mut cookies = same.map(|other| other.cookie);
+        let first = cookies.next().flatten();
+        self.iommu.set_cookie(self.rid, first.filter(|_| cookies.all(|cookie| cookie == first)));
     }
 
     pub(crate) fn group(&self) -> &Arc<Group> {
@@ -207,26 +238,31 @@ impl Membership {
         table: &Arc<Table>,
         carry_out: impl FnOnce() -> Result<T, AttachError>,
     ) -> Result<T, AttachError> {
-        let mut attached = self.group.attached();
-        for (other, its) in attached.iter().filter(|(other, _)| **other != self.rid) {
+        let mut bound = self.group.bound();
+        for (other, its) in bound.iter().filter(|(other, _)| **other != self.rid) {
             let (device, other) = (self.rid, *other);
-            if its.requester == self.requester && !Arc::ptr_eq(&its.table, table) {
+            let Some(theirs) = &its.table else { continue };
+            if its.requester == self.requester && !Arc::ptr_eq(theirs, table) {
                 return Err(AttachError::SharedRequester { device, other, requester: self.requester });
             }
-            if !self.owner.0.accepts_peers && !Arc::ptr_eq(its.table.space(), table.space()) {
+            if !self.owner.0.accepts_peers && !Arc::ptr_eq(theirs.space(), table.space()) {
                 return Err(AttachError::NotIsolated { device, other });
             }
         }
         let result = carry_out()?;
-        attached.insert(self.rid, Attached { requester: self.requester, table: Arc::clone(table) });
+        if let Some(own) = bound.get_mut(&self.rid) {
+            own.table = Some(Arc::clone(table));
+        }
         Ok(result)
     }
 
     /// Blocks the device's requests, unless they cannot be told from those of another device that is attached.
     pub(crate) fn detach(&self) {
-        let mut attached = self.group.attached();
-        attached.remove(&self.rid);
-        if !Group::is_used(&attached, self.requester) {
+        let mut bound = self.group.bound();
+        if let Some(own) = bound.get_mut(&self.rid) {
+            own.table = None;
+        }
+        if !Group::is_used(&bound, self.requester) {
             self.iommu.block(self.rid);
         }
     }
@@ -249,6 +285,10 @@ impl Membership {
 
 impl Drop for Membership {
     fn drop(&mut self) {
+        let mut bound = self.group.bound();
+        bound.remove(&self.rid);
+        self.tell_cookie(&bound);
+        drop(bound);
         give_back(&self.iommu, self.rid);
     }
 }
@@ -259,18 +299,17 @@ impl Group {
         &self.members
     }
 
-    fn attached(&self) -> MutexGuard<'_, BTreeMap<Rid, Attached>> {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    fn bound(&self) -> MutexGuard<'_, BTreeMap<Rid, Bound>> {
+        self.bound.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn is_used(attached: &BTreeMap<Rid, Attached>, requester: Rid) -> bool {
-        attached.values().any(|attached| attached.requester == requester)
+    fn is_used(bound: &BTreeMap<Rid, Bound>, requester: Rid) -> bool {
+        bound.values().any(|bound| bound.requester == requester && bound.table.is_some())
     }
 
-    fn block_idle(&self, iommu: &Arc<dyn Iommu>) {
-        let attached = self.attached();
+    fn block_idle(&self, iommu: &Arc<dyn Iommu>, bound: &BTreeMap<Rid, Bound>) {
         for member in &self.members {
-            if !Self::is_used(&attached, iommu.requester(*member)) {
+            if !Self::is_used(bound, iommu.requester(*member)) {
                 iommu.block(*member);
             }
         }

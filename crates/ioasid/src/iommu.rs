@@ -7,9 +7,10 @@
 //! of memory.
 
 use crate::bus::Bus;
+use crate::nesting::FirstStage;
 use crate::pasid::{Pasid, Spid};
 use crate::table::Table;
-use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
+use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize, Runs};
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub enum TableClass {
         /// Whatever else makes tables of the format differ: levels, page sizes, coherency.
         variant: u64,
     },
+    /// A table of a guest's over the space, in this format: for devices whose IOMMU [walks](Iommu::first_stages) it.
+    Nested(FirstStage),
 }
 
 impl TableClass {
@@ -82,6 +85,12 @@ pub enum AttachError {
     /// The device cannot use that table.
     #[error("the table is of a kind that the device cannot use")]
     Incompatible,
+    /// The root of a guest's table cannot be there: it has to be a multiple of 4 KiB.
+    #[error("a guest's table cannot begin at {root}: that is no multiple of 4 KiB")]
+    NoRoot {
+        /// Where it was said to be.
+        root: Iova,
+    },
     /// Something is mapped where the device or its table cannot have a mapping.
     #[error("{range} is mapped, but the device cannot have a mapping there")]
     Mapped {
@@ -316,6 +325,14 @@ pub trait Iommu: Send + Sync + fmt::Debug {
         false
     }
 
+    /// The formats of tables that a guest may write for the device, over a space. None, unless this is implemented.
+    ///
+    /// An IOMMU that names some walks what is [remembered](crate::Nesting) of such a table, asks for what is not there to be
+    /// looked up, and no more.
+    fn first_stages(&self, _device: Rid) -> &'static [FirstStage] {
+        &[]
+    }
+
     /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named in either place, other than the
     /// native one, for a space whose own leaves are no larger than `largest_leaf`.
     ///
@@ -339,6 +356,13 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     ///
     /// The engine makes no two calls for one device, or for devices of one group, at the same time.
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
+
+    /// From now on, what the IOMMU reports of the device's requests, with PASIDs too, says this cookie of its user's; `None`: none.
+    /// What it reports of requests that ran before the device was blocked last still says the one of that time.
+    ///
+    /// Requests of all devices with the same [requester](Self::requester) ID have the same. An IOMMU that reports nothing need not
+    /// implement it.
+    fn set_cookie(&self, _device: Rid, _cookie: Option<u64>) {}
 
     /// Refuses all DMA of the device that has no PASID. When it returns, none is running.
     fn block(&self, device: Rid);

@@ -62,8 +62,10 @@ pub mod iova;
 mod ledger;
 mod mapped_in;
 mod memory;
+mod nesting;
 pub mod pasid;
 mod place;
+mod route;
 mod sleeping;
 mod slice;
 pub mod snapshot;
@@ -89,6 +91,7 @@ pub use iommu::{
 };
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
+pub use nesting::{FirstStage, Nesting, NestingFault, SHADOW_BYTES};
 pub use place::{BusObserver, HostBytes, HostPlace};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,
@@ -96,7 +99,7 @@ pub use slice::{
 pub use snapshot::Snapshot;
 pub use space::{
     ALIAS_PATIENCE, AliasError, DEFERRED_RANGES, DEFERRED_TIME, Extent, Extents, MapError, Mapped,
-    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space,
+    MappingPolicy, Permissions, ProtectError, RemapError, ReservationOwner, ReserveError, Space, SpaceId,
     SpaceStatistics, UnmapBatch, UnmapError, Unmapped,
 };
 pub use table::{NoRecord, Table};

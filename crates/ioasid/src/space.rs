@@ -56,6 +56,16 @@ pub use unmap::{UnmapError, Unmapped};
 
 static SPACES: Number = Number::new(0);
 
+/// The number of a space: no two spaces of a process ever have the same, so that one can be told from another after it has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SpaceId(u64);
+
+impl std::fmt::Display for SpaceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// What devices may do with a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Permissions(Attributes);
@@ -175,9 +185,18 @@ impl Space {
         self.native.format().granule()
     }
 
+    /// Which space it is: what an IOMMU's faults call it.
+    pub fn id(&self) -> SpaceId {
+        SpaceId(self.id)
+    }
+
     /// Its number, which no other space of the process ever has; below 2^63.
     pub(crate) fn number(&self) -> u64 {
         self.id
+    }
+
+    pub(crate) fn weak(&self) -> Weak<Space> {
+        self.this.clone()
     }
 
     pub(crate) fn native(&self) -> &Radix<Native> {

@@ -5,29 +5,36 @@ use std::sync::{Arc, Mutex};
 use ioasid::Rid;
 use ioasid::pasid::Pasid;
 use ioasid_soft::dma::{DmaFault, DmaPort, PasidPorts};
-use ioasid_soft::iommu::{FaultRecord, Port, SoftIommu};
+use ioasid_soft::iommu::{Port, SoftIommu};
 
 use crate::observer::{Transfer, Watched, WatchedDevice};
 use crate::poison::lock;
 
 /// What became of a device's DMA, whatever PASID it had. A port counts for itself only, and those of PASIDs come and go.
 #[derive(Debug, Default)]
-pub(crate) struct DmaFaults(Mutex<(u64, Option<FaultRecord>)>);
+pub(crate) struct DmaFaults(Mutex<Faults>);
+
+#[derive(Debug, Default)]
+struct Faults {
+    count: u64,
+    last: Option<(Option<Pasid>, DmaFault)>,
+}
 
 impl DmaFaults {
-    fn record(&self, record: FaultRecord) {
+    fn record(&self, pasid: Option<Pasid>, fault: DmaFault) {
         let mut faults = lock(&self.0);
-        *faults = (faults.0.saturating_add(1), Some(record));
+        faults.count = faults.count.saturating_add(1);
+        faults.last = Some((pasid, fault));
     }
 
     /// How many transfers were refused or cut short, and the latest in words.
     pub(crate) fn told(&self) -> (u64, Option<String>) {
-        let (count, last) = *lock(&self.0);
-        let words = last.map(|FaultRecord { pasid, fault, .. }| match pasid {
+        let faults = lock(&self.0);
+        let words = faults.last.map(|(pasid, fault)| match pasid {
             None => fault.to_string(),
             Some(pasid) => format!("{fault} (PASID {pasid})"),
         });
-        (count, words)
+        (faults.count, words)
     }
 }
 
@@ -49,10 +56,7 @@ impl DevicePort {
             Some(watched) => watched.dma(transfer, carry_out),
             None => carry_out(),
         };
-        result.inspect_err(|fault| {
-            let (device, pasid) = (self.port.rid(), self.port.pasid());
-            self.faults.record(FaultRecord { device, pasid, fault: *fault });
-        })
+        result.inspect_err(|fault| self.faults.record(self.port.pasid(), *fault))
     }
 }
 

@@ -257,11 +257,13 @@ fn make_binding(machine: &Arc<MachineDevice>, context: Arc<Context>) -> Result<A
         }
         bind_errno(&error)
     })?;
+    let reservation = context.objects().reserve()?;
+    let id = reservation.id();
+    // What the program calls the device is what is said of its faults.
+    let engine = engine.with_cookie(id.into());
     let bound = Arc::new(BoundDevice::of_machine(Arc::clone(machine), engine));
     // The file is a user of the object, so that DESTROY cannot take it away.
     bound.users().acquire();
-    let reservation = context.objects().reserve()?;
-    let id = reservation.id();
     reservation.install(Object::Device(Arc::clone(&bound)));
     Ok(Arc::new(Binding { context, id, machine: Arc::clone(machine), bound }))
 }

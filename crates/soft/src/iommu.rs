@@ -9,13 +9,16 @@
 //!
 //! Devices that its [`Topology`] has behind a bridge which speaks for them share one route, as the IOMMU sees one requester ID.
 //!
+//! A device may also be attached to a table of a guest's over a space (`iommu/port/nested.rs`).
+//!
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
 use ioasid::epoch::{self, Protected};
 use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, Bus, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
+    AttachError, Bus, DerivedTable, FirstStage, Iommu, PageSize, Requirements, Rid, SliceHandle, Space,
+    Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -67,7 +70,8 @@ impl Routes {
             self.pasids.retain(|_, attachment| Arc::strong_count(attachment) > 1 || attachment.is_attached());
             self.limit = (2 * self.pasids.len()).max(64);
         }
-        let attachment = Arc::new(Attachment::new(self.plain.kind, self.plain.no_snoop));
+        let Attachment { kind, no_snoop, ref cookie, .. } = *self.plain;
+        let attachment = Arc::new(Attachment::new(kind, no_snoop, cookie.clone()));
         self.pasids.insert(pasid, attachment.clone());
         attachment
     }
@@ -79,6 +83,9 @@ struct Attachment {
     kind: TableKind,
     /// Whether requests can ask not to snoop.
     no_snoop: bool,
+    /// What the device's user calls it; all routes of a device share it. Read where a fault is found, within its section: a device is
+    /// blocked before another user has it, so the fault says the cookie of the one whose request it was.
+    cookie: Arc<Protected<u64>>,
     /// None: all DMA is refused.
     table: Protected<Table>,
     /// What the device model has borrowed, and perhaps given back.
@@ -93,8 +100,8 @@ struct Slices {
 }
 
 impl Attachment {
-    fn new(kind: TableKind, no_snoop: bool) -> Attachment {
-        Attachment { kind, no_snoop, table: Protected::default(), slices: Mutex::default() }
+    fn new(kind: TableKind, no_snoop: bool, cookie: Arc<Protected<u64>>) -> Attachment {
+        Attachment { kind, no_snoop, cookie, table: Protected::default(), slices: Mutex::default() }
     }
 
     fn is_attached(&self) -> bool {
@@ -103,7 +110,9 @@ impl Attachment {
 
     /// Exchanges the table and waits until nothing goes through the old one.
     fn replace(&self, table: Option<Arc<Table>>) {
-        let space = table.as_ref().map(|table| table.space().clone());
+        // Through a guest's table nothing is borrowed.
+        let plain = table.as_ref().filter(|table| table.nesting().is_none());
+        let space = plain.map(|table| table.space().clone());
         if let Some(old) = self.table.replace(table).after_dma() {
             // Copies of memory behind calls leave their sections, and are counted with the space.
             old.wait_for_dma();
@@ -204,7 +213,7 @@ impl SoftIommu {
         let requester = self.topology.requester(rid);
         let same = devices.iter().find(|(other, _)| self.topology.requester(**other) == requester);
         let plain = match same {
-            None => Arc::new(Attachment::new(kind, no_snoop)),
+            None => Arc::new(Attachment::new(kind, no_snoop, Arc::default())),
             Some((_, routes)) if routes.plain.kind == kind => routes.plain.clone(),
             Some((other, _)) => {
                 return Err(PlugError::SharedRequester { device: rid, other: *other, requester });
@@ -230,7 +239,11 @@ impl SoftIommu {
     ) -> Result<(), AttachError> {
         let attachment = attachment.ok_or(AttachError::NoDevice(device))?;
         let Kinds { class, snooping_class } = attachment.kind.classes(self.id);
-        if table.class() != class && Some(table.class()) != snooping_class {
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => attachment.kind.first_stages().contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && table.class() != class && Some(table.class()) != snooping_class {
             return Err(AttachError::Incompatible);
         }
         attachment.replace(Some(table.clone()));
@@ -269,6 +282,10 @@ impl Iommu for SoftIommu {
         self.device(device).is_some_and(|attachment| attachment.kind.records_writes())
     }
 
+    fn first_stages(&self, device: Rid) -> &'static [FirstStage] {
+        self.device(device).map_or(&[], |attachment| attachment.kind.first_stages())
+    }
+
     fn new_table(
         &self,
         class: TableClass,
@@ -285,6 +302,12 @@ impl Iommu for SoftIommu {
 
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
         self.replace(self.device(device), device, table)
+    }
+
+    fn set_cookie(&self, device: Rid, cookie: Option<u64>) {
+        if let Some(attachment) = self.device(device) {
+            drop(attachment.cookie.replace(cookie.map(Arc::new)));
+        }
     }
 
     fn block(&self, device: Rid) {

@@ -7,6 +7,7 @@ use ioasid::{
 };
 use ioasid_soft::dma::{DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
+use proptest::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -101,7 +102,7 @@ fn each_route_leads_to_its_own_space() {
         // What is written down about a refusal names the device and the PASID.
         let log = port_two.take_faults();
         let last = log.records.last().unwrap();
-        assert_eq!((last.device, last.pasid), (Rid(8), Some(two)));
+        assert_eq!((last.device, last.pasid, last.cookie, last.space), (Rid(8), Some(two), None, None));
         assert!(last.to_string().starts_with("device 00:01.0 with PASID 2: "), "{last}");
         assert!(plain.take_faults().records.iter().all(|record| record.pasid.is_none()));
 
@@ -151,6 +152,81 @@ fn no_route_has_two_owners() {
     drop(device);
     assert_eq!(seen(&port), BLOCKED);
     assert!(again().is_ok());
+}
+
+/// Something is done with one of few numbers, a PASID and a space.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Attach(usize, usize, usize),
+    Replace(usize, usize),
+    Detach(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => (0..4_usize, 0..4_usize, 0..3_usize).prop_map(|(name, pasid, space)| Step::Attach(name, pasid, space)),
+        1 => (0..4_usize, 0..3_usize).prop_map(|(name, space)| Step::Replace(name, space)),
+        2 => (0..4_usize).prop_map(Step::Detach),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// A PASID has one number and a number one PASID, and both are free again as soon as their route has gone.
+    #[test]
+    fn numbers_and_pasids_are_what_a_list_of_them_says(steps in proptest::collection::vec(step(), 1..60)) {
+        let machine = Machine::new();
+        let (device, _) = machine.device(8, TableKind::VtdSecondStage);
+        let pasids = [(); 4].map(|()| machine.pasid());
+        let tables = [1, 2, 3].map(|number| table(&machine.space(number), &device));
+        let mut model: Vec<(usize, usize, usize)> = Vec::new();
+        for step in steps {
+            match step {
+                Step::Attach(name, pasid, space) => {
+                    let binding = machine.guest.bind(pasids[pasid]).unwrap();
+                    let attached = device.attach_pasid(number(name as u32), binding, &tables[space]);
+                    let mut taken = model.iter().filter(|route| route.0 == name || route.1 == pasid);
+                    match attached {
+                        Ok(()) => {
+                            prop_assert!(taken.next().is_none());
+                            model.push((name, pasid, space));
+                        }
+                        Err(AttachError::PasidTaken { pasid, number, .. }) => {
+                            let named = |route: &(usize, usize, usize)| {
+                                pasids[route.1] == pasid && route.0 as u32 == number.get()
+                            };
+                            prop_assert!(taken.any(named));
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+                Step::Replace(name, space) => {
+                    let replaced = device.replace_pasid(number(name as u32), &tables[space]).is_ok();
+                    let route = model.iter_mut().find(|route| route.0 == name);
+                    prop_assert_eq!(replaced, route.is_some());
+                    route.into_iter().for_each(|route| route.2 = space);
+                }
+                Step::Detach(name) => {
+                    let before = model.len();
+                    model.retain(|route| route.0 != name);
+                    prop_assert_eq!(device.detach_pasid(number(name as u32)), model.len() < before);
+                }
+            }
+            for name in 0..4 {
+                let route = model.iter().find(|route| route.0 == name);
+                let named = number(name as u32);
+                prop_assert_eq!(device.pasid(named), route.map(|route| pasids[route.1]));
+                let leads_to = device.table_of_pasid(named);
+                let space = route.map(|route| tables[route.2].space().id());
+                prop_assert_eq!(leads_to.map(|table| table.space().id()), space);
+            }
+            for (index, pasid) in pasids.iter().enumerate() {
+                let bindings = machine.guest.lookup(*pasid).unwrap().bindings;
+                prop_assert_eq!(bindings as usize, model.iter().filter(|route| route.1 == index).count());
+            }
+        }
+    }
 }
 
 /// However many ways a device has into a space, the space keeps the device's addresses free once, and until the last has gone.

@@ -3,7 +3,8 @@
 //! 1. A DMA section begins. What is found in it stays valid until it ends, and an unmap that wants to be sure
 //!    waits for that end.
 //! 2. The device's table is looked up. There is none: blocked.
-//! 3. The IOVA is translated by the table's own format, through the IOTLB.
+//! 3. The IOVA is translated by the table's own format, through the IOTLB. If the table is a guest's, what is remembered of it is
+//!    walked; a miss ends the section, is looked up in both stages, and the transfer goes on from there.
 //! 4. The leaf's permissions are checked against the direction. If the table records writes and this is one, the leaf is
 //!    marked, before anything is written. (A write that faults further on may have marked leaves in front of that.)
 //! 5. The output address leads to memory. Memory of this process is copied there and then, at most 64 KiB, and the
@@ -15,26 +16,30 @@
 //! a device sees on a real machine too. Lists of segments ([`list`]) are not, and say how far they came; atomic
 //! operations ([`atomic`]) are one word.
 
-use super::faults::{FaultLog, FaultRecord, Faults};
-use super::iotlb::{Iotlb, NativeTable};
+use super::faults::{FaultLog, Faults, Refused};
+use super::iotlb::Iotlb;
 use super::kind::{radix, with_derived};
 use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
 use ioasid::epoch::{self, DmaSection};
 use ioasid::pagetable::VtdSecondStage;
 use ioasid::pasid::Pasid;
-use ioasid::{Attributes, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault};
+use ioasid::{
+    Attributes, DmaError, Here, IovaRange, Late, Leaf, Oa, Permissions, Rid, Table, Translated, WalkFault,
+};
 use std::sync::Arc;
 
 mod atomic;
 mod borrow;
 mod copy;
 mod list;
+mod nested;
 mod snoop;
 
 pub use atomic::AtomicOperation;
 pub use borrow::PortBorrowError;
 pub use list::{DmaSegment, PartialTransfer};
+use nested::Misses;
 pub use snoop::Snooping;
 
 /// How many bytes are copied within one DMA section.
@@ -159,7 +164,7 @@ impl Port {
     /// Where an address leads, for a device model that wants to know no more.
     ///
     /// What it says holds until the section ends. An address that does not translate is no fault of the device, and
-    /// is not written down.
+    /// is not written down. One that a guest's table translates has to be [looked up](Self::resolve) before.
     ///
     /// ```
     /// # use ioasid::{Account, Backing, Bus, Device, Iova, Memory, Permissions, Rid, Space, Table, epoch};
@@ -187,7 +192,7 @@ impl Port {
         wanted: Permissions,
     ) -> Result<Translation, DmaFault> {
         let access = Access(wanted.attributes());
-        let table = self.table(section, iova, access)?;
+        let table = self.table(section, iova, access).map_err(|refused| refused.fault)?;
         let translation = self.translation(section, table, iova, 1, access)?;
         if table.is_recording() && access.0.contains(Attributes::WRITE) {
             record(table, iova, translation.length);
@@ -197,22 +202,36 @@ impl Port {
 
     /// Writes a fault down.
     #[inline(always)]
-    fn noted<T>(&self, result: Result<T, DmaFault>) -> Result<T, DmaFault> {
-        if let Err(fault) = &result {
-            self.faults.record(FaultRecord { device: self.rid, pasid: self.pasid, fault: *fault });
-        }
-        result
+    fn noted<T>(&self, result: Result<T, Refused>) -> Result<T, DmaFault> {
+        result.map_err(|refused| {
+            let record = refused.by(self.rid, self.pasid);
+            self.faults.record(record);
+            record.fault
+        })
+    }
+
+    /// Lets a fault leave its section.
+    #[inline(always)]
+    fn out_of<T>(
+        &self,
+        section: &DmaSection,
+        table: &Table,
+        result: Result<T, DmaFault>,
+    ) -> Result<T, Refused> {
+        result.map_err(|fault| Refused::new(section, &self.attachment, Some(table), fault))
+    }
+
+    /// A fault that has nothing to do with what is mapped.
+    fn refused(&self, section: &DmaSection, fault: DmaFault) -> Refused {
+        Refused::new(section, &self.attachment, self.attachment.table.load(section), fault)
     }
 
     /// The table that the device is attached to.
     #[inline(always)]
-    fn table<'s>(
-        &'s self,
-        section: &'s DmaSection,
-        iova: u64,
-        access: Access,
-    ) -> Result<&'s Table, DmaFault> {
-        self.attachment.table.load(section).ok_or(access.fault(iova, DmaFaultReason::Blocked))
+    fn table<'s>(&'s self, section: &'s DmaSection, iova: u64, access: Access) -> Result<&'s Table, Refused> {
+        let blocked = || access.fault(iova, DmaFaultReason::Blocked);
+        let table = self.attachment.table.load(section);
+        table.ok_or_else(|| Refused::new(section, &self.attachment, None, blocked()))
     }
 
     #[inline(always)]
@@ -227,22 +246,35 @@ impl Port {
         self.noted(match result {
             Ok(true) => Ok(()),
             Ok(false) => self.transfer_slowly(iova, transfer),
-            Err(fault) => Err(fault),
+            Err(refused) if refused.is_missed() => self.transfer_slowly(iova, transfer),
+            Err(refused) => Err(refused),
         })
     }
 
     /// Copies all or nothing in one step; `Ok(false)`: nothing, because it takes more than that.
     #[inline(always)]
-    fn first_step(&self, iova: u64, transfer: &mut Transfer<'_>, access: Access) -> Result<bool, DmaFault> {
-        let length = transfer.length();
+    fn first_step(&self, iova: u64, transfer: &mut Transfer<'_>, access: Access) -> Result<bool, Refused> {
         let section = epoch::dma();
         let table = self.table(&section, iova, access)?;
-        let translation = self.translation(&section, table, iova, length.min(PIECE), access)?;
+        self.out_of(&section, table, self.copy_at_once(&section, table, iova, transfer, access))
+    }
+
+    #[inline(always)]
+    fn copy_at_once(
+        &self,
+        section: &DmaSection,
+        table: &Table,
+        iova: u64,
+        transfer: &mut Transfer<'_>,
+        access: Access,
+    ) -> Result<bool, DmaFault> {
+        let length = transfer.length();
+        let translation = self.translation(section, table, iova, length.min(PIECE), access)?;
         if length > PIECE || length > translation.length {
             return Ok(false);
         }
         let gone = |_| access.fault(iova, DmaFaultReason::MemoryGone);
-        match table.space().memory_at(&section, translation.oa).map_err(gone)? {
+        match table.space().memory_at(section, translation.oa).map_err(gone)? {
             Translated::Here(memory) if memory.length() >= length => match transfer {
                 Transfer::Read(buffer) => memory.read(buffer).map_err(gone)?,
                 Transfer::Write(bytes) => memory.write(bytes).map_err(gone)?,
@@ -253,37 +285,55 @@ impl Port {
     }
 
     #[inline(never)]
-    fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), DmaFault> {
+    fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), Refused> {
         let (length, access) = (transfer.length(), transfer.access());
         self.check(iova, length, access)?;
-        let mut done = 0;
+        let (mut done, mut misses) = (0, Misses::default());
         while done < length {
-            done += self.piece(iova + done, &mut transfer, done)?;
+            match self.piece(iova + done, &mut transfer, done) {
+                Ok(count) => done += count,
+                Err(refused) => self.resolve_missed(refused, access, &mut misses)?,
+            }
         }
         Ok(())
     }
 
     /// Makes sure that all of a range translates at this moment.
-    fn check(&self, iova: u64, length: u64, access: Access) -> Result<(), DmaFault> {
+    fn check(&self, iova: u64, length: u64, access: Access) -> Result<(), Refused> {
         let Some(last) = length.checked_sub(1).map(|last| iova.checked_add(last)) else { return Ok(()) };
-        let last = last.ok_or(access.fault(iova, DmaFaultReason::OutOfRange))?;
-        let mut at = iova;
-        loop {
-            let section = epoch::dma();
-            let table = self.table(&section, at, access)?;
-            for _ in 0..LOOKS {
-                let length =
-                    self.translation(&section, table, at, (last - at).saturating_add(1), access)?.length;
-                if last - at < length {
-                    return Ok(());
+        let out_of_range = || self.refused(&epoch::dma(), access.fault(iova, DmaFaultReason::OutOfRange));
+        let last = last.ok_or_else(out_of_range)?;
+        let (mut at, mut misses) = (Some(iova), Misses::default());
+        while let Some(from) = at {
+            match self.check_some(from, last, access) {
+                Ok(next) => at = next,
+                Err(refused) => {
+                    // What is in front of it has been found.
+                    at = Some(refused.fault.iova);
+                    self.resolve_missed(refused, access, &mut misses)?;
                 }
-                at += length;
             }
         }
+        Ok(())
+    }
+
+    /// Does what one section allows of that; where to go on.
+    fn check_some(&self, mut at: u64, last: u64, access: Access) -> Result<Option<u64>, Refused> {
+        let section = epoch::dma();
+        let table = self.table(&section, at, access)?;
+        for _ in 0..LOOKS {
+            let translation = self.translation(&section, table, at, (last - at).saturating_add(1), access);
+            let length = self.out_of(&section, table, translation)?.length;
+            if last - at < length {
+                return Ok(None);
+            }
+            at += length;
+        }
+        Ok(Some(at))
     }
 
     /// Copies what one section allows of a transfer, of which `done` bytes have moved and the next is for `iova`.
-    fn piece(&self, iova: u64, transfer: &mut Transfer<'_>, done: u64) -> Result<u64, DmaFault> {
+    fn piece(&self, iova: u64, transfer: &mut Transfer<'_>, done: u64) -> Result<u64, Refused> {
         let access = transfer.access();
         let wanted = (transfer.length() - done).min(PIECE);
         let section = epoch::dma();
@@ -295,11 +345,13 @@ impl Port {
                 // What has moved is a piece of its own: then comes the fault, or the memory behind calls.
                 _ if moved > 0 => break,
                 Ok(Step::Late(memory, count)) => {
+                    let gone =
+                        self.out_of(&section, table, Err(access.fault(iova, DmaFaultReason::MemoryGone)));
                     drop(section);
-                    Self::move_late(&memory, iova, transfer, done, count)?;
+                    Self::move_late(&memory, transfer, done, count).or(gone)?;
                     return Ok(count);
                 }
-                Err(fault) => return Err(fault),
+                Err(fault) => return self.out_of(&section, table, Err(fault)),
             }
         }
         Ok(moved)
@@ -331,20 +383,12 @@ impl Port {
     }
 
     /// Copies to or from memory behind calls, outside of all sections.
-    fn move_late(
-        memory: &Late,
-        iova: u64,
-        transfer: &mut Transfer<'_>,
-        done: u64,
-        count: u64,
-    ) -> Result<(), DmaFault> {
-        let access = transfer.access();
+    fn move_late(memory: &Late, transfer: &mut Transfer<'_>, done: u64, count: u64) -> Result<(), DmaError> {
         let bytes = done as usize..(done + count) as usize;
-        let copied = match transfer {
+        match transfer {
             Transfer::Read(buffer) => memory.read(&mut buffer[bytes]),
             Transfer::Write(source) => memory.write(&source[bytes]),
-        };
-        copied.map_err(|_| access.fault(iova, DmaFaultReason::MemoryGone))
+        }
     }
 
     /// Finds the memory behind an address, and how much of it, up to `wanted`, lies in one piece. Leaves whose output
@@ -398,10 +442,7 @@ impl Port {
         access: Access,
     ) -> Result<Translation, DmaFault> {
         let remembered = match self.attachment.kind {
-            TableKind::Native => {
-                let table = NativeTable { space: table.space(), section };
-                self.iotlb.translate(&table, iova, wanted, access.0)
-            }
+            TableKind::Native => self.iotlb.translate(table.native(section), iova, wanted, access.0),
             TableKind::VtdSecondStage39 | TableKind::VtdSecondStage | TableKind::VtdSecondStage57 => {
                 match radix::<VtdSecondStage>(table) {
                     Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
@@ -412,7 +453,7 @@ impl Port {
         };
         let translation = match remembered {
             Some((oa, length)) => Translation { oa, length },
-            None => self.translate_from_root(section, table, iova, access)?,
+            None => self.translate_from_root(section, table, iova, wanted, access)?,
         };
         if table.is_recording() && access.0.contains(Attributes::WRITE) {
             record(table, iova, translation.length.min(wanted));
@@ -442,10 +483,14 @@ impl Port {
         section: &DmaSection,
         table: &Table,
         iova: u64,
+        wanted: u64,
         access: Access,
     ) -> Result<Translation, DmaFault> {
+        if table.nesting().is_some() {
+            return self.translate_nested(section, table, iova, wanted, access);
+        }
         let walked = match self.attachment.kind {
-            TableKind::Native => self.iotlb.walk(iova, &NativeTable { space: table.space(), section }),
+            TableKind::Native => self.iotlb.walk(iova, table.native(section)),
             kind => with_derived!(kind, table, radix => self.iotlb.walk(iova, radix))
                 .unwrap_or(Err(WalkFault::NotMapped(iova))),
         };

@@ -290,6 +290,43 @@ fn behind_a_bridge_the_first_attach_is_everybodys() {
     assert_eq!(spaces.each_ref().map(|space| space.statistics().tables), [1, 0]);
 }
 
+/// Nobody can tell whose request it was, so a cookie is said only if it is that of all who may have made it.
+#[test]
+fn behind_a_bridge_a_fault_says_a_cookie_that_all_have() {
+    let machine = Machine::new();
+    let [sound_port, modem_port, disk_port, ..] = machine.plug_all();
+    let cookie = |port: &Port| {
+        assert_eq!(write(port, 1), BLOCKED);
+        port.take_faults().records.pop().unwrap().cookie
+    };
+    let guest = DeviceOwner::new("the guest");
+    assert_eq!(cookie(&sound_port), None);
+    let sound = machine.bind(SOUND, &guest).unwrap().with_cookie(7);
+    assert_eq!([&sound_port, &modem_port].map(|port| cookie(port)), [Some(7); 2]);
+    // It has none yet, then the same, then another one.
+    let modem = machine.bind(MODEM, &guest).unwrap();
+    assert_eq!(cookie(&sound_port), None);
+    let modem = modem.with_cookie(7);
+    assert_eq!([&sound_port, &modem_port].map(|port| cookie(port)), [Some(7); 2]);
+    let modem = modem.with_cookie(8);
+    assert_eq!([&sound_port, &modem_port].map(|port| cookie(port)), [None; 2]);
+    assert_eq!((sound.cookie(), modem.cookie()), (Some(7), Some(8)));
+    // Who is left can be told, and who comes next has no part in it.
+    drop(sound);
+    assert_eq!(cookie(&sound_port), Some(8));
+    drop(modem);
+    let next = machine.bind(SOUND, &DeviceOwner::new("the next guest")).unwrap();
+    assert_eq!(cookie(&modem_port), None);
+    drop(next);
+    // Functions that have an ID each are told apart, and what is not bound has no cookie.
+    let disk = machine.bind(DISK, &guest).unwrap().with_cookie(1);
+    let network = machine.bind(NETWORK, &guest).unwrap().with_cookie(2);
+    assert_eq!(cookie(&disk_port), Some(1));
+    disk.unbind();
+    assert_eq!(cookie(&disk_port), None);
+    drop(network);
+}
+
 #[test]
 fn behind_a_bridge_all_walk_tables_of_one_kind() {
     let machine = Machine::new();

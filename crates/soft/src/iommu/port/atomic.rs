@@ -4,7 +4,7 @@
 //! Express knows 4 and 8 bytes for all three operations; its 16 bytes for compare-and-swap are left out, for want of a
 //! portable instruction.
 
-use super::{Access, Port, Reached};
+use super::{Access, Misses, Port, Reached};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::{Here, epoch};
 use std::sync::atomic::Ordering;
@@ -58,22 +58,34 @@ impl Port {
         &self,
         iova: u64,
         length: u64,
-        carry_out: impl FnOnce(&Here<'_>) -> Option<T>,
+        carry_out: impl Fn(&Here<'_>) -> Option<T>,
     ) -> Result<T, DmaFault> {
         let access = Access::READ_WRITE;
         let try_it = || {
-            if iova % length != 0 {
-                return Err(access.fault(iova, DmaFaultReason::Misaligned));
-            }
             let section = epoch::dma();
+            if iova % length != 0 {
+                return Err(self.refused(&section, access.fault(iova, DmaFaultReason::Misaligned)));
+            }
             let table = self.table(&section, iova, access)?;
-            match self.reach(&section, table, iova, length, access)? {
+            let reached = self.reach(&section, table, iova, length, access);
+            let value = reached.and_then(|reached| match reached {
                 Reached::Here(memory, count) if count == length => {
                     carry_out(&memory).ok_or(access.fault(iova, DmaFaultReason::NotAtomic))
                 }
                 _ => Err(access.fault(iova, DmaFaultReason::NotAtomic)),
+            });
+            self.out_of(&section, table, value)
+        };
+        let mut misses = Misses::default();
+        let result = loop {
+            match try_it() {
+                Err(refused) => match self.resolve_missed(refused, access, &mut misses) {
+                    Ok(()) => {}
+                    Err(refused) => break Err(refused),
+                },
+                done => break done,
             }
         };
-        self.noted(try_it())
+        self.noted(result)
     }
 }

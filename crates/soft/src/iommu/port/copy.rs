@@ -1,6 +1,6 @@
 //! Copies from one place of a device's address space to another, by the device.
 
-use super::{Access, PIECE, Port, Reached, Transfer};
+use super::{Access, Misses, PIECE, Port, Reached, Refused, Transfer};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::epoch;
 
@@ -15,14 +15,20 @@ impl Port {
         self.noted(self.try_copy(source, destination, length))
     }
 
-    fn try_copy(&self, source: u64, destination: u64, length: u64) -> Result<(), DmaFault> {
+    fn try_copy(&self, source: u64, destination: u64, length: u64) -> Result<(), Refused> {
         self.check(source, length, Access::READ)?;
         self.check(destination, length, Access::WRITE)?;
-        let mut done = 0;
+        let (mut done, mut misses) = (0, Misses::default());
         let mut bounce = Vec::new();
         while done < length {
             let wanted = (length - done).min(PIECE);
-            done += self.copy_piece(source + done, destination + done, wanted, &mut bounce)?;
+            match self.copy_piece(source + done, destination + done, wanted, &mut bounce) {
+                Ok(count) => done += count,
+                Err(refused) => {
+                    let access = Access::of(&refused.fault);
+                    self.resolve_missed(refused, access, &mut misses)?;
+                }
+            }
         }
         Ok(())
     }
@@ -34,16 +40,17 @@ impl Port {
         destination: u64,
         wanted: u64,
         bounce: &mut Vec<u8>,
-    ) -> Result<u64, DmaFault> {
+    ) -> Result<u64, Refused> {
         {
             let section = epoch::dma();
             let table = self.table(&section, source, Access::READ)?;
-            let from = self.reach(&section, table, source, wanted, Access::READ)?;
-            if let Reached::Here(from, available) = from {
-                let to = self.reach(&section, table, destination, available, Access::WRITE)?;
-                if let Reached::Here(to, count) = to {
-                    to.copy_from(&from, count as usize)
-                        .map_err(|_| Access::WRITE.fault(destination, DmaFaultReason::MemoryGone))?;
+            let from = self.reach(&section, table, source, wanted, Access::READ);
+            if let Reached::Here(from, available) = self.out_of(&section, table, from)? {
+                let to = self.reach(&section, table, destination, available, Access::WRITE);
+                if let Reached::Here(to, count) = self.out_of(&section, table, to)? {
+                    let gone = |_| Access::WRITE.fault(destination, DmaFaultReason::MemoryGone);
+                    let copied = to.copy_from(&from, count as usize).map_err(gone);
+                    self.out_of(&section, table, copied)?;
                     return Ok(count);
                 }
             }

@@ -6,7 +6,7 @@
 //!
 //! Segments share DMA sections: one for every 64 KiB, or for every 256 segments if they are that small.
 
-use super::{PIECE, Port, Step, Transfer};
+use super::{Misses, PIECE, Port, Refused, Step, Transfer};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::epoch;
 
@@ -97,9 +97,12 @@ impl Port {
         mut transfer: Transfer<'_>,
     ) -> Result<u64, PartialTransfer> {
         let mut position = Position { segments, offset: 0 };
-        let mut moved = 0;
+        let (mut moved, mut misses) = (0, Misses::default());
         while !position.segments.is_empty() && moved < transfer.length() {
-            let result = self.list_piece(&mut position, &mut transfer, &mut moved);
+            let result = match self.list_piece(&mut position, &mut transfer, &mut moved) {
+                Err(refused) => self.resolve_missed(refused, transfer.access(), &mut misses),
+                Ok(()) => Ok(()),
+            };
             self.noted(result).map_err(|fault| PartialTransfer { moved, fault })?;
         }
         Ok(moved)
@@ -111,7 +114,7 @@ impl Port {
         position: &mut Position<'_>,
         transfer: &mut Transfer<'_>,
         moved: &mut u64,
-    ) -> Result<(), DmaFault> {
+    ) -> Result<(), Refused> {
         let access = transfer.access();
         let end = transfer.length().min(*moved + PIECE);
         let mut budget = SEGMENTS;
@@ -120,14 +123,17 @@ impl Port {
             let Some((iova, left)) = position.next(&mut budget) else { break };
             let wanted = left.min(end - *moved);
             if iova.checked_add(left.min(transfer.length() - *moved) - 1).is_none() {
-                return Err(access.fault(iova, DmaFaultReason::OutOfRange));
+                return Err(self.refused(&section, access.fault(iova, DmaFaultReason::OutOfRange)));
             }
             let table = self.table(&section, iova, access)?;
-            let count = match self.step(&section, table, iova, transfer, *moved, wanted)? {
+            let step = self.step(&section, table, iova, transfer, *moved, wanted);
+            let count = match self.out_of(&section, table, step)? {
                 Step::Moved(count) => count,
                 Step::Late(memory, count) => {
+                    let gone =
+                        self.out_of(&section, table, Err(access.fault(iova, DmaFaultReason::MemoryGone)));
                     drop(section);
-                    Self::move_late(&memory, iova, transfer, *moved, count)?;
+                    Self::move_late(&memory, transfer, *moved, count).or(gone)?;
                     position.offset += count;
                     *moved += count;
                     return Ok(());
