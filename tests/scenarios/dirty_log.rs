@@ -14,6 +14,7 @@ use ioasid_soft::iommu::TableKind;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 const GUEST: u64 = 4 * G1;
 const WHOLE: (u64, u64) = (GUEST, G1);
@@ -112,7 +113,9 @@ fn a_guest_is_migrated_below_its_devices() {
         let (one, two) = (&functions[0], &functions[1]);
         let begun = |at_least: u64| {
             let until = writes.load(Ordering::Relaxed) + at_least;
+            let start = Instant::now();
             while writes.load(Ordering::Relaxed) < until {
+                assert!(start.elapsed() < Duration::from_secs(60), "the devices do not work");
                 std::thread::yield_now();
             }
         };

@@ -22,6 +22,8 @@ const AT: u64 = 1 << 30;
 const KINDS: [TableKind; 3] = [TableKind::Native, TableKind::VtdSecondStage, TableKind::X86_64];
 const RID: Rid = Rid(8);
 const NUMBER: u32 = 3;
+/// By then a device has begun, however busy the machine is.
+const CERTAINTY: Duration = Duration::from_secs(60);
 /// For whoever does not wait to return.
 const TIME_TO_RETURN: Duration = Duration::from_millis(20);
 
@@ -44,7 +46,10 @@ impl Halt {
 
     fn until_stopped(&self) {
         let state = self.state.lock().unwrap();
-        drop(self.moved.wait_while(state, |(stopped, _)| !*stopped).unwrap());
+        let (state, waited) =
+            self.moved.wait_timeout_while(state, CERTAINTY, |(stopped, _)| !*stopped).unwrap();
+        drop(state);
+        assert!(!waited.timed_out(), "the device has not begun");
     }
 
     fn let_go(&self) {
@@ -198,8 +203,8 @@ const MEMORY_GOES: [End; 13] = [
 /// While an unmap waits for the device, so that nothing is mapped any more.
 fn beside_an_unmap(scene: &Scene, end: impl FnOnce()) {
     std::thread::scope(|scope| {
-        scope.spawn(|| scene.space.unmap(scene.page()).unwrap());
-        while scene.space.walk(Iova::new(AT)).is_some() {
+        let unmapping = scope.spawn(|| scene.space.unmap(scene.page()).unwrap());
+        while scene.space.walk(Iova::new(AT)).is_some() && !unmapping.is_finished() {
             std::thread::yield_now();
         }
         end();

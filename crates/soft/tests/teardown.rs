@@ -34,6 +34,8 @@ const TABLE_PAGES: u64 = 5;
 const CHARGED: u64 = 2 * PAGES + TABLE_PAGES;
 /// How many transfers there are before anything goes.
 const BEFORE: u64 = 20;
+/// The next one goes after so long, if nothing moves any more: a turn is long on a busy machine.
+const AT_MOST: Duration = Duration::from_millis(50);
 /// By then they have been made, however busy the machine is.
 const CERTAINTY: Duration = Duration::from_secs(60);
 /// Stands where memory has gone.
@@ -368,11 +370,12 @@ fn tear_down(order: &[Thing], seed: u64, pause: u64) -> u64 {
         }
         let mut seen = machine.moved.load(Ordering::Relaxed);
         let mut wait = |more: u64| {
+            let begun = Instant::now();
             let mut turns = 0u64;
             while machine.moved.load(Ordering::Relaxed) < seen + more && turns < 200 * more {
                 std::thread::yield_now();
                 turns += 1;
-                if ended() {
+                if ended() || begun.elapsed() > AT_MOST {
                     break;
                 }
             }

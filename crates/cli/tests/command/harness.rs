@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,9 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 /// No case takes a tenth of it on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(120);
+
+/// For whoever has the output open when the command has ended.
+const LAST_WORDS: Duration = Duration::from_secs(20);
 
 const NOBODY: u32 = 65_534;
 
@@ -54,7 +57,7 @@ impl Installed {
         fs::create_dir(&directory)?;
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755))?;
         let mut installed = Self { directory, static_client: None, python: None };
-        fs::copy(env!("CARGO_BIN_EXE_ioasid"), installed.program())?;
+        fs::copy(env!("CARGO_BIN_EXE_ioasid"), installed.program()).inspect_err(|_| installed.remove())?;
         fs::set_permissions(installed.program(), fs::Permissions::from_mode(0o755))?;
         installed.static_client = installed.build_static_client();
         installed.python =
@@ -130,7 +133,18 @@ impl<'tests> Command<'tests> {
         }
         let mut child = command.spawn().expect("the command was installed");
         let (output, errors) = (read(child.stdout.take()), read(child.stderr.take()));
-        let status = wait(&mut child);
+        let mut status = None;
+        within(DEADLINE, || {
+            status = child.try_wait().ok().flatten();
+            status.is_some()
+        });
+        // Whoever has the output open has outlived the command. The group is still ours: it has not been waited for, or somebody
+        // is left in it.
+        if status.is_none() || !within(LAST_WORDS, || output.is_finished() && errors.is_finished()) {
+            status = None;
+            let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+            let _ = child.wait();
+        }
         let text = |reader: thread::JoinHandle<String>| reader.join().unwrap_or_default();
         Ended { status, output: text(output), errors: text(errors) }
     }
@@ -168,19 +182,16 @@ fn read(source: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String
     })
 }
 
-/// Waits; at the deadline kills everything in the process group.
-fn wait(child: &mut Child) -> Option<ExitStatus> {
+/// Whether it is so before the time is up.
+fn within(time: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
-    while start.elapsed() < DEADLINE {
-        if let Ok(Some(status)) = child.try_wait() {
-            return Some(status);
+    while !is_so() {
+        if start.elapsed() > time {
+            return false;
         }
         thread::sleep(Duration::from_millis(2));
     }
-    // It is still ours, as it has not been waited for.
-    let _ = kill_process_group(Pid::from_child(child), Signal::KILL);
-    let _ = child.wait();
-    None
+    true
 }
 
 impl Ended {
@@ -214,7 +225,7 @@ impl Ended {
 
     pub(crate) fn report(&self, complaint: &str) -> String {
         let end = match self.status {
-            None => "killed at the deadline".to_owned(),
+            None => "killed at the deadline, or somebody was left behind".to_owned(),
             Some(status) => format!("exit status {:?}, signal {:?}", status.code(), status.signal()),
         };
         format!("{complaint}; {end}\n--- output\n{}\n--- errors\n{}", self.output, self.errors)

@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
+use search::CERTAINTY;
+
 pub(crate) mod search;
 
 /// Where these tests are run for the machine's IOMMU, some of the tables are its own.
@@ -198,7 +200,10 @@ impl Switches {
     /// Returns when a call stands at the gate.
     pub(crate) fn wait_for_call(&self) {
         let gate = self.gate.lock().unwrap();
-        drop(self.moved.wait_while(gate, |gate| gate.waiting == 0).unwrap());
+        let (gate, waited) =
+            self.moved.wait_timeout_while(gate, CERTAINTY, |gate| gate.waiting == 0).unwrap();
+        drop(gate);
+        assert!(!waited.timed_out(), "no call came");
     }
 
     fn pass_gate(&self, stop: Stop) {

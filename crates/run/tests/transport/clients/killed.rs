@@ -36,22 +36,24 @@ struct Possessions {
 impl Possessions {
     fn now() -> Possessions {
         let state = std::fs::read_to_string("/dev/ioasid").unwrap();
-        // The most that was charged is remembered.
-        let state = state.lines().filter(|line| !line.contains("peak_pages")).collect();
+        // Of accounts it is remembered what was charged at most, and what came of the last time that somebody asked: a program
+        // that has gone in the middle of it has no limit but zero.
+        let remembered = ["peak_pages", "limit_pages", "refused"];
+        let state = state.lines().filter(|line| !remembered.iter().any(|name| line.contains(name))).collect();
         // That was a file as well, whose close is seen before the next call that is served.
         let entries = std::fs::read_dir(format!("/proc/{}/fd", supervisor())).unwrap();
         let mut descriptors = BTreeMap::new();
-        let mut remembered = 0;
+        let mut threads = 0;
         for link in entries.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok()) {
             let kind: String =
                 link.to_string_lossy().chars().filter(|letter| !letter.is_ascii_digit()).collect();
             match kind.as_str() {
                 "anon_inode:[eventpoll]" => {}
-                kind if kind.starts_with("/proc/") => remembered += 1,
+                kind if kind.starts_with("/proc/") => threads += 1,
                 _ => *descriptors.entry(kind).or_insert(0) += 1,
             }
         }
-        assert!(remembered <= REMEMBERED, "{remembered} descriptors of threads");
+        assert!(threads <= REMEMBERED, "{threads} descriptors of threads");
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", supervisor())).unwrap();
         Possessions { descriptors, mapped: maps.lines().filter(|line| line.contains(NAME)).count(), state }
     }
