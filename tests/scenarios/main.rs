@@ -14,6 +14,7 @@ mod fault_attribution;
 mod history_independence;
 mod incompatible_coherency;
 mod machine;
+mod nesting_equivalence;
 mod ownership_between_vms;
 #[path = "../../crates/server/tests/program/mod.rs"]
 mod program;

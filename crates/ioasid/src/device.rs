@@ -192,7 +192,7 @@ impl Device {
 
     /// Whether the device can be attached to the table, as far as that depends on the kinds of both.
     pub fn can_use(&self, table: &Table) -> Result<(), AttachError> {
-        self.requirements.are_met_by(table, self.rid)
+        self.requirements.are_met_by(table, self.rid, &*self.iommu)
     }
 
     pub(crate) fn iommu(&self) -> &Arc<dyn Iommu> {

@@ -10,7 +10,7 @@ use crate::epoch::DmaSection;
 use crate::host_memory::HostMemory;
 use crate::sleeping::SleepingCopy;
 use crate::space::Space;
-use ioasid_pagetable::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, WalkFault};
+use ioasid_pagetable::{CachedWalk, Leaf, Oa, WalkFault};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -125,32 +125,6 @@ impl Space {
         cache: &mut CachedWalk<AtomicU64>,
     ) -> Result<Leaf, WalkFault> {
         self.native().walk_cached(iova, cache)
-    }
-
-    /// Translates an address by the native table and one of the remembered ways; see
-    /// [`Radix::translate_remembered`](ioasid_pagetable::Radix::translate_remembered).
-    #[inline(always)]
-    pub fn translate_remembered(
-        &self,
-        _section: &DmaSection,
-        iova: u64,
-        wanted: u64,
-        needed: Attributes,
-        level: Option<u8>,
-        ways: &[SharedWalk<AtomicU64>],
-    ) -> Option<(Oa, u64)> {
-        self.native().translate_remembered(iova, wanted, needed, level, ways)
-    }
-
-    /// Keeps what [`walk_for_dma`](Self::walk_for_dma) has remembered for all who ask the way.
-    pub fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
-        self.native().remember(iova, walk, way);
-    }
-
-    /// Whether a way is of no use for the native table any more; see
-    /// [`Radix::is_forgotten`](ioasid_pagetable::Radix::is_forgotten).
-    pub fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
-        self.native().is_forgotten(way)
     }
 
     /// The memory at an output address that one of the space's tables has just given, in the same DMA section.

@@ -267,7 +267,7 @@ impl Membership {
         let along = self.taken_along(&bound, table)?;
         let mut routes = vec![(self.rid, own_route()?)];
         for (other, its, route) in along {
-            its.requirements.are_met_by(table, other)?;
+            its.requirements.are_met_by(table, other, &*self.iommu)?;
             routes.push((other, route.moved(table, &its.requirements.reserved)?));
         }
         for (moved, (rid, _)) in routes.iter().enumerate() {

@@ -7,9 +7,10 @@
 //! of memory.
 
 use crate::bus::Bus;
+use crate::nesting::FirstStage;
 use crate::pasid::{Pasid, Spid};
 use crate::table::Table;
-use ioasid_pagetable::{Attributes, IovaRange, Oa, PageSize, Runs};
+use ioasid_pagetable::{Attributes, Iova, IovaRange, Oa, PageSize, Runs};
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub enum TableClass {
         /// Whatever else makes tables of the format differ: levels, page sizes, coherency.
         variant: u64,
     },
+    /// A table of a guest's over the space, in this format: for devices whose IOMMU [walks](Iommu::first_stages) it.
+    Nested(FirstStage),
 }
 
 impl TableClass {
@@ -71,13 +74,24 @@ pub struct Requirements {
 }
 
 impl Requirements {
-    /// Whether a table serves a device with these requirements, as far as that depends on the kinds of both.
-    pub(crate) fn are_met_by(&self, table: &Table, device: Rid) -> Result<(), AttachError> {
+    /// Whether a table serves a device of the IOMMU that has these requirements, as far as that depends on the kinds of both.
+    pub(crate) fn are_met_by(
+        &self,
+        table: &Table,
+        device: Rid,
+        iommu: &dyn Iommu,
+    ) -> Result<(), AttachError> {
         let class = Some(table.class());
-        if class != Some(self.class) && class != self.snooping_class {
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => iommu.first_stages(device).contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && class != Some(self.class) && class != self.snooping_class {
             return Err(AttachError::Incompatible);
         }
-        if self.no_snoop && table.coherency() == Coherency::Enforced && class != self.snooping_class {
+        // Over a second stage that has accesses snoop, they do whatever the first stage says.
+        let snoops = class == self.snooping_class || nested && self.snooping_class.is_some();
+        if self.no_snoop && table.coherency() == Coherency::Enforced && !snoops {
             return Err(AttachError::Incoherent(device));
         }
         Ok(())
@@ -96,6 +110,12 @@ pub enum AttachError {
     /// The device cannot use that table.
     #[error("the table is of a kind that the device cannot use")]
     Incompatible,
+    /// The root of a guest's table cannot be there: it has to be a multiple of 4 KiB.
+    #[error("a guest's table cannot begin at {root}: that is no multiple of 4 KiB")]
+    NoRoot {
+        /// Where it was said to be.
+        root: Iova,
+    },
     /// Something is mapped where the device or its table cannot have a mapping.
     #[error("{range} is mapped, but the device cannot have a mapping there")]
     Mapped {
@@ -328,6 +348,14 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     /// Whether the tables of the device can [record writes](DerivedTable::records_writes). No, unless this is implemented.
     fn records_writes(&self, _device: Rid) -> bool {
         false
+    }
+
+    /// The formats of tables that a guest may write for the device, over a space. None, unless this is implemented.
+    ///
+    /// An IOMMU that names some walks what is [remembered](crate::Nesting) of such a table, asks for what is not there to be
+    /// looked up, and no more.
+    fn first_stages(&self, _device: Rid) -> &'static [FirstStage] {
+        &[]
     }
 
     /// A fresh, empty table of a class that [`requirements`](Self::requirements) has named in either place, other than the

@@ -62,6 +62,7 @@ pub mod iova;
 mod ledger;
 mod mapped_in;
 mod memory;
+mod nesting;
 pub mod pasid;
 mod place;
 mod route;
@@ -90,6 +91,7 @@ pub use iommu::{
 };
 pub use ledger::{Account, OverLimit, Usage};
 pub use memory::{Memory, PANIC_PATIENCE, RegisterError, ReleaseError};
+pub use nesting::{FirstStage, Nesting, NestingFault, SHADOW_BYTES};
 pub use place::{BusObserver, HostBytes, HostPlace};
 pub use slice::{
     BorrowError, BorrowedSlice, SLICE_PATIENCE, SliceError, SliceHandle, SliceHolder, StillBorrowed,

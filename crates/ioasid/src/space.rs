@@ -195,6 +195,10 @@ impl Space {
         self.id
     }
 
+    pub(crate) fn weak(&self) -> Weak<Space> {
+        self.this.clone()
+    }
+
     pub(crate) fn native(&self) -> &Radix<Native> {
         &self.native
     }

@@ -8,12 +8,16 @@
 
 use crate::derived::leaves_by_size;
 use crate::device::Device;
-use crate::epoch;
+use crate::epoch::{self, DmaSection};
 use crate::iommu::{AttachError, Coherency, DerivedTable, TableClass, TableError};
+use crate::nesting::{FirstStage, Nesting};
 use crate::space::{ReservationOwner, ReserveError, Space};
-use ioasid_pagetable::{IovaRange, PageSize};
+use ioasid_pagetable::{Iova, IovaRange, Native, PageSize, Radix};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+
+/// Tables of first stages begin at multiples of this.
+const FIRST_STAGE_ALIGNMENT: u64 = 4096;
 
 static TABLES: AtomicU64 = AtomicU64::new(0);
 
@@ -25,6 +29,8 @@ pub struct Table {
     class: TableClass,
     coherency: Coherency,
     derived: Option<Arc<dyn DerivedTable>>,
+    /// The same, if it is a guest's table over the space.
+    nesting: Option<Arc<Nesting>>,
     /// Whether devices mark the leaves that they write through.
     recording: AtomicBool,
 }
@@ -78,6 +84,48 @@ impl Table {
         Table::make(space, device, class, coherency, false)
     }
 
+    /// A table whose first stage a guest writes, in memory of the space, with its root at `root`: what the device gives as an
+    /// address is translated by the guest's table to an address of the space, and by the space to memory. See [`Nesting`].
+    ///
+    /// Devices are attached to it as to any other table, with a PASID or without. Whoever hears of it when the guest
+    /// invalidates (the model of the guest's IOMMU) passes that on.
+    ///
+    /// ```
+    /// # use ioasid::{Device, FirstStage, Iova, IovaRange, Space, Table};
+    /// # use std::sync::Arc;
+    /// # fn example(guest_memory: &Arc<Space>, device: &Device, root: Iova, unmapped: IovaRange)
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// // The guest has written a table for its device, and told its IOMMU where.
+    /// let table = Table::nested(guest_memory, device, FirstStage::X86_64, root)?;
+    /// device.attach(&table)?;
+    /// // It has cleared entries, and said so.
+    /// table.nesting().unwrap().invalidate(unmapped);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`AttachError::Incompatible`]: the device's IOMMU does not walk such tables; [`AttachError::NoRoot`]: no table of this
+    /// format can be there. Something is mapped where the second stage can have no mapping.
+    pub fn nested(
+        space: &Arc<Space>,
+        device: &Device,
+        first_stage: FirstStage,
+        root: Iova,
+    ) -> Result<Arc<Table>, AttachError> {
+        if !device.iommu().first_stages(device.rid()).contains(&first_stage) {
+            return Err(AttachError::Incompatible);
+        }
+        if root.get() % FIRST_STAGE_ALIGNMENT != 0 {
+            return Err(AttachError::NoRoot { root });
+        }
+        let reserved = device.requirements().reserved.clone();
+        let nesting = Arc::new(Nesting::new(space, first_stage, root.get(), reserved));
+        let derived: Arc<dyn DerivedTable> = nesting.clone();
+        let class = TableClass::Nested(first_stage);
+        Table::join(space, device, class, device.coherency(), false, Some(derived), Some(nesting))
+    }
+
     fn make(
         space: &Arc<Space>,
         device: &Device,
@@ -91,7 +139,21 @@ impl Table {
                 let largest_leaf = space.native().format().largest_leaf();
                 Some(device.iommu().new_table(class, largest_leaf, space.bus())?)
             }
+            TableClass::Nested(_) => return Err(AttachError::Incompatible),
         };
+        Table::join(space, device, class, coherency, shared, derived, None)
+    }
+
+    /// Lets a table follow the space.
+    fn join(
+        space: &Arc<Space>,
+        device: &Device,
+        class: TableClass,
+        coherency: Coherency,
+        shared: bool,
+        derived: Option<Arc<dyn DerivedTable>>,
+        nesting: Option<Arc<Nesting>>,
+    ) -> Result<Arc<Table>, AttachError> {
         let id = TABLES.fetch_add(1, Ordering::Relaxed);
         let aperture = device.requirements().aperture;
         let below = aperture.first().checked_sub(1).and_then(|last| IovaRange::new(0, last));
@@ -102,7 +164,8 @@ impl Table {
         let table = Arc::new_cyclic(|table: &Weak<Table>| {
             let shared = shared.then_some(coherency);
             added = space.add_table(table, id, class, shared, derived.as_ref());
-            Table { id, space: space.clone(), class, coherency, derived, recording: AtomicBool::new(false) }
+            let recording = AtomicBool::new(false);
+            Table { id, space: space.clone(), class, coherency, derived, nesting, recording }
         });
         // On an error the drop of `table` takes the reservation back.
         added.map(|()| table)
@@ -126,6 +189,21 @@ impl Table {
     /// The derived table, for the IOMMU that made it; `None`: devices walk the native one.
     pub fn derived(&self) -> Option<&Arc<dyn DerivedTable>> {
         self.derived.as_ref()
+    }
+
+    /// The guest's table, if this is [nested](Self::nested).
+    pub fn nesting(&self) -> Option<&Arc<Nesting>> {
+        self.nesting.as_ref()
+    }
+
+    /// The table in the native format that devices walk which have no format of their own, and all devices where this is
+    /// [nested](Self::nested): the space's own, or what is remembered of both stages. In a DMA section.
+    #[inline(always)]
+    pub fn native<'section>(&'section self, _section: &'section DmaSection) -> &'section Radix<Native> {
+        match &self.nesting {
+            None => self.space.native(),
+            Some(nesting) => nesting.shadow(),
+        }
     }
 
     /// How many leaves of each size the table has, smallest first: what its devices find. `None` if the IOMMU does not

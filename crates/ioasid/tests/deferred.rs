@@ -2,6 +2,7 @@
 
 mod double;
 
+use double::search::{CERTAINTY, Search};
 use double::{DERIVED, Double, DoubleTable, NATIVE};
 use ioasid::{
     Account, Backing, Bus, CachedWalk, DEFERRED_RANGES, Iova, IovaRange, LateBound, MapError, Memory,
@@ -14,10 +15,6 @@ use std::time::{Duration, Instant};
 const K4: u64 = 4 << 10;
 const M2: u64 = 2 << 20;
 const RW: Permissions = Permissions::READ_WRITE;
-/// How long a test with threads tries to find something.
-const PATIENCE: Duration = Duration::from_millis(700);
-/// What must happen happens within this time, however busy the machine is.
-const CERTAINTY: Duration = Duration::from_secs(30);
 
 fn range(first: u64, length: u64) -> IovaRange {
     IovaRange::with_length(first, length).unwrap()
@@ -394,6 +391,7 @@ fn after_a_flush_memory_is_the_programs_own_and_neighbours_never_fault() {
     let stop = AtomicBool::new(false);
     let written = [AtomicU64::new(0), AtomicU64::new(0)];
     std::thread::scope(|scope| {
+        let search = Search::new(&stop, [&written[0], &written[1]]);
         for (rid, written) in [NATIVE, DERIVED].into_iter().zip(&written) {
             let (mut port, stop) = (Port::new(&double, rid), &stop);
             scope.spawn(move || {
@@ -408,12 +406,8 @@ fn after_a_flush_memory_is_the_programs_own_and_neighbours_never_fault() {
             });
         }
         // Somebody who unmaps strictly and maps again beside all that, in the third MiB.
-        let (other, stop_other) = (&space, &stop);
-        let end = Instant::now() + PATIENCE;
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        let other = &space;
+        for round in search {
             let pages: Vec<u64> = (0..1 + round % 40).map(|n| (round * 5 + n * 13) % (M2 / K4)).collect();
             let mut unmapped = Vec::new();
             let mut batch = other.batch();
@@ -439,7 +433,6 @@ fn after_a_flush_memory_is_the_programs_own_and_neighbours_never_fault() {
                 other.map(Iova::new(page * K4), &ram, page * K4, K4, RW).unwrap();
             }
         }
-        stop_other.store(true, Ordering::Relaxed);
     });
     for written in &written {
         assert!(written.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");

@@ -8,6 +8,7 @@
 
 mod double;
 
+use double::search::{CERTAINTY, Search};
 use double::{DERIVED, Double, DoubleTable, NATIVE, OWN_NATIVE, SMALL, X86};
 use ioasid::pagetable::Native;
 use ioasid::{
@@ -22,10 +23,6 @@ use std::time::{Duration, Instant};
 const K4: u64 = 4 << 10;
 const M2: u64 = 2 << 20;
 const RW: Permissions = Permissions::READ_WRITE;
-/// How long each of the tests tries to find something.
-const PATIENCE: Duration = Duration::from_millis(700);
-/// What must happen happens within this time, however busy the machine is.
-const CERTAINTY: Duration = Duration::from_secs(30);
 
 fn range(first: u64, length: u64) -> IovaRange {
     IovaRange::with_length(first, length).unwrap()
@@ -93,15 +90,6 @@ impl Port {
     }
 }
 
-/// Lets the devices' threads end, also when the test fails.
-struct StopAtTheEnd<'a>(&'a AtomicBool);
-
-impl Drop for StopAtTheEnd<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// What devices write.
 const FROM_DEVICE: [u8; K4 as usize] = [0xdd; K4 as usize];
 
@@ -117,7 +105,7 @@ fn unmapped_memory_is_the_programs_own_and_neighbours_never_fault() {
     let stop = AtomicBool::new(false);
     let written = [AtomicU64::new(0), AtomicU64::new(0)];
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&written[0], &written[1]]);
         for (rid, written) in [NATIVE, DERIVED].into_iter().zip(&written) {
             let (mut port, stop) = (Port::new(&double, rid), &stop);
             scope.spawn(move || {
@@ -136,12 +124,8 @@ fn unmapped_memory_is_the_programs_own_and_neighbours_never_fault() {
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
         let mut buffer = vec![0; M2 as usize];
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             // From one page to all of the first half, with cuts and without.
             let length = K4 << (round % 10);
             let first = if length == M2 { 0 } else { (round * K4 * 3) % (M2 - length) };
@@ -198,7 +182,7 @@ fn memory_is_freed_under_the_eyes_of_devices() {
     let stop = AtomicBool::new(false);
     let copied = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&copied]);
         for rid in [NATIVE, DERIVED] {
             let (mut port, stop, copied) = (Port::new(&double, rid), &stop, &copied);
             scope.spawn(move || {
@@ -217,11 +201,7 @@ fn memory_is_freed_under_the_eyes_of_devices() {
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let pages = Pages::new(16 * K4);
             // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
             let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
@@ -252,7 +232,7 @@ fn a_device_sees_one_memory_or_the_other_and_never_the_former_again() {
     // The number of the last memory that was certainly in place.
     let mapped = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, []);
         for _ in 0..2 {
             let (mut port, stop, mapped) = (Port::new(&double, NATIVE), &stop, &mapped);
             scope.spawn(move || {
@@ -267,12 +247,8 @@ fn a_device_sees_one_memory_or_the_other_and_never_the_former_again() {
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
         let mut before: Option<Arc<Memory>> = None;
-        for number in 1u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for number in search.map(|round| round + 1) {
             let backing = Backing::anonymous(&bus, K4).unwrap();
             backing.write(0, &number.to_le_bytes().repeat(512)).unwrap();
             let ram = Memory::register(&backing, 0, K4, &Account::new("test", None)).unwrap();
@@ -307,7 +283,7 @@ fn a_remapped_range_leads_to_the_old_memory_or_the_new_and_never_to_the_old_agai
     let stop = AtomicBool::new(false);
     let (remapped, read) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&read]);
         for rid in [NATIVE, DERIVED] {
             let (mut port, stop, remapped, read) = (Port::new(&double, rid), &stop, &remapped, &read);
             scope.spawn(move || {
@@ -327,11 +303,7 @@ fn a_remapped_range_leads_to_the_old_memory_or_the_new_and_never_to_the_old_agai
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
-        for number in 1u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for number in search.map(|round| round + 1) {
             let (old, new) = ((number - 1) as usize % 3, number as usize % 3);
             fill(&backings[new], number);
             // In one leaf where it has become one, or cut to pages; as a whole or in two parts.
@@ -365,7 +337,7 @@ fn what_was_made_read_only_is_not_written_and_nobody_finds_nothing() {
     let stop = AtomicBool::new(false);
     let written = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&written]);
         for rid in [NATIVE, DERIVED] {
             let (mut port, stop, written) = (Port::new(&double, rid), &stop, &written);
             scope.spawn(move || {
@@ -381,12 +353,8 @@ fn what_was_made_read_only_is_not_written_and_nobody_finds_nothing() {
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
         let mut buffer = vec![0; M2 as usize];
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let length = K4 << (round % 10);
             let first = if length == M2 { 0 } else { round * K4 * 3 % (M2 - length) };
             let mine = vec![round as u8 & 0x7f; length as usize];
@@ -436,7 +404,7 @@ fn an_alias_goes_with_the_memory_also_if_it_is_just_being_made() {
     let stop = AtomicBool::new(false);
     let (copied, aliased) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&aliased, &copied]);
         for rid in [NATIVE, DERIVED] {
             read_along(scope, Port::new(&double, rid), &stop, &copied);
         }
@@ -454,11 +422,7 @@ fn an_alias_goes_with_the_memory_also_if_it_is_just_being_made() {
                 }
             }
         });
-        let end = Instant::now() + PATIENCE;
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let pages = Pages::new(16 * K4);
             // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
             let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
@@ -492,7 +456,7 @@ fn an_alias_of_an_alias_goes_with_the_memory_whatever_is_looked_at_first() {
     let stop = AtomicBool::new(false);
     let aliased = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&aliased]);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let done = source.alias(range(0, 4 * K4), &target, Iova::new(0), RW);
@@ -500,13 +464,7 @@ fn an_alias_of_an_alias_goes_with_the_memory_whatever_is_looked_at_first() {
                 target.unmap(range(0, 4 * K4)).unwrap();
             }
         });
-        let end = Instant::now() + PATIENCE;
-        for round in 0u64.. {
-            // On a busy machine the other thread may get no turn for long.
-            let over = end + if aliased.load(Ordering::Relaxed) > 0 { Duration::ZERO } else { 60 * PATIENCE };
-            if Instant::now() > over {
-                break;
-            }
+        for round in search {
             let backing = Backing::anonymous(&bus, 4 * K4).unwrap();
             let ram = Memory::register(&backing, 0, 4 * K4, &account).unwrap();
             origin.map(Iova::new(0), &ram, 0, 4 * K4, RW).unwrap();
@@ -539,7 +497,7 @@ fn an_alias_of_memory_that_has_just_come_goes_with_that_memory() {
     let stop = AtomicBool::new(false);
     let aliased = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&aliased]);
         scope.spawn(|| {
             for round in 0u64.. {
                 if stop.load(Ordering::Relaxed) {
@@ -552,8 +510,7 @@ fn an_alias_of_memory_that_has_just_come_goes_with_that_memory() {
                 }
             }
         });
-        let end = Instant::now() + PATIENCE;
-        while Instant::now() < end {
+        for _ in search {
             // What was looked up a moment ago is another object now.
             let now = fresh();
             space.remap(Iova::new(0), &now, 0, K4, RW).unwrap();
@@ -578,7 +535,7 @@ fn memory_that_is_just_being_remapped_away_is_not_freed_too_early() {
     let stop = AtomicBool::new(false);
     let (copied, remapped) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&remapped, &copied]);
         for rid in [NATIVE, DERIVED] {
             read_along(scope, Port::new(&double, rid), &stop, &copied);
         }
@@ -589,8 +546,7 @@ fn memory_that_is_just_being_remapped_away_is_not_freed_too_early() {
                 remapped.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
             }
         });
-        let end = Instant::now() + PATIENCE;
-        while Instant::now() < end {
+        for _ in search {
             let pages = Pages::new(16 * K4);
             // SAFETY: the pages live longer than the backing and what is registered of it: see the drops below.
             let backing = unsafe { Backing::host(&bus, pages.0, 16 * K4) };
@@ -676,6 +632,7 @@ fn all_operations_at_once_leave_every_table_in_step() {
 /// Memory behind calls that knows which of them are running, and lets those for one page wait.
 #[derive(Debug, Default)]
 struct Recorder {
+    calls: AtomicU64,
     state: Mutex<Recorded>,
     moved: Condvar,
 }
@@ -683,7 +640,6 @@ struct Recorder {
 #[derive(Debug, Default)]
 struct Recorded {
     running: Vec<(u64, u64)>,
-    calls: u64,
     blocked_page: Option<u64>,
     waiting: usize,
 }
@@ -691,9 +647,9 @@ struct Recorded {
 impl Recorder {
     fn call(&self, offset: u64, length: usize) {
         let call = (offset, offset + length as u64);
+        self.calls.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.lock().unwrap();
         state.running.push(call);
-        state.calls += 1;
         state.waiting += 1;
         self.moved.notify_all();
         state = self.moved.wait_while(state, |state| state.blocked_page == Some(offset / K4)).unwrap();
@@ -752,7 +708,7 @@ fn no_call_for_late_bound_memory_runs_when_its_unmap_has_returned() {
     space.map(Iova::new(0), &ram, 0, PAGES * K4, RW).unwrap();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let _stop = StopAtTheEnd(&stop);
+        let search = Search::new(&stop, [&recorder.calls]);
         for (thread, rid) in [NATIVE, DERIVED, NATIVE].into_iter().enumerate() {
             let (mut port, stop) = (Port::new(&double, rid), &stop);
             scope.spawn(move || {
@@ -769,11 +725,7 @@ fn no_call_for_late_bound_memory_runs_when_its_unmap_has_returned() {
                 }
             });
         }
-        let end = Instant::now() + PATIENCE;
-        for round in 0u64.. {
-            if Instant::now() > end {
-                break;
-            }
+        for round in search {
             let (first, length) = (round % (PAGES - 4) * K4, (1 + round % 4) * K4);
             space.unmap(range(first, length)).unwrap();
             recorder.assert_nothing_runs_in(first, length);
@@ -782,7 +734,7 @@ fn no_call_for_late_bound_memory_runs_when_its_unmap_has_returned() {
         drop(ram);
         recorder.assert_nothing_runs_in(0, PAGES * K4);
     });
-    assert!(recorder.state.lock().unwrap().calls > 0, "no device has ever reached the memory");
+    assert!(recorder.calls.load(Ordering::Relaxed) > 0, "no device has ever reached the memory");
 }
 
 /// Opens what is blocked also when a test fails, or its threads would stand there for ever.

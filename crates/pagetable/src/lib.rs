@@ -52,6 +52,8 @@
 //! so (*needs break*), and nothing was changed. What an operation takes away is written into a [`Gather`]: the caller
 //! invalidates, waits, and only then frees the tables in it.
 //!
+//! A table that somebody else writes, the first stage of a guest's, is walked by [`walk_foreign`], which believes nothing of it.
+//!
 //! # Threads
 //!
 //! Nothing takes a lock. Walkers always run; operations on disjoint ranges run side by side, each table in one of two
@@ -81,6 +83,7 @@ mod dirty_bitmap;
 #[cfg(feature = "std")]
 #[allow(unsafe_code, reason = "one system call")]
 pub mod fence;
+mod foreign;
 mod format;
 #[allow(unsafe_code, reason = "a retired table is freed when its caller vouches for it")]
 mod gather;
@@ -92,6 +95,7 @@ mod radix;
 pub use address::{Iova, IovaRange, Oa, PageSize};
 pub use atomic::AtomicEntry;
 pub use dirty_bitmap::DirtyBitmap;
+pub use foreign::{FirstStageFormat, ForeignFault, ForeignMemory, walk_foreign};
 pub use format::{
     AmdV1, Attributes, ClaimFormat, Entry, Format, LiveChanges, MemoryType, Native, Pattern, RiscV,
     TableLayout, VtdSecondStage, X86_64,

@@ -103,11 +103,12 @@ pub(crate) struct OpenFiles {
     settling: AtomicBool,
 }
 
-/// For how long a suspect is asked about at every request; a thread inside `close` is through with it long before.
-const FRESH: Duration = Duration::from_millis(100);
+/// For how long a suspect is asked about at every request; a thread inside `close` is through with it long before, also where many
+/// others want the processor. Few suspects get so old: their open files were opened anew through `/proc`.
+const FRESH: Duration = Duration::from_secs(10);
 
 /// For how long the requests that follow a close wait for it.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
 
 impl OpenFiles {
     pub(crate) fn new() -> Result<Self, Errno> {
@@ -211,16 +212,12 @@ impl OpenFiles {
         let mut closing = self.closing();
         self.settling.store(true, Ordering::SeqCst);
         let now = Instant::now();
-        let is_fresh = |suspect: &Suspect| now.duration_since(suspect.since) < FRESH;
         self.read_events(&mut closing, now);
-        self.settle(&mut closing, |suspect| all || is_fresh(suspect));
-        let fresh = closing.suspects.iter().any(is_fresh);
-        self.settling.store(fresh, Ordering::SeqCst);
-        match closing.suspects.is_empty() {
-            true => None,
-            false if fresh => Some(Duration::from_millis(2)),
-            false => Some(Duration::from_secs(1)),
-        }
+        self.settle(&mut closing, |suspect| all || now.duration_since(suspect.since) < FRESH);
+        let youngest = closing.suspects.iter().map(|suspect| now.duration_since(suspect.since)).min();
+        self.settling.store(youngest.is_some_and(|age| age < FRESH), Ordering::SeqCst);
+        // The older, the less often.
+        youngest.map(|age| age.clamp(Duration::from_millis(2), Duration::from_secs(1)))
     }
 
     /// Drops every file: no client is left that could use one.
@@ -312,14 +309,17 @@ impl OpenFiles {
 /// A close stops the device's DMA, and that may be waiting for memory whose owner makes it wait (userfaultfd, a FUSE
 /// file). Such a client shall not hold up the others, so after a moment its file closes in the background.
 fn let_go(open_file: Arc<OpenFile>) {
-    let (closed, wait) = std::sync::mpsc::sync_channel(1);
+    let (progress, wait) = std::sync::mpsc::sync_channel(2);
     let close = move || {
+        let _ = progress.send(());
         drop(open_file);
         // Nobody waits any more if it took too long.
-        let _ = closed.send(());
+        let _ = progress.send(());
     };
     match std::thread::Builder::new().name("ioasid-close".to_owned()).spawn(close) {
         Ok(_) => {
+            // When the thread gets its first turn is up to no client, and may be late where many want the processor.
+            let _ = wait.recv();
             if wait.recv_timeout(CLOSE_PATIENCE).is_err() {
                 tracing::warn!(
                     "a file takes long to close: a device waits for memory of a client, or much is unmapped"

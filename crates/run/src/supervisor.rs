@@ -301,7 +301,7 @@ impl Program {
         };
         if foreground.is_some() {
             // A process leaves the filter a moment before it can be reaped.
-            let patience = Instant::now() + Duration::from_millis(100);
+            let patience = Instant::now() + Duration::from_secs(2);
             while reap_orphans(0) && Instant::now() < patience {
                 std::thread::sleep(Duration::from_millis(1));
             }

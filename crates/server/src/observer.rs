@@ -28,7 +28,7 @@ use crate::poison::lock;
 use crate::status::{AccountStatus, ContextStatus};
 
 /// For how long changes and DMA wait for each other, for the sake of the order of events.
-const PATIENCE: Duration = Duration::from_millis(100);
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Hears what happens to the devices of a server.
 ///

@@ -6,7 +6,9 @@
 #![allow(missing_docs, reason = "criterion's macro makes a public function")]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use ioasid::{Account, Backing, Bus, Device, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch};
+use ioasid::{
+    Account, Backing, Bus, Device, FirstStage, Iova, IovaRange, Memory, Permissions, Rid, Space, Table, epoch,
+};
 use ioasid_soft::dma::DmaPort;
 use ioasid_soft::iommu::{AtomicOperation, DmaSegment, Port, SoftIommu, TableKind};
 use std::hint::black_box;
@@ -26,7 +28,7 @@ struct Scene {
     space: Arc<Space>,
     ram: Arc<Memory>,
     port: Arc<Port>,
-    _device: Device,
+    device: Device,
 }
 
 impl Scene {
@@ -43,7 +45,7 @@ impl Scene {
         let port = iommu.add_device(Rid(8), kind).unwrap();
         let device = Device::new(iommu, Rid(8)).unwrap();
         device.attach(&Table::for_device(&space, &device).unwrap()).unwrap();
-        Scene { space, ram, port, _device: device }
+        Scene { space, ram, port, device }
     }
 
     fn map(&self, iova: u64, offset: u64, length: u64) {
@@ -87,6 +89,64 @@ fn small(criterion: &mut Criterion) {
         let mut bytes = [0; 1024];
         group.bench_function("read 16 segments of 64", |bencher| {
             bencher.iter(|| scene.port.read_list(black_box(&list), black_box(&mut bytes)).unwrap());
+        });
+        group.finish();
+    }
+}
+
+/// A guest's table over the space: 512 pages of the device's from `first` on lead to the first ones of the guest, which has all of
+/// its memory at 0.
+fn guest_table(scene: &Scene, first: u64) -> Arc<Table> {
+    // P, R/W, U/S, and the marks that a walk would leave.
+    const ENTRY: u64 = 0x67;
+    const TABLES: u64 = G1 / 2;
+    let set = |place: u64, entry: u64| scene.ram.backing().write(place, &entry.to_le_bytes()).unwrap();
+    for level in 0..3 {
+        let table = TABLES + level * K4;
+        set(table + (first >> (39 - 9 * level) & 511) * 8, (table + K4) | ENTRY);
+    }
+    (0..512).for_each(|page| set(TABLES + 3 * K4 + page * 8, (page * K4) | ENTRY));
+    scene.map(0, 0, G1);
+    Table::nested(&scene.space, &scene.device, FirstStage::X86_64, Iova::new(TABLES)).unwrap()
+}
+
+/// What is remembered of both stages, and what it takes to look a page up in them.
+fn nested(criterion: &mut Criterion) {
+    const FIRST: u64 = 0x40_0000_0000;
+    for (name, kind) in [("native", TableKind::Native), ("VT-d", TableKind::VtdSecondStage)] {
+        let scene = Scene::new(kind);
+        let table = guest_table(&scene, FIRST);
+        scene.device.attach(&table).unwrap();
+        let mut group = criterion.benchmark_group(format!("nested, {name}"));
+        let mut at = 0;
+        let mut bytes = [0; 64];
+        group.bench_function("read 64, remembered", |bencher| {
+            bencher.iter(|| {
+                at = (at + K4) % M1;
+                scene.port.read(FIRST + at, black_box(&mut bytes)).unwrap();
+            });
+        });
+        group.bench_function("look a page up", |bencher| {
+            bencher.iter_custom(|iterations| {
+                let mut time = Duration::ZERO;
+                let mut left = iterations;
+                while left > 0 {
+                    let count = left.min(512);
+                    table.nesting().unwrap().invalidate(IovaRange::ALL);
+                    let start = Instant::now();
+                    (0..count).for_each(|page| scene.port.resolve(FIRST + page * K4, RW).unwrap());
+                    time += start.elapsed();
+                    left -= count;
+                }
+                time
+            });
+        });
+        group.bench_function("look a page up, read 64, and invalidate", |bencher| {
+            let page = IovaRange::with_length(FIRST, K4).unwrap();
+            bencher.iter(|| {
+                scene.port.read(FIRST, black_box(&mut bytes)).unwrap();
+                table.nesting().unwrap().invalidate(page);
+            });
         });
         group.finish();
     }
@@ -218,6 +278,6 @@ criterion_group! {
         .measurement_time(Duration::from_millis(1000))
         .sample_size(30)
         .without_plots();
-    targets = small, large, unmaps
+    targets = small, nested, large, unmaps
 }
 criterion_main!(benches);

@@ -88,11 +88,26 @@ pub enum DmaFaultReason {
     Misaligned,
     /// The memory is there, but takes no atomic operations.
     NotAtomic,
+    /// A guest's table leads to an address at which the space below has nothing, or not for this direction.
+    SecondStage {
+        /// The address in the space.
+        address: u64,
+    },
+    /// The address is one of a guest's table, and has to be [looked up](crate::iommu::Port::resolve) before it can be
+    /// translated in a section; or the table does not keep still.
+    NotResolved,
 }
 
 impl fmt::Display for DmaFaultReason {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
+            Self::SecondStage { address } => {
+                return write!(
+                    formatter,
+                    "the guest's table leads to {address:#x}, where its address space has nothing for it"
+                );
+            }
+            Self::NotResolved => "the guest's table has to be looked up first, or does not keep still",
             Self::NotMapped => "nothing is mapped there",
             Self::NoPermission => "the mapping does not permit it",
             Self::Blocked => "the device is attached to no address space",

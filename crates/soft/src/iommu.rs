@@ -9,13 +9,16 @@
 //!
 //! Devices that its [`Topology`] has behind a bridge which speaks for them share one route, as the IOMMU sees one requester ID.
 //!
+//! A device may also be attached to a table of a guest's over a space (`iommu/port/nested.rs`).
+//!
 //! Moving a device from one table to another is one atomic exchange of a pointer; then the DMA that went through
 //! the old one is waited for.
 
 use ioasid::epoch::{self, Protected};
 use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, Bus, DerivedTable, Iommu, PageSize, Requirements, Rid, SliceHandle, Space, Table, TableClass,
+    AttachError, Bus, DerivedTable, FirstStage, Iommu, PageSize, Requirements, Rid, SliceHandle, Space,
+    Table, TableClass,
 };
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,7 +110,9 @@ impl Attachment {
 
     /// Exchanges the table and waits until nothing goes through the old one.
     fn replace(&self, table: Option<Arc<Table>>) {
-        let space = table.as_ref().map(|table| table.space().clone());
+        // Through a guest's table nothing is borrowed.
+        let plain = table.as_ref().filter(|table| table.nesting().is_none());
+        let space = plain.map(|table| table.space().clone());
         if let Some(old) = self.table.replace(table).after_dma() {
             // Copies of memory behind calls leave their sections, and are counted with the space.
             old.wait_for_dma();
@@ -234,7 +239,11 @@ impl SoftIommu {
     ) -> Result<(), AttachError> {
         let attachment = attachment.ok_or(AttachError::NoDevice(device))?;
         let Kinds { class, snooping_class } = attachment.kind.classes(self.id);
-        if table.class() != class && Some(table.class()) != snooping_class {
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => attachment.kind.first_stages().contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && table.class() != class && Some(table.class()) != snooping_class {
             return Err(AttachError::Incompatible);
         }
         attachment.replace(Some(table.clone()));
@@ -271,6 +280,10 @@ impl Iommu for SoftIommu {
 
     fn records_writes(&self, device: Rid) -> bool {
         self.device(device).is_some_and(|attachment| attachment.kind.records_writes())
+    }
+
+    fn first_stages(&self, device: Rid) -> &'static [FirstStage] {
+        self.device(device).map_or(&[], |attachment| attachment.kind.first_stages())
     }
 
     fn new_table(

@@ -129,7 +129,7 @@ fn judge(output: &str, instance: &str, status: ExitStatus) -> (Verdict, String) 
 
 /// Kills what descends from this process until nothing does, and reaps it. The runner has no other children.
 fn end_descendants() -> Result<()> {
-    for _ in 0..500 {
+    for _ in 0..6000 {
         // Children that nobody waits for: those that became ours as orphans.
         while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
         if kill_descendants()? == 0 {
@@ -212,18 +212,15 @@ mod tests {
     #[test]
     fn programs_pass_fail_crash_hang_and_leave_processes() {
         let logs = std::env::temp_dir().join(format!("xtask-runner-{}", std::process::id()));
-        let run = |script: &str| {
+        let run_for = |timeout: Duration, script: &str| {
             // The script stands for the transport; it gets the self-test and its arguments as its own.
             let prefix = ["sh", "-c", script].map(str::to_owned).to_vec();
-            let runner =
-                Runner::new(prefix, PathBuf::from("self-test"), logs.clone(), Duration::from_millis(500))
-                    .unwrap();
-            let begin = Instant::now();
+            let runner = Runner::new(prefix, PathBuf::from("self-test"), logs.clone(), timeout).unwrap();
             let outcome = runner.run("a.b", &[]).unwrap();
-            assert!(begin.elapsed() < Duration::from_secs(20), "{script}");
             assert_eq!(descendants_of(std::process::id(), &parents().unwrap()), [] as [u32; 0], "{script}");
             outcome
         };
+        let run = |script| run_for(Duration::from_secs(60), script);
         assert_eq!(run("echo ok 1 $2").verdict, Verdict::Pass);
         assert_eq!(run("echo not ok 1 $2; exit 1").verdict, Verdict::Fail);
         assert_eq!(run("echo 'ok 1 a.b # SKIP why'").note, "why");
@@ -233,7 +230,8 @@ mod tests {
         let silent = run("echo some words; kill -9 $$");
         assert_eq!(silent.verdict, Verdict::Fail);
         assert!(silent.note.contains("signal: 9") && silent.note.contains("some words"), "{silent:?}");
-        assert!(run("setsid sleep 1000 & sleep 1000").note.contains("did not end"));
+        let hung = run_for(Duration::from_millis(500), "setsid sleep 1000 & sleep 1000");
+        assert!(hung.note.contains("did not end"), "{hung:?}");
         assert_eq!(run("setsid sh -c 'sleep 1000 & sleep 1000' & echo ok 1 $2").verdict, Verdict::Pass);
         fs::remove_dir_all(&logs).unwrap();
     }

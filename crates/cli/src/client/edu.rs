@@ -12,8 +12,8 @@ use rustix::io::Errno;
 
 use super::VfioDevice;
 
-/// QEMU's device takes a tenth of a second of the machine's time for a transfer; an emulated machine may be slow.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// QEMU's device takes a tenth of a second of the machine's time for a transfer; an emulated machine may be slow, and busy.
+const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Polls without a pause for so long, which is enough for a device that takes no time.
 const EAGER: Duration = Duration::from_millis(1);

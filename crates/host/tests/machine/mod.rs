@@ -35,7 +35,7 @@ const SKIPPED: &[&str] = super::SKIPPED;
 const INSIDE: &str = "IOASID_HOST_TESTS";
 
 /// No transfer takes a noticeable part of it.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 #[used]
 #[unsafe(link_section = ".init_array")]

@@ -286,7 +286,9 @@ impl Space {
         // First everybody removes from it, and only then anybody adds to it: an operation that does not know the
         // table yet would leave in it what another one, that does, has mapped.
         self.change_layout(|layout| layout.tables.push(follower));
-        if let Some(derived) = derived {
+        // What a shadow remembers has been asked for; the space only takes it away.
+        let fills = !matches!(class, TableClass::Nested(_));
+        if let Some(derived) = derived.filter(|_| fills) {
             self.change_layout(|layout| {
                 layout
                     .tables

@@ -21,6 +21,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
 pub(crate) mod connected;
+pub(crate) mod search;
 
 /// Where these tests are run for the machine's IOMMU, some of the tables are its own.
 #[cfg(host_iommu)]

@@ -46,6 +46,7 @@
 
 use super::{Attributes, Entry, Format, LiveChanges, MemoryType, Pattern};
 use crate::address::PageSize;
+use crate::foreign::FirstStageFormat;
 use core::ops::RangeInclusive;
 
 const VALID: u64 = 1 << 0;
@@ -270,6 +271,17 @@ impl Format for RiscV {
             };
         }
         entry
+    }
+}
+
+impl FirstStageFormat for RiscV {
+    fn lets_through(&self, _entry: u64) -> Attributes {
+        // The leaf alone decides.
+        Attributes::PERMISSIONS
+    }
+
+    fn accessed_bit(&self, leaf: bool) -> u64 {
+        if leaf { ACCESSED } else { 0 }
     }
 }
 

@@ -52,6 +52,7 @@
 
 use super::{Attributes, Entry, Format, LiveChanges, MemoryType, Pattern};
 use crate::address::PageSize;
+use crate::foreign::FirstStageFormat;
 use core::ops::RangeInclusive;
 
 const PRESENT: u64 = 1 << 0;
@@ -337,6 +338,21 @@ impl Format for X86_64 {
         }
         let index = u64::from((self.indexes >> (4 * attributes.memory_type() as u32)) & 7);
         entry | (index & 3) << TYPE_LOW_SHIFT | (index >> 2) << X86_64::pat_shift(level)
+    }
+}
+
+impl FirstStageFormat for X86_64 {
+    fn lets_through(&self, entry: u64) -> Attributes {
+        let mut attributes = Attributes::empty();
+        let user = entry & USER != 0;
+        attributes.set(Attributes::READ, user);
+        attributes.set(Attributes::WRITE, user && entry & WRITE != 0);
+        attributes.set(Attributes::EXECUTE, user && entry & EXECUTE_DISABLE == 0);
+        attributes
+    }
+
+    fn accessed_bit(&self, _leaf: bool) -> u64 {
+        ACCESSED
     }
 }
 

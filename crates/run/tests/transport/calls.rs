@@ -70,7 +70,7 @@ pub(crate) fn expect_files_in_server(expected: usize) {
     while files_in_server() != expected {
         let waited = start.elapsed();
         assert!(
-            waited < std::time::Duration::from_secs(20),
+            waited < std::time::Duration::from_secs(60),
             "{} files instead of {expected}",
             files_in_server()
         );

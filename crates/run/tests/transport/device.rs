@@ -169,7 +169,7 @@ impl Machine {
             if state[0] & 1 == 0 {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(start.elapsed() < Duration::from_secs(60));
         }
     }
 }

@@ -46,6 +46,7 @@ pub(crate) fn attach_errno(error: &AttachError) -> Errno {
         AttachError::NoDevice(_) | AttachError::Unbound(_) => Errno::NODEV,
         AttachError::Incompatible
         | AttachError::Incoherent(_)
+        | AttachError::NoRoot { .. }
         | AttachError::SharedRequester { .. }
         | AttachError::NotIsolated { .. } => Errno::INVAL,
         AttachError::Mapped { .. } | AttachError::Allowed { .. } => Errno::ADDRINUSE,

@@ -284,7 +284,7 @@ impl Program {
         let registers: Vec<u8> =
             [source, destination, length, command].into_iter().flat_map(u64::to_le_bytes).collect();
         self.pwrite(device.fd, region(0) + DMA_SOURCE, &registers).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.pread(device.fd, region(0) + DMA_COMMAND, 8).unwrap()[0] & 1 != 0 {
             assert!(Instant::now() < deadline, "the device does not finish");
             std::thread::yield_now();

@@ -9,7 +9,7 @@
 //! and is written down afterwards, since writing down may take a lock, and whoever listens to it as long as he likes.
 
 use super::Attachment;
-use crate::dma::DmaFault;
+use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::epoch::DmaSection;
 use ioasid::pasid::Pasid;
 use ioasid::{Rid, SpaceId, Table};
@@ -59,6 +59,16 @@ impl Refused {
     ) -> Refused {
         let cookie = attachment.cookie.load(section).copied();
         Refused { fault, cookie, space: table.map(|table| table.space().id()) }
+    }
+
+    /// Whether the address has only to be looked up in a guest's table.
+    pub(super) fn is_missed(&self) -> bool {
+        self.fault.reason == DmaFaultReason::NotResolved
+    }
+
+    /// The same, as it is known outside of the section.
+    pub(super) fn because(self, reason: DmaFaultReason) -> Refused {
+        Refused { fault: DmaFault { reason, ..self.fault }, ..self }
     }
 
     pub(super) fn by(self, device: Rid, pasid: Option<Pasid>) -> FaultRecord {

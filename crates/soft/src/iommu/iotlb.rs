@@ -19,9 +19,8 @@
 //! Threads of one device share it without a lock (see [`SharedWalk`]). That is also why hits are not counted: it would be one
 //! cache line, written at each DMA, for all of them. [Walks from the root](Iotlb::walks) are rare and slow, and are.
 
-use ioasid::epoch::DmaSection;
 use ioasid::pagetable::{Format, Radix};
-use ioasid::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, Space, WalkFault};
+use ioasid::{Attributes, CachedWalk, Leaf, Oa, SharedWalk, WalkFault};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// How many sets there are for tables of the second level.
@@ -80,38 +79,6 @@ impl<F: Format> WalkedTable for Radix<F> {
 
     fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
         Radix::is_forgotten(self, way)
-    }
-}
-
-/// The native table of a space.
-pub(super) struct NativeTable<'a> {
-    pub(super) space: &'a Space,
-    pub(super) section: &'a DmaSection,
-}
-
-impl WalkedTable for NativeTable<'_> {
-    #[inline(always)]
-    fn translate(
-        &self,
-        iova: u64,
-        wanted: u64,
-        needed: Attributes,
-        level: Option<u8>,
-        ways: &Ways,
-    ) -> Option<(Oa, u64)> {
-        self.space.translate_remembered(self.section, iova, wanted, needed, level, ways)
-    }
-
-    fn walk(&self, iova: u64, walk: &mut CachedWalk<AtomicU64>) -> Result<Leaf, WalkFault> {
-        self.space.walk_for_dma(self.section, iova, walk)
-    }
-
-    fn remember(&self, iova: u64, walk: &CachedWalk<AtomicU64>, way: &SharedWalk<AtomicU64>) {
-        self.space.remember(iova, walk, way);
-    }
-
-    fn is_forgotten(&self, way: &SharedWalk<AtomicU64>) -> bool {
-        self.space.is_forgotten(way)
     }
 }
 

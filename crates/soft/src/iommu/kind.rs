@@ -9,7 +9,7 @@
 //! half here, as they do from Linux.
 
 use ioasid::pagetable::{AmdV1, Format, Radix, RiscV, VtdSecondStage, X86_64};
-use ioasid::{DerivedTable, IovaRange, PageSize, RadixTable, Table, TableClass};
+use ioasid::{DerivedTable, FirstStage, IovaRange, PageSize, RadixTable, Table, TableClass};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -180,6 +180,29 @@ impl TableKind {
     /// Whether its leaves have a mark for what was written: all but those of the native kind.
     pub(super) fn records_writes(self) -> bool {
         self != TableKind::Native
+    }
+
+    /// The formats of tables that guests may write for its devices. What hardware of the kind walks as a first stage; the native
+    /// kind, which no hardware has, walks all.
+    pub(super) fn first_stages(self) -> &'static [FirstStage] {
+        match self {
+            TableKind::Native => &[
+                FirstStage::X86_64,
+                FirstStage::X86_64La57,
+                FirstStage::Sv39,
+                FirstStage::Sv48,
+                FirstStage::Sv57,
+            ],
+            TableKind::VtdSecondStage39
+            | TableKind::VtdSecondStage
+            | TableKind::VtdSecondStage57
+            | TableKind::AmdV1 => &[FirstStage::X86_64, FirstStage::X86_64La57],
+            TableKind::Sv39 => &[FirstStage::Sv39],
+            TableKind::Sv48 => &[FirstStage::Sv39, FirstStage::Sv48],
+            TableKind::Sv57 => &[FirstStage::Sv39, FirstStage::Sv48, FirstStage::Sv57],
+            // These are first stages themselves.
+            TableKind::X86_64 | TableKind::X86_64La57 => &[],
+        }
     }
 
     /// An empty table of a derived kind, in which no leaf that cannot be cut while devices use it is larger than

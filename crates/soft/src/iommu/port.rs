@@ -3,7 +3,8 @@
 //! 1. A DMA section begins. What is found in it stays valid until it ends, and an unmap that wants to be sure
 //!    waits for that end.
 //! 2. The device's table is looked up. There is none: blocked.
-//! 3. The IOVA is translated by the table's own format, through the IOTLB.
+//! 3. The IOVA is translated by the table's own format, through the IOTLB. If the table is a guest's, what is remembered of it is
+//!    walked; a miss ends the section, is looked up in both stages, and the transfer goes on from there.
 //! 4. The leaf's permissions are checked against the direction. If the table records writes and this is one, the leaf is
 //!    marked, before anything is written. (A write that faults further on may have marked leaves in front of that.)
 //! 5. The output address leads to memory. Memory of this process is copied there and then, at most 64 KiB, and the
@@ -16,7 +17,7 @@
 //! operations ([`atomic`]) are one word.
 
 use super::faults::{FaultLog, Faults, Refused};
-use super::iotlb::{Iotlb, NativeTable};
+use super::iotlb::Iotlb;
 use super::kind::{radix, with_derived};
 use super::{Attachment, TableKind};
 use crate::dma::{DmaFault, DmaFaultReason, DmaPort};
@@ -32,11 +33,13 @@ mod atomic;
 mod borrow;
 mod copy;
 mod list;
+mod nested;
 mod snoop;
 
 pub use atomic::AtomicOperation;
 pub use borrow::PortBorrowError;
 pub use list::{DmaSegment, PartialTransfer};
+use nested::Misses;
 pub use snoop::Snooping;
 
 /// How many bytes are copied within one DMA section.
@@ -161,7 +164,7 @@ impl Port {
     /// Where an address leads, for a device model that wants to know no more.
     ///
     /// What it says holds until the section ends. An address that does not translate is no fault of the device, and
-    /// is not written down.
+    /// is not written down. One that a guest's table translates has to be [looked up](Self::resolve) before.
     ///
     /// ```
     /// # use ioasid::{Account, Backing, Bus, Device, Iova, Memory, Permissions, Rid, Space, Table, epoch};
@@ -243,7 +246,8 @@ impl Port {
         self.noted(match result {
             Ok(true) => Ok(()),
             Ok(false) => self.transfer_slowly(iova, transfer),
-            Err(fault) => Err(fault),
+            Err(refused) if refused.is_missed() => self.transfer_slowly(iova, transfer),
+            Err(refused) => Err(refused),
         })
     }
 
@@ -284,9 +288,12 @@ impl Port {
     fn transfer_slowly(&self, iova: u64, mut transfer: Transfer<'_>) -> Result<(), Refused> {
         let (length, access) = (transfer.length(), transfer.access());
         self.check(iova, length, access)?;
-        let mut done = 0;
+        let (mut done, mut misses) = (0, Misses::default());
         while done < length {
-            done += self.piece(iova + done, &mut transfer, done)?;
+            match self.piece(iova + done, &mut transfer, done) {
+                Ok(count) => done += count,
+                Err(refused) => self.resolve_missed(refused, access, &mut misses)?,
+            }
         }
         Ok(())
     }
@@ -296,20 +303,33 @@ impl Port {
         let Some(last) = length.checked_sub(1).map(|last| iova.checked_add(last)) else { return Ok(()) };
         let out_of_range = || self.refused(&epoch::dma(), access.fault(iova, DmaFaultReason::OutOfRange));
         let last = last.ok_or_else(out_of_range)?;
-        let mut at = iova;
-        loop {
-            let section = epoch::dma();
-            let table = self.table(&section, at, access)?;
-            for _ in 0..LOOKS {
-                let wanted = (last - at).saturating_add(1);
-                let translation = self.translation(&section, table, at, wanted, access);
-                let length = self.out_of(&section, table, translation)?.length;
-                if last - at < length {
-                    return Ok(());
+        let (mut at, mut misses) = (Some(iova), Misses::default());
+        while let Some(from) = at {
+            match self.check_some(from, last, access) {
+                Ok(next) => at = next,
+                Err(refused) => {
+                    // What is in front of it has been found.
+                    at = Some(refused.fault.iova);
+                    self.resolve_missed(refused, access, &mut misses)?;
                 }
-                at += length;
             }
         }
+        Ok(())
+    }
+
+    /// Does what one section allows of that; where to go on.
+    fn check_some(&self, mut at: u64, last: u64, access: Access) -> Result<Option<u64>, Refused> {
+        let section = epoch::dma();
+        let table = self.table(&section, at, access)?;
+        for _ in 0..LOOKS {
+            let translation = self.translation(&section, table, at, (last - at).saturating_add(1), access);
+            let length = self.out_of(&section, table, translation)?.length;
+            if last - at < length {
+                return Ok(None);
+            }
+            at += length;
+        }
+        Ok(Some(at))
     }
 
     /// Copies what one section allows of a transfer, of which `done` bytes have moved and the next is for `iova`.
@@ -422,10 +442,7 @@ impl Port {
         access: Access,
     ) -> Result<Translation, DmaFault> {
         let remembered = match self.attachment.kind {
-            TableKind::Native => {
-                let table = NativeTable { space: table.space(), section };
-                self.iotlb.translate(&table, iova, wanted, access.0)
-            }
+            TableKind::Native => self.iotlb.translate(table.native(section), iova, wanted, access.0),
             TableKind::VtdSecondStage39 | TableKind::VtdSecondStage | TableKind::VtdSecondStage57 => {
                 match radix::<VtdSecondStage>(table) {
                     Some(radix) => self.iotlb.translate(radix, iova, wanted, access.0),
@@ -436,7 +453,7 @@ impl Port {
         };
         let translation = match remembered {
             Some((oa, length)) => Translation { oa, length },
-            None => self.translate_from_root(section, table, iova, access)?,
+            None => self.translate_from_root(section, table, iova, wanted, access)?,
         };
         if table.is_recording() && access.0.contains(Attributes::WRITE) {
             record(table, iova, translation.length.min(wanted));
@@ -466,10 +483,14 @@ impl Port {
         section: &DmaSection,
         table: &Table,
         iova: u64,
+        wanted: u64,
         access: Access,
     ) -> Result<Translation, DmaFault> {
+        if table.nesting().is_some() {
+            return self.translate_nested(section, table, iova, wanted, access);
+        }
         let walked = match self.attachment.kind {
-            TableKind::Native => self.iotlb.walk(iova, &NativeTable { space: table.space(), section }),
+            TableKind::Native => self.iotlb.walk(iova, table.native(section)),
             kind => with_derived!(kind, table, radix => self.iotlb.walk(iova, radix))
                 .unwrap_or(Err(WalkFault::NotMapped(iova))),
         };

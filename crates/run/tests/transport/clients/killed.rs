@@ -56,6 +56,19 @@ impl Possessions {
         Possessions { descriptors, mapped: maps.lines().filter(|line| line.contains(NAME)).count(), state }
     }
 
+    /// When nothing has changed for a while.
+    fn at_rest() -> Possessions {
+        let start = Instant::now();
+        let (mut now, mut unchanged) = (Possessions::now(), 0);
+        while unchanged < 20 {
+            assert!(start.elapsed() < Duration::from_secs(60), "never at rest: {now:#?}");
+            thread::sleep(Duration::from_millis(5));
+            let before = std::mem::replace(&mut now, Possessions::now());
+            unchanged = if now == before { unchanged + 1 } else { 0 };
+        }
+        now
+    }
+
     /// Returns when the supervisor has just that again; what a death sets free is free soon.
     fn expect_again(&self, when: &str) {
         let start = Instant::now();
@@ -64,7 +77,7 @@ impl Possessions {
             if now == *self {
                 return;
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "{when}:\n{now:#?}\ninstead of\n{self:#?}");
+            assert!(start.elapsed() < Duration::from_secs(60), "{when}:\n{now:#?}\ninstead of\n{self:#?}");
             thread::sleep(Duration::from_millis(2));
         }
     }
@@ -151,7 +164,7 @@ pub(super) fn killed_in_the_middle_of_everything() {
     // The device is free, so the program is gone for good.
     drop(Machine::new());
     expect_files_in_server(0);
-    let before = Possessions::now();
+    let before = Possessions::at_rest();
     assert!(before.mapped == 0 && !before.state.contains("\"areas\""), "{before:#?}");
     for number in 1..24 {
         round(number);

@@ -62,7 +62,7 @@ pub(super) fn forks_and_the_last_close() {
     // A grandchild that outlives its parent, and is killed.
     let iommu = open_iommu();
     let child = fork(|| {
-        let grandchild = fork(|| thread::sleep(Duration::from_secs(60)));
+        let grandchild = fork(|| thread::sleep(Duration::from_secs(3600)));
         rustix::io::write(&writing, &grandchild.as_raw_pid().to_ne_bytes()).unwrap();
     });
     expect_success(child);
@@ -149,6 +149,12 @@ pub(super) fn exec_closes_and_inherits() {
     panic!("{error}");
 }
 
+/// What other threads were about when they died, the server may be about a moment longer.
+pub(super) fn after_exec_of_a_thread() {
+    expect_files_in_server(1);
+    after_exec();
+}
+
 pub(super) fn after_exec() {
     let numbers: Vec<i32> = std::env::args().skip(3).map(|number| number.parse().unwrap()).collect();
     assert_eq!(files_in_server(), 1);
@@ -176,7 +182,7 @@ pub(super) fn exec_by_another_thread() {
             thread::sleep(Duration::from_millis(20));
             allocate(&inherited).unwrap();
             let numbers = [closed.as_raw_fd().to_string(), inherited.as_raw_fd().to_string()];
-            panic!("{}", this_program("after_exec").args(numbers).exec());
+            panic!("{}", this_program("after_exec_of_a_thread").args(numbers).exec());
         });
     });
 }

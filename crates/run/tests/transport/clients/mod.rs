@@ -69,6 +69,7 @@ const PROGRAMS: &[(&str, fn())] = &[
     ("stall", disturbed::a_stalled_client_stops_nobody),
     ("stall_everything", disturbed::stalled_clients_have_half),
     ("after_exec", last_close::after_exec),
+    ("after_exec_of_a_thread", last_close::after_exec_of_a_thread),
     ("after_exec_with_device", devices::after_exec_with_device),
 ];
 

@@ -4,7 +4,7 @@
 //! Express knows 4 and 8 bytes for all three operations; its 16 bytes for compare-and-swap are left out, for want of a
 //! portable instruction.
 
-use super::{Access, Port, Reached};
+use super::{Access, Misses, Port, Reached};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::{Here, epoch};
 use std::sync::atomic::Ordering;
@@ -58,7 +58,7 @@ impl Port {
         &self,
         iova: u64,
         length: u64,
-        carry_out: impl FnOnce(&Here<'_>) -> Option<T>,
+        carry_out: impl Fn(&Here<'_>) -> Option<T>,
     ) -> Result<T, DmaFault> {
         let access = Access::READ_WRITE;
         let try_it = || {
@@ -76,6 +76,16 @@ impl Port {
             });
             self.out_of(&section, table, value)
         };
-        self.noted(try_it())
+        let mut misses = Misses::default();
+        let result = loop {
+            match try_it() {
+                Err(refused) => match self.resolve_missed(refused, access, &mut misses) {
+                    Ok(()) => {}
+                    Err(refused) => break Err(refused),
+                },
+                done => break done,
+            }
+        };
+        self.noted(result)
     }
 }

@@ -10,6 +10,9 @@ pub enum PortBorrowError {
     /// The device is attached to no address space, or was just taken from it.
     #[error("the device is attached to no address space")]
     Blocked,
+    /// The device is attached to a table of a guest's, which may change it without asking anybody.
+    #[error("nothing can be borrowed through a guest's table")]
+    Nested,
     /// The space does not lend it.
     #[error(transparent)]
     Borrow(#[from] BorrowError),
@@ -28,18 +31,22 @@ impl Port {
         permissions: Permissions,
         holder: Arc<dyn SliceHolder>,
     ) -> Result<BorrowedSlice, PortBorrowError> {
-        let space = self.space().ok_or(PortBorrowError::Blocked)?;
+        let space = self.lending_space()?;
         let slice = space.borrow(Iova::new(iova), length, permissions, holder)?;
         self.attachment.note_slice(slice.handle());
         // Who takes the device away looks at the notes afterwards.
-        match self.space() {
-            Some(now) if Arc::ptr_eq(&now, &space) => Ok(slice),
+        match self.lending_space() {
+            Ok(now) if Arc::ptr_eq(&now, &space) => Ok(slice),
             _ => Err(PortBorrowError::Blocked),
         }
     }
 
-    fn space(&self) -> Option<Arc<Space>> {
+    fn lending_space(&self) -> Result<Arc<Space>, PortBorrowError> {
         let section = epoch::dma();
-        self.attachment.table.load(&section).map(|table| table.space().clone())
+        let table = self.attachment.table.load(&section).ok_or(PortBorrowError::Blocked)?;
+        match table.nesting() {
+            None => Ok(table.space().clone()),
+            Some(_) => Err(PortBorrowError::Nested),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Copies from one place of a device's address space to another, by the device.
 
-use super::{Access, PIECE, Port, Reached, Refused, Transfer};
+use super::{Access, Misses, PIECE, Port, Reached, Refused, Transfer};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::epoch;
 
@@ -18,11 +18,17 @@ impl Port {
     fn try_copy(&self, source: u64, destination: u64, length: u64) -> Result<(), Refused> {
         self.check(source, length, Access::READ)?;
         self.check(destination, length, Access::WRITE)?;
-        let mut done = 0;
+        let (mut done, mut misses) = (0, Misses::default());
         let mut bounce = Vec::new();
         while done < length {
             let wanted = (length - done).min(PIECE);
-            done += self.copy_piece(source + done, destination + done, wanted, &mut bounce)?;
+            match self.copy_piece(source + done, destination + done, wanted, &mut bounce) {
+                Ok(count) => done += count,
+                Err(refused) => {
+                    let access = Access::of(&refused.fault);
+                    self.resolve_missed(refused, access, &mut misses)?;
+                }
+            }
         }
         Ok(())
     }

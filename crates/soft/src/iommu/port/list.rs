@@ -6,7 +6,7 @@
 //!
 //! Segments share DMA sections: one for every 64 KiB, or for every 256 segments if they are that small.
 
-use super::{PIECE, Port, Refused, Step, Transfer};
+use super::{Misses, PIECE, Port, Refused, Step, Transfer};
 use crate::dma::{DmaFault, DmaFaultReason};
 use ioasid::epoch;
 
@@ -97,9 +97,12 @@ impl Port {
         mut transfer: Transfer<'_>,
     ) -> Result<u64, PartialTransfer> {
         let mut position = Position { segments, offset: 0 };
-        let mut moved = 0;
+        let (mut moved, mut misses) = (0, Misses::default());
         while !position.segments.is_empty() && moved < transfer.length() {
-            let result = self.list_piece(&mut position, &mut transfer, &mut moved);
+            let result = match self.list_piece(&mut position, &mut transfer, &mut moved) {
+                Err(refused) => self.resolve_missed(refused, transfer.access(), &mut misses),
+                Ok(()) => Ok(()),
+            };
             self.noted(result).map_err(|fault| PartialTransfer { moved, fault })?;
         }
         Ok(moved)

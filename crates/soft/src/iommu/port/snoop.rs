@@ -6,7 +6,7 @@
 
 use super::{LOOKS, Port, Transfer, with_derived};
 use crate::dma::DmaFault;
-use ioasid::{Attributes, epoch};
+use ioasid::{Attributes, Coherency, epoch};
 
 /// What became of a request that asked not to snoop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,6 +64,13 @@ impl Port {
             let section = epoch::dma();
             let Some(table) = self.attachment.table.load(&section) else { break };
             next = None;
+            if table.nesting().is_some() {
+                // The second stage's leaves say so, if the table promises it.
+                match table.coherency() {
+                    Coherency::Enforced => break,
+                    Coherency::AsRequested => return Snooping::Bypassed,
+                }
+            }
             let mut at = from;
             for _ in 0..LOOKS {
                 // None: a native table.
