@@ -79,6 +79,11 @@ fn whoever_is_moved_takes_the_others_along() {
         let (here, there) = if round % 2 == 0 { (there, here) } else { (here, there) };
         assert_eq!([&here, &there], [&reserved[0], &reserved[1]]);
     }
+    // Where it is already it moves nobody.
+    let switches = &world.iommu.double.switches;
+    switches.fail(Call::Attach, 2);
+    devices[1].attach(&table).unwrap();
+    assert!(!switches.has_failed(Call::Attach));
     // To another table of the same space, too; and what was taken along is detached for itself.
     let another = Table::new(table.space(), &devices[0]).unwrap();
     devices[0].attach(&another).unwrap();
