@@ -54,7 +54,7 @@ fn a_group_does_not_move_where_one_of_it_would_be_incoherent() {
     let [disk, network] = [DISK, NETWORK].map(|rid| machine.bind(rid, &guest).unwrap());
     let spaces = [machine.space(), machine.space()];
     let enforcing = table(&spaces[0], &network);
-    [&disk, &network].map(|device| device.attach(&enforcing).unwrap());
+    [&disk, &network].iter().for_each(|device| device.attach(&enforcing).unwrap());
     // Requests of the disk snoop anyhow, so its own table need not have them do so.
     let refused = disk.attach(&table(&spaces[1], &disk)).unwrap_err();
     assert!(matches!(refused, AttachError::Incoherent(NETWORK)), "{refused}");
