@@ -24,7 +24,9 @@ const TABLES: u64 = 60 * M2;
 const ROOT: u64 = TABLES;
 /// Addresses of the device that the guest uses, from here on and from another GiB on.
 const AREAS: [u64; 2] = [0x40_0000_0000, 0x7fff_c000_0000];
-const AREA: u64 = 8 * M2;
+/// So few blocks of 2 MiB, and so few pages of each, are used on either side that all meet each other again and again.
+const BLOCKS: u64 = 3;
+const PAGES: u64 = 16;
 const STEPS: u32 = 1500;
 
 /// Where a page of the device's leads: an offset of the guest's memory object.
@@ -201,18 +203,20 @@ impl Guest {
     /// Something in the space changes: memory leaves and comes back, elsewhere perhaps, or is not to be written.
     fn change_second_stage(&self, random: &mut Random) {
         let length = if random.below(2) == 0 { K4 } else { M2 };
-        let at = random.below(TABLES / length) * length;
-        match random.below(4) {
+        let at = some_address(random) & !(length - 1);
+        let from = some_address(random) & !(length - 1);
+        match random.below(6) {
             0 => drop(self.physical.unmap(range(at, length)).unwrap()),
-            1 => {
+            1 => drop(self.physical.unmap_deferred(range(at, length)).unwrap()),
+            // In one step, if all of it is mapped.
+            2 => drop(self.physical.remap(Iova::new(at), &self.ram, from, length, RW)),
+            3 => {
                 self.physical.unmap(range(at, length)).unwrap();
-                let from = random.below(TABLES / length) * length;
                 self.physical.map(Iova::new(at), &self.ram, from, length, RW).unwrap();
             }
-            2 => {
+            4 => {
                 let permissions = if random.below(2) == 0 { Permissions::READ } else { RW };
-                // All of it has to be mapped.
-                let _ = self.physical.protect(range(at, length), permissions);
+                self.physical.protect(range(at, length), permissions).unwrap();
             }
             _ => {
                 // A page of tables: away and back, or read-only for a time.
@@ -241,22 +245,27 @@ impl Guest {
         match random.below(8) {
             0 => self.write_page(iova, 2, None),
             1 => {
-                let to = random.below(TABLES / M2) * M2;
+                let to = some_address(random) & !(M2 - 1);
                 self.write_page(iova, 2, Some((to, random.below(3) > 0)))
             }
             2 => self.write_page(iova, 1, None),
             // Outside of what it has been given, too.
             _ => {
-                let to = random.below(TABLES / K4 + 16) % (TABLES / K4 + 1) * K4;
-                let to = if to == TABLES { 1 << 40 } else { to };
+                let to = if random.below(20) == 0 { 1 << 40 } else { some_address(random) };
                 self.write_page(iova, 1, Some((to, random.below(3) > 0)))
             }
         }
     }
 }
 
+/// One of the guest's physical addresses.
+fn some_address(random: &mut Random) -> u64 {
+    random.below(BLOCKS) * M2 + random.below(PAGES) * K4
+}
+
+/// One of the device's.
 fn any_page(random: &mut Random) -> u64 {
-    AREAS[random.below(2) as usize] + random.below(AREA / K4) * K4
+    AREAS[random.below(2) as usize] + some_address(random)
 }
 
 fn nested(machine: &Machine, kind: TableKind, guest: &Guest) -> (Function, Arc<Table>) {
@@ -375,7 +384,6 @@ fn a_forgotten_invalidation_shows_nothing_outside_the_parent() {
 /// Memory leaves the parent while a device works through a shadow of it: when the unmap returns, no byte arrives any more.
 #[test]
 fn memory_leaves_below_a_device_that_works() {
-    const PAGES: u64 = 64;
     let machine = Machine::new();
     let mut guest = Guest::new(&machine, X86);
     let iova = |page: u64| AREAS[0] + page * K4;

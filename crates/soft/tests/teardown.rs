@@ -1,7 +1,8 @@
 //! Everything goes, in any order, while everybody is at work.
 //!
 //! A machine with devices that do DMA on several threads, by requester ID and by PASID; a thread that maps, unmaps, protects, splits
-//! and merges; a thread that attaches and replaces; one that takes PASIDs for another guest. Beside them what they work with is
+//! and merges; a thread that attaches and replaces, also to tables of the guest's over a space; one that takes PASIDs for another
+//! guest. Beside them what they work with is
 //! closed: spaces, memory, devices, sets of PASIDs, accounts, in an order that is drawn at random. Whoever has something in
 //! his hands keeps it until he is through, so the last one to let go may be anybody.
 //!
@@ -12,7 +13,8 @@
 use ioasid::pagetable::HeapTables;
 use ioasid::pasid::{Limit, Owner, Pasid, PasidSet, PasidSystem, Spid};
 use ioasid::{
-    Account, Backing, Bus, Device, Iova, IovaRange, Memory, PageSize, Permissions, Rid, Space, Table, epoch,
+    Account, Backing, Bus, Device, FirstStage, Iova, IovaRange, Memory, PageSize, Permissions, Rid, Space,
+    Table, epoch,
 };
 use ioasid_soft::dma::{DmaFaultReason, DmaPort};
 use ioasid_soft::iommu::{Port, SoftIommu, TableKind};
@@ -26,6 +28,10 @@ const M2: u64 = 2 << 20;
 /// Pages of each memory.
 const PAGES: u64 = 1024;
 const AT: u64 = 1 << 30;
+/// Where the guest has its tables, in both spaces, and how many pages they take.
+const TABLES: u64 = 2 << 30;
+const TABLE_PAGES: u64 = 5;
+const CHARGED: u64 = 2 * PAGES + TABLE_PAGES;
 /// How many transfers there are before anything goes.
 const BEFORE: u64 = 20;
 /// By then they have been made, however busy the machine is.
@@ -46,17 +52,33 @@ enum Thing {
     Account,
 }
 
-const THINGS: [Thing; 9] = [
+const THINGS: [Thing; 10] = [
     Thing::Space(0),
     Thing::Space(1),
     Thing::Memory(0),
     Thing::Memory(1),
+    Thing::Memory(2),
     Thing::Device(0),
     Thing::Device(1),
     Thing::Device(2),
     Thing::Guest,
     Thing::Account,
 ];
+
+/// Writes a table by which the same addresses lead to the same addresses of a space, for all pages from [`AT`] on.
+fn write_tables(backing: &Backing) {
+    // P, R/W, U/S of x86-64; what is used is marked by whoever uses it.
+    const ENTRY: u64 = 7;
+    let set = |page: u64, index: u64, entry: u64| {
+        backing.write(page * PAGE + index * 8, &(entry | ENTRY).to_le_bytes()).unwrap();
+    };
+    set(0, 0, TABLES + PAGE);
+    set(1, AT >> 30, TABLES + 2 * PAGE);
+    for page in 0..PAGES {
+        set(2, page / 512, TABLES + (3 + page / 512) * PAGE);
+        set(3 + page / 512, page % 512, AT + page * PAGE);
+    }
+}
 
 /// Registered memory, which is filled with [`GONE`] by whoever lets go last.
 struct Lent {
@@ -72,8 +94,9 @@ impl Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
+        let pages = self.memory().length() / PAGE;
         self.memory = None;
-        for page in 0..PAGES {
+        for page in 0..pages {
             self.backing.write(page * PAGE, &[GONE; 64]).unwrap();
         }
     }
@@ -107,7 +130,8 @@ struct Machine {
     system: Arc<PasidSystem>,
     limit: Limit,
     spaces: [Slot<Space>; 2],
-    memories: [Slot<Lent>; 2],
+    /// The last one has the guest's tables.
+    memories: [Slot<Lent>; 3],
     devices: [Slot<Device>; 3],
     guest: Slot<PasidSet>,
     account: Slot<Account>,
@@ -139,11 +163,19 @@ fn some_pages(random: &mut Random) -> IovaRange {
 }
 
 impl Machine {
-    fn new(backings: &[Arc<Backing>; 2], account: Account, system: &Arc<PasidSystem>) -> Machine {
+    fn new(backings: &[Arc<Backing>; 3], account: Account, system: &Arc<PasidSystem>) -> Machine {
         let bus = backings[0].bus();
         let iommu = SoftIommu::new();
+        let spaces = [0, 1].map(|_| Space::new(bus));
         let memories = backings.each_ref().map(|backing| {
-            let memory = Memory::register(backing, 0, PAGES * PAGE, &account).unwrap();
+            let memory = Memory::register(backing, 0, backing.length().unwrap(), &account).unwrap();
+            if backing.length() == Some(TABLE_PAGES * PAGE) {
+                write_tables(backing);
+                for space in &spaces {
+                    let (at, length) = (Iova::new(TABLES), TABLE_PAGES * PAGE);
+                    space.map(at, &memory, 0, length, Permissions::READ_WRITE).unwrap();
+                }
+            }
             Slot::new(Lent { memory: Some(memory), backing: backing.clone() })
         });
         let rid = |number: usize| Rid(8 * (1 + number as u16));
@@ -157,7 +189,7 @@ impl Machine {
             ports.extend((0..3).map(|device| iommu.port_with_pasid(rid(device), pasid).unwrap()));
         }
         Machine {
-            spaces: [0, 1].map(|_| Slot::of(Space::new(bus))),
+            spaces: spaces.map(Slot::of),
             devices: [0, 1, 2].map(|number| Slot::new(Device::new(iommu.clone(), rid(number)).unwrap())),
             memories,
             guest: Slot::new(guest),
@@ -207,7 +239,10 @@ impl Machine {
                 Err(fault) => assert!(
                     matches!(
                         fault.reason,
-                        DmaFaultReason::NotMapped | DmaFaultReason::Blocked | DmaFaultReason::NoPermission
+                        DmaFaultReason::NotMapped
+                            | DmaFaultReason::Blocked
+                            | DmaFaultReason::NoPermission
+                            | DmaFaultReason::SecondStage { .. }
                     ),
                     "{fault}"
                 ),
@@ -223,7 +258,7 @@ impl Machine {
             // Others are at the same places, and memory may not be there any more: what comes of it, the devices see.
             match random.below(8) {
                 0..3 => {
-                    let Some(lent) = random.of(&self.memories).get() else { continue };
+                    let Some(lent) = random.of(&self.memories[..2]).get() else { continue };
                     let (iova, offset, length) = match random.below(3) {
                         0 => (AT, 0, 2 * M2),
                         _ => (pages.first(), random.below(PAGES - 8) * PAGE, PAGE * (1 + random.below(8))),
@@ -237,8 +272,10 @@ impl Machine {
                 6 => drop(space.merge(pages)),
                 _ => {
                     let Some(device) = random.of(&self.devices).get() else { continue };
-                    if let Some(table) = device.table() {
-                        table.split(pages, PageSize::SIZE_4K).unwrap();
+                    let Some(table) = device.table() else { continue };
+                    match table.nesting() {
+                        Some(nesting) => nesting.invalidate(pages),
+                        None => table.split(pages, PageSize::SIZE_4K).unwrap(),
                     }
                 }
             }
@@ -250,7 +287,12 @@ impl Machine {
         while !self.is_over() {
             let Some(device) = random.of(&self.devices).get() else { continue };
             let Some(space) = random.of(&self.spaces).get() else { continue };
-            let table = Table::for_device(&space, &device).unwrap();
+            // Of the three devices one has tables that are a first stage themselves.
+            let nested = Table::nested(&space, &device, FirstStage::X86_64, Iova::new(TABLES));
+            let table = match nested {
+                Ok(table) if random.below(2) == 0 => table,
+                _ => Table::for_device(&space, &device).unwrap(),
+            };
             let number = Spid::new(NUMBERS.start + random.below(NUMBERS.len() as u64) as u32).unwrap();
             match random.below(8) {
                 0..3 => device.attach(&table).unwrap(),
@@ -288,11 +330,12 @@ impl Machine {
 /// A guest's life, and its end in this order.
 fn tear_down(order: &[Thing], seed: u64, pause: u64) -> u64 {
     let bus = Bus::new();
-    let backings = [0, 1].map(|_| Backing::anonymous(&bus, PAGES * PAGE).unwrap());
+    let lengths = [PAGES, PAGES, TABLE_PAGES];
+    let backings = lengths.map(|pages| Backing::anonymous(&bus, pages * PAGE).unwrap());
     let system = PasidSystem::new(1 << 12).unwrap();
-    let user = Account::new("user", Some(2 * PAGES));
+    let user = Account::new("user", Some(CHARGED));
     let machine = Machine::new(&backings, user.child("guest", None), &system);
-    assert_eq!(user.charged_pages(), 2 * PAGES);
+    assert_eq!(user.charged_pages(), CHARGED);
     let random = |number: u64| Random(seed.wrapping_mul(31).wrapping_add(number));
     let works: [Box<dyn FnOnce() + Send + '_>; 5] = [
         Box::new(|| machine.dma(random(0))),
@@ -347,10 +390,10 @@ fn tear_down(order: &[Thing], seed: u64, pause: u64) -> u64 {
         assert_eq!(port.read(AT, &mut [0]).unwrap_err().reason, DmaFaultReason::Blocked);
     }
     let Machine { iommu, ports, limit, .. } = machine;
-    assert_eq!((user.charged_pages(), user.peak_pages()), (0, 2 * PAGES));
+    assert_eq!((user.charged_pages(), user.peak_pages()), (0, CHARGED));
     for backing in &backings {
-        assert_eq!(backing.holds(0, PAGES * PAGE), 0..=0);
-        for page in 0..PAGES {
+        assert_eq!(backing.holds(0, backing.length().unwrap()), 0..=0);
+        for page in 0..backing.length().unwrap() / PAGE {
             let mut bytes = [0; 64];
             backing.read(page * PAGE, &mut bytes).unwrap();
             assert_eq!(bytes, [GONE; 64], "a device has written to memory that has gone");
