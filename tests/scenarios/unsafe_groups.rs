@@ -10,7 +10,7 @@
 //! - Here binding a device asks for the whole group in one step, and blocks it. What is refused names the device in the way and what it
 //!   is doing. There is no object for a group that anybody has to open.
 
-use crate::machine::{Function, K4, Machine, RW, number_pages};
+use crate::machine::{Function, K4, Machine, RW, beside, number_pages};
 use crate::program::{BUFFER, FIXED, PAGE, Program, READ, WRITE};
 use ioasid::{
     Account, AttachError, Bus, Device, DeviceError, DeviceOwner, DriverClaim, InTheWay, Iova, Rid, Space,
@@ -107,6 +107,14 @@ fn what_cannot_be_told_apart_goes_one_way_or_is_blocked() {
     assert!(matches!(refused, AttachError::SharedRequester { device: MODEM, other: SOUND, .. }), "{refused}");
     assert_eq!(modem.read(AT), Ok(1));
     modem.attach(&one);
+    // Once both are there, either takes the other along, and the other one's requests find the one space or the other.
+    let neighbour = |_| assert!(matches!(modem.read(AT), Ok(1 | 2)));
+    beside(&[&neighbour], || {
+        for round in 0..200 {
+            sound.attach([&two, &one][round % 2]);
+        }
+    });
+    assert_eq!(modem.read(AT), Ok(1));
     sound.device.detach();
     assert_eq!(modem.read(AT), Ok(1), "it is attached itself");
     modem.device.detach();

@@ -68,10 +68,8 @@ pub enum DeviceError {
 }
 
 struct Routes {
-    /// Its place in its group, until it is unbound.
+    /// Its place in its group, until it is unbound. The route of requests without a PASID is there: it may move with others.
     membership: Option<Membership>,
-    /// That of requests without a PASID.
-    plain: Option<Route>,
     pasids: PasidRoutes,
     reservations: Reservations,
 }
@@ -111,11 +109,10 @@ impl Device {
     /// The IOMMU has no such device; there is a `Device` for it; or its group is not viable, and says why.
     pub fn bind(iommu: Arc<dyn Iommu>, rid: Rid, owner: &DeviceOwner) -> Result<Device, DeviceError> {
         let requirements = iommu.requirements(rid).ok_or(DeviceError::Unknown(rid))?;
-        let membership = Membership::bind(&iommu, rid, owner)?;
+        let membership = Membership::bind(&iommu, rid, &requirements, owner)?;
         let (owner, group) = (owner.clone(), Arc::clone(membership.group()));
         let routes = Routes {
             membership: Some(membership),
-            plain: None,
             pasids: PasidRoutes::default(),
             reservations: Reservations::default(),
         };
@@ -195,21 +192,7 @@ impl Device {
 
     /// Whether the device can be attached to the table, as far as that depends on the kinds of both.
     pub fn can_use(&self, table: &Table) -> Result<(), AttachError> {
-        let class = Some(table.class());
-        let Requirements { class: plain, snooping_class, no_snoop, .. } = self.requirements;
-        let nested = match table.class() {
-            TableClass::Nested(first_stage) => self.iommu.first_stages(self.rid).contains(&first_stage),
-            TableClass::Native | TableClass::Derived { .. } => false,
-        };
-        if !nested && class != Some(plain) && class != snooping_class {
-            return Err(AttachError::Incompatible);
-        }
-        // Over a second stage that has accesses snoop, they do whatever the first stage says.
-        let snoops = class == snooping_class || nested && snooping_class.is_some();
-        if no_snoop && table.coherency() == Coherency::Enforced && !snoops {
-            return Err(AttachError::Incoherent(self.rid));
-        }
-        Ok(())
+        self.requirements.are_met_by(table, self.rid, &*self.iommu)
     }
 
     pub(crate) fn iommu(&self) -> &Arc<dyn Iommu> {
@@ -223,32 +206,37 @@ impl Device {
     /// Attaches the device's requests without a PASID to a table, or moves them there in one step from the one that they are
     /// attached to. On an error they stay where they were.
     ///
-    /// Requests of devices that share the requester ID go the same way.
+    /// Requests of devices that share the requester ID go the same way. Moving the device moves what is attached of its group to the
+    /// same table, all or none, unless its owner [accepts](DeviceOwner::accepting_peers) that they are apart and they have
+    /// requester IDs of their own.
     ///
     /// # Errors
-    /// The table is not for the device, or something is mapped where it can have no mapping; or another device of the group
-    /// is attached where that does not go together with this, and is named.
+    /// The table is not for the device or for one that would move with it, or something is mapped where one of them can have no
+    /// mapping; or another device of the group is attached where that does not go together with this, and is named. (A device that
+    /// an IOMMU has moved, and refuses to move back when the next one fails, is blocked, and has no [`table`](Self::table).)
     pub fn attach(&self, table: &Arc<Table>) -> Result<(), AttachError> {
         let mut routes = self.routes();
-        let Routes { membership, plain, reservations, .. } = &mut *routes;
-        let carry_out = || self.iommu.attach(self.rid, table);
+        let Routes { membership, reservations, .. } = &mut *routes;
         let membership = membership.as_ref().ok_or(AttachError::Unbound(self.rid))?;
-        *plain = Some(membership.attach(table, || self.route(reservations, table, carry_out))?);
-        Ok(())
+        membership.attach(table, || self.route(reservations, table))
     }
 
     /// Blocks the device's requests without a PASID; when this returns, none is running. Nothing happens if they are not attached.
     ///
     /// As long as another device is attached that shares the requester ID, requests with that ID go on.
     pub fn detach(&self) {
-        self.routes().detach();
+        if let Some(membership) = &self.routes().membership {
+            membership.detach();
+        }
     }
 
     /// Gives the device back, as dropping it does: for an owner who cannot tell whether somebody is still looking at it. All its
     /// requests are blocked, and somebody else may bind it. From now on it cannot be attached.
     pub fn unbind(&self) {
         let mut routes = self.routes();
-        routes.detach();
+        if let Some(membership) = &routes.membership {
+            membership.detach();
+        }
         for (binding, route) in routes.pasids.take() {
             self.iommu.block_pasid(self.rid, binding.pasid());
             drop(route);
@@ -258,7 +246,7 @@ impl Device {
 
     /// The table that requests without a PASID are attached to.
     pub fn table(&self) -> Option<Arc<Table>> {
-        self.routes().plain.as_ref().map(|route| route.table.clone())
+        self.routes().membership.as_ref()?.table()
     }
 
     /// Attaches the device's requests with a PASID to a table. `number` is what the device's user calls the PASID, at this device.
@@ -301,8 +289,8 @@ impl Device {
             return Err(AttachError::PasidTaken { device: self.rid, pasid, number });
         }
         routes.membership.as_ref().ok_or(AttachError::Unbound(self.rid))?.check_pasids()?;
-        let carry_out = || self.iommu.attach_pasid(self.rid, pasid, table);
-        let route = self.route(&mut routes.reservations, table, carry_out)?;
+        let route = self.route(&mut routes.reservations, table)?;
+        self.iommu.attach_pasid(self.rid, pasid, table)?;
         routes.pasids.insert(number, binding, route);
         Ok(())
     }
@@ -316,8 +304,8 @@ impl Device {
         let mut routes = self.routes();
         let missing = AttachError::NoSuchPasid { device: self.rid, number };
         let pasid = routes.pasids.pasid(number).ok_or(missing)?;
-        let carry_out = || self.iommu.attach_pasid(self.rid, pasid, table);
-        let new = self.route(&mut routes.reservations, table, carry_out)?;
+        let new = self.route(&mut routes.reservations, table)?;
+        self.iommu.attach_pasid(self.rid, pasid, table)?;
         drop(routes.pasids.replace(number, new));
         Ok(())
     }
@@ -342,26 +330,11 @@ impl Device {
         self.routes().pasids.table(number).cloned()
     }
 
-    /// Sets up a route to `table` and has the IOMMU carry it out. On an error everything is as it was.
-    fn route(
-        &self,
-        reservations: &mut Reservations,
-        table: &Arc<Table>,
-        carry_out: impl FnOnce() -> Result<(), AttachError>,
-    ) -> Result<Route, AttachError> {
+    /// A route to `table`, which the IOMMU has yet to be told.
+    fn route(&self, reservations: &mut Reservations, table: &Arc<Table>) -> Result<Route, AttachError> {
         self.can_use(table)?;
-        let _reserved = reservations.of(table.space(), &self.requirements.reserved)?;
-        carry_out()?;
-        Ok(Route { table: table.clone(), _reserved })
-    }
-}
-
-impl Routes {
-    fn detach(&mut self) {
-        if let (Some(old), Some(membership)) = (self.plain.take(), &self.membership) {
-            membership.detach();
-            drop(old);
-        }
+        let reserved = reservations.of(table.space(), &self.requirements.reserved)?;
+        Ok(Route { table: table.clone(), reserved })
     }
 }
 

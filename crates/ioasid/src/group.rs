@@ -21,6 +21,15 @@
 //! owner. Devices whose requests have the same ID have one route. As soon as one of them is attached, the requests of all
 //! of them go there, and until it is detached none can be attached elsewhere.
 //!
+//! # Moving together
+//!
+//! Devices that must be in one place can only leave it together. So a device that is attached to another table takes along what
+//! is attached of its group to the one that it leaves, all or none: a device whose owner accepts that others are elsewhere takes only
+//! those whose requests have the same ID. First it is made sure that each of them can use the new table and keeps its reserved
+//! addresses there, then one is moved after the other, and if the IOMMU refuses one, those before it are sent back. DMA of
+//! each goes through the one table or the other all the time. Nobody but the group's owner is concerned, and each device can be
+//! detached for itself, wherever it was taken.
+//!
 //! # Whose fault it was
 //!
 //! An IOMMU that reports a fault knows a requester ID. What the device's user has given when it was bound, its
@@ -29,7 +38,8 @@
 //! and none if they do not.
 
 use crate::device::DeviceError;
-use crate::iommu::{AttachError, Iommu, Rid};
+use crate::iommu::{AttachError, Iommu, Requirements, Rid};
+use crate::route::Route;
 use crate::sync::{Mutex, MutexGuard, PoisonError, global};
 use crate::table::Table;
 use std::collections::BTreeMap;
@@ -178,9 +188,17 @@ pub(crate) struct Group {
 #[derive(Debug)]
 struct Bound {
     requester: Rid,
+    requirements: Requirements,
     cookie: Option<u64>,
-    /// What it is attached to.
-    table: Option<Arc<Table>>,
+    /// Where requests without a PASID go, if it is attached.
+    route: Option<Route>,
+}
+
+impl Bound {
+    /// The table that it is attached to.
+    fn table(&self) -> Option<&Arc<Table>> {
+        self.route.as_ref().map(|route| &route.table)
+    }
 }
 
 /// A device's place in its group, from when it is bound until it is unbound.
@@ -197,6 +215,7 @@ impl Membership {
     pub(crate) fn bind(
         iommu: &Arc<dyn Iommu>,
         rid: Rid,
+        requirements: &Requirements,
         owner: &DeviceOwner,
     ) -> Result<Membership, DeviceError> {
         let group = take(iommu, rid, Claim::Bound(owner.clone()))?;
@@ -204,7 +223,8 @@ impl Membership {
         let membership = Membership { iommu: Arc::clone(iommu), rid, requester, owner: owner.clone(), group };
         let mut bound = membership.group.bound();
         membership.group.block_idle(iommu, &bound);
-        bound.insert(rid, Bound { requester, cookie: None, table: None });
+        let requirements = requirements.clone();
+        bound.insert(rid, Bound { requester, requirements, cookie: None, route: None });
         membership.tell_cookie(&bound);
         drop(bound);
         Ok(membership)
@@ -231,40 +251,87 @@ impl Membership {
         &self.group
     }
 
-    /// Whether the device can be attached to this table, and if so has it attached; no other device of the group is
-    /// attached meanwhile.
-    pub(crate) fn attach<T>(
+    /// The table that the device is attached to.
+    pub(crate) fn table(&self) -> Option<Arc<Table>> {
+        self.group.bound().get(&self.rid).and_then(Bound::table).cloned()
+    }
+
+    /// Attaches the device to a table, with a route that is made when the group agrees, or moves it there with all that have to move
+    /// along. No other device of the group is attached meanwhile.
+    pub(crate) fn attach(
         &self,
         table: &Arc<Table>,
-        carry_out: impl FnOnce() -> Result<T, AttachError>,
-    ) -> Result<T, AttachError> {
+        own_route: impl FnOnce() -> Result<Route, AttachError>,
+    ) -> Result<(), AttachError> {
         let mut bound = self.group.bound();
-        for (other, its) in bound.iter().filter(|(other, _)| **other != self.rid) {
-            let (device, other) = (self.rid, *other);
-            let Some(theirs) = &its.table else { continue };
-            if its.requester == self.requester && !Arc::ptr_eq(theirs, table) {
-                return Err(AttachError::SharedRequester { device, other, requester: self.requester });
+        let along = self.taken_along(&bound, table)?;
+        let mut routes = vec![(self.rid, own_route()?)];
+        for (other, its, route) in along {
+            its.requirements.are_met_by(table, other, &*self.iommu)?;
+            routes.push((other, route.moved(table, &its.requirements.reserved)?));
+        }
+        for (moved, (rid, _)) in routes.iter().enumerate() {
+            if let Err(error) = self.iommu.attach(*rid, table) {
+                self.send_back(&mut bound, &routes[..moved]);
+                return Err(error);
             }
-            if !self.owner.0.accepts_peers && !Arc::ptr_eq(theirs.space(), table.space()) {
+        }
+        let moved = routes.into_iter();
+        let former: Vec<Option<Route>> =
+            moved.map(|(rid, route)| bound.get_mut(&rid).and_then(|its| its.route.replace(route))).collect();
+        drop(bound);
+        // With their tables, perhaps, and what was reserved.
+        drop(former);
+        Ok(())
+    }
+
+    /// What has to move along when the device is attached to a table.
+    fn taken_along<'a>(
+        &self,
+        bound: &'a BTreeMap<Rid, Bound>,
+        table: &Arc<Table>,
+    ) -> Result<Vec<(Rid, &'a Bound, &'a Route)>, AttachError> {
+        let own = bound.get(&self.rid).and_then(Bound::table);
+        let leaves = own.filter(|own| !Arc::ptr_eq(own, table));
+        let mut along = Vec::new();
+        for (&other, its) in bound.iter().filter(|(other, _)| **other != self.rid) {
+            let Some(route) = &its.route else { continue };
+            let device = self.rid;
+            let inseparable = its.requester == self.requester;
+            let together = inseparable || !self.owner.0.accepts_peers;
+            if together && leaves.is_some_and(|leaves| Arc::ptr_eq(leaves, &route.table)) {
+                along.push((other, its, route));
+            } else if inseparable && !Arc::ptr_eq(&route.table, table) {
+                return Err(AttachError::SharedRequester { device, other, requester: self.requester });
+            } else if together && !Arc::ptr_eq(route.table.space(), table.space()) {
                 return Err(AttachError::NotIsolated { device, other });
             }
         }
-        let result = carry_out()?;
-        if let Some(own) = bound.get_mut(&self.rid) {
-            own.table = Some(Arc::clone(table));
-        }
-        Ok(result)
+        Ok(along)
     }
 
-    /// Blocks the device's requests, unless they cannot be told from those of another device that is attached.
+    /// Sends devices back to where their routes lead. What cannot be sent back is blocked, and attached to nothing.
+    fn send_back(&self, bound: &mut BTreeMap<Rid, Bound>, moved: &[(Rid, Route)]) {
+        for (rid, _) in moved {
+            let Some(its) = bound.get(rid) else { continue };
+            let requester = its.requester;
+            if its.table().is_some_and(|table| self.iommu.attach(*rid, table).is_err()) {
+                self.iommu.block(*rid);
+                bound.values_mut().filter(|its| its.requester == requester).for_each(|its| its.route = None);
+            }
+        }
+    }
+
+    /// Blocks the device's requests, unless they cannot be told from those of another device that is attached. Nothing happens if it is
+    /// attached to nothing.
     pub(crate) fn detach(&self) {
         let mut bound = self.group.bound();
-        if let Some(own) = bound.get_mut(&self.rid) {
-            own.table = None;
-        }
-        if !Group::is_used(&bound, self.requester) {
+        let former = bound.get_mut(&self.rid).and_then(|own| own.route.take());
+        if former.is_some() && !Group::is_used(&bound, self.requester) {
             self.iommu.block(self.rid);
         }
+        drop(bound);
+        drop(former);
     }
 
     /// Whether the device may use PASIDs, which lead to address spaces that no other device of its group uses.
@@ -304,7 +371,7 @@ impl Group {
     }
 
     fn is_used(bound: &BTreeMap<Rid, Bound>, requester: Rid) -> bool {
-        bound.values().any(|bound| bound.requester == requester && bound.table.is_some())
+        bound.values().any(|bound| bound.requester == requester && bound.route.is_some())
     }
 
     fn block_idle(&self, iommu: &Arc<dyn Iommu>, bound: &BTreeMap<Rid, Bound>) {

@@ -73,6 +73,31 @@ pub struct Requirements {
     pub no_snoop: bool,
 }
 
+impl Requirements {
+    /// Whether a table serves a device of the IOMMU that has these requirements, as far as that depends on the kinds of both.
+    pub(crate) fn are_met_by(
+        &self,
+        table: &Table,
+        device: Rid,
+        iommu: &dyn Iommu,
+    ) -> Result<(), AttachError> {
+        let class = Some(table.class());
+        let nested = match table.class() {
+            TableClass::Nested(first_stage) => iommu.first_stages(device).contains(&first_stage),
+            TableClass::Native | TableClass::Derived { .. } => false,
+        };
+        if !nested && class != Some(self.class) && class != self.snooping_class {
+            return Err(AttachError::Incompatible);
+        }
+        // Over a second stage that has accesses snoop, they do whatever the first stage says.
+        let snoops = class == self.snooping_class || nested && self.snooping_class.is_some();
+        if self.no_snoop && table.coherency() == Coherency::Enforced && !snoops {
+            return Err(AttachError::Incoherent(device));
+        }
+        Ok(())
+    }
+}
+
 /// Why a device was not attached, or a table not made. Everything is as before.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
@@ -130,8 +155,8 @@ pub enum AttachError {
         "requests of device {0} can bypass the CPU's caches, and the table does not prevent it although it has to"
     )]
     Incoherent(Rid),
-    /// Requests of the device cannot be told from those of another one, which is attached to another table. They have to be
-    /// attached to the same, or the other one be detached first.
+    /// Requests of the device cannot be told from those of another one, which is attached to another table. It has to be
+    /// attached to the same first, and can be moved from there, which takes the other one along.
     #[error("device {device} cannot be attached apart from {other}: both make requests as {requester}")]
     SharedRequester {
         /// The device.
@@ -354,7 +379,10 @@ pub trait Iommu: Send + Sync + fmt::Debug {
     ///
     /// Requests of all devices with the same [requester](Self::requester) ID go the same way.
     ///
-    /// The engine makes no two calls for one device, or for devices of one group, at the same time.
+    /// The engine makes no two calls for one device, or for devices of one group, at the same time. Devices that are moved together
+    /// are moved one by one, each with a call of its own. If one of these fails, the others are sent back by the same means, which should
+    /// succeed: the device was there a moment ago, and nothing has changed about the table. What cannot even be sent back is
+    /// blocked.
     fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError>;
 
     /// From now on, what the IOMMU reports of the device's requests, with PASIDs too, says this cookie of its user's; `None`: none.

@@ -22,7 +22,7 @@ const FEW_SPACES: usize = 64;
 pub(crate) struct Route {
     pub(crate) table: Arc<Table>,
     /// Held for as long as the route lasts.
-    pub(crate) _reserved: Arc<Reserved>,
+    pub(crate) reserved: Arc<Reserved>,
 }
 
 /// That a space keeps a device's reserved addresses free.
@@ -32,9 +32,27 @@ pub(crate) struct Reserved {
     owner: ReservationOwner,
 }
 
+impl Reserved {
+    /// Keeps addresses of a space free for a device.
+    fn new(space: &Arc<Space>, ranges: &[IovaRange]) -> Result<Arc<Reserved>, AttachError> {
+        let owner = ReservationOwner::Device(RESERVATIONS.fetch_add(1, Ordering::Relaxed));
+        space.reserve_all(ranges, owner)?;
+        Ok(Arc::new(Reserved { space: Arc::clone(space), owner }))
+    }
+}
+
 impl Drop for Reserved {
     fn drop(&mut self) {
         self.space.unreserve(self.owner);
+    }
+}
+
+impl Route {
+    /// Where the route leads when it is moved to `table` together with another device's, whose own [`Reservations`] are not at hand.
+    pub(crate) fn moved(&self, table: &Arc<Table>, ranges: &[IovaRange]) -> Result<Route, AttachError> {
+        let stays = Arc::ptr_eq(&self.reserved.space, table.space());
+        let reserved = if stays { self.reserved.clone() } else { Reserved::new(table.space(), ranges)? };
+        Ok(Route { table: table.clone(), reserved })
     }
 }
 
@@ -56,9 +74,7 @@ impl Reservations {
         if let Some(reserved) = self.by_space.get(&space.id()).and_then(Weak::upgrade) {
             return Ok(reserved);
         }
-        let owner = ReservationOwner::Device(RESERVATIONS.fetch_add(1, Ordering::Relaxed));
-        space.reserve_all(ranges, owner)?;
-        let reserved = Arc::new(Reserved { space: Arc::clone(space), owner });
+        let reserved = Reserved::new(space, ranges)?;
         if self.by_space.len() >= self.limit {
             self.by_space.retain(|_, reserved| reserved.strong_count() > 0);
             self.limit = (2 * self.by_space.len()).max(FEW_SPACES);

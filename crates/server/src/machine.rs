@@ -4,7 +4,7 @@
 //! property. Devices stand alone on bus 0, unless the options put several behind a bridge to conventional PCI, which makes a group of
 //! them. A device model is given the ports through which it does DMA, and knows nothing else of all this.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU8;
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use ioasid_soft::iommu::{Bridge, SoftIommu, Topology, TopologyError};
 use ioasid_soft::pci::PciDevice;
 
 use crate::dma::{DevicePasids, DevicePort, DmaFaults};
+use crate::iommufd::device::PlainRoute;
 use crate::observer::{Observer, WatchedDevice};
 use crate::vfio::MachineDevice;
 use crate::{DeviceOptions, ServerError};
@@ -36,6 +37,8 @@ pub(crate) fn devices(
         return Err(ServerError::TooManyDevices { asked: options.len(), most: LARGEST_COUNT });
     }
     let iommu = SoftIommu::with_topology(topology(&options)?);
+    // All groups of this machine are of devices that share a requester ID, and with it their way.
+    let mut routes: BTreeMap<Rid, Arc<PlainRoute>> = BTreeMap::new();
     let device = |((number, options), slot): ((usize, DeviceOptions), u16)| {
         let bus = options.conventional_bus.map_or(0, NonZeroU8::get);
         let rid = Rid(u16::from(bus) << 8 | slot << 3);
@@ -66,6 +69,7 @@ pub(crate) fn devices(
             _ => Arc::new(Edu::with_pasids(Arc::new(plain), Arc::new(pasids), edu_options)?),
         };
         let iommu = Arc::clone(&iommu) as Arc<dyn Iommu>;
+        let plain = Arc::clone(routes.entry(iommu.requester(rid)).or_default());
         Ok(Arc::new(MachineDevice {
             number,
             rid,
@@ -74,6 +78,7 @@ pub(crate) fn devices(
             iommu,
             pasid_bits,
             bound: false.into(),
+            plain,
             complained: false.into(),
             watched,
         }))

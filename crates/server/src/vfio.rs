@@ -2,23 +2,24 @@
 //!
 //! Opening the file gives nothing yet. BIND ties the device to an open `/dev/iommu`, exclusively: one file at a time,
 //! until that file is closed. Only then do the other calls work. ATTACH points the device's DMA at an address space or
-//! a page table of that context; attaching again replaces it in one step; DETACH blocks it. With a PASID, both mean the
-//! device's requests that have this PASID, which go their own way.
+//! a page table of that context; attaching again replaces it in one step; DETACH blocks it. Devices that cannot be told apart go
+//! one way, and what is done to one of them is done to all. With a PASID, both mean the device's requests that have this PASID,
+//! which go their own way.
 //!
 //! The context is the device's owner: devices of one group can only be bound to the same, and EPERM comes with a line in the log
 //! that names the one in the way.
 //!
 //! ```text
 //!   DeviceFile ──► Binding ──► Context            kept alive by the binding
-//!      │             └──────► BoundDevice ──► Held<Hwpt>    what the device is attached to
+//!      │             └──────► BoundDevice ──► PlainRoute ──► Held<Hwpt>    what the device is attached to
 //!      └──► MachineDevice     (also in the context's table of objects)
 //! ```
 //!
 //! The device model answers for its regions; this module turns its refusals into error numbers.
 //!
 //! # Locks
-//! A file's `state` and a device's `attached` are outermost: ATTACH holds `attached` while it takes the address
-//! space's lock, and that in turn the object table's. Neither is held while client memory is accessed.
+//! A file's `state`, a device's `pasids` and then its `plain` route are outermost: ATTACH holds the latter two while it takes the
+//! address space's lock, and that in turn the object table's. None is held while client memory is accessed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -35,7 +36,7 @@ use rustix::io::Errno;
 use crate::argument;
 use crate::dma::DmaFaults;
 use crate::iommufd::Context;
-use crate::iommufd::device::{BoundDevice, PasidAttach};
+use crate::iommufd::device::{BoundDevice, PasidAttach, PlainRoute};
 use crate::iommufd::objects::{Counted, Object};
 use crate::observer::WatchedDevice;
 use crate::poison::lock;
@@ -59,6 +60,8 @@ pub(crate) struct MachineDevice {
     /// How many bits its PASIDs have; 0: it has none.
     pub(crate) pasid_bits: u32,
     pub(crate) bound: AtomicBool,
+    /// Where its requests without a PASID go, and those of all devices with the same requester ID.
+    pub(crate) plain: Arc<PlainRoute>,
     /// Whether it was said why it is not bound; once is enough.
     pub(crate) complained: AtomicBool,
     /// Who watches it, if anybody does.

@@ -69,6 +69,56 @@ fn devices_of_a_group_share_an_address_space() {
 }
 
 #[test]
+fn replacing_what_one_is_attached_to_moves_all_of_the_group() {
+    let server = machine(&["edu:bus=2", "edu:bus=2", "edu:bus=2", "edu"]);
+    let program = Program::of(&server);
+    let iommu = program.iommu();
+    let devices = [0, 1, 2].map(|number| program.bind_device(iommu, number));
+    let [first, second, third] = [(); 3].map(|()| program.ioas(iommu));
+    for (page, ioas) in [first, second, third].into_iter().enumerate() {
+        let at = BUFFER + page as u64 * PAGE;
+        program.map_flags(iommu, ioas, FIXED | READ | WRITE, at, PAGE, 0).unwrap();
+        program.put(at, format!("page {page}").as_bytes()).unwrap();
+    }
+    // What a device of the group copies to says where it is.
+    let seen = |page: u64| {
+        for device in &devices {
+            let to = 8 + u64::from(device.id) * 8;
+            program.device_copies(device, 0, to, 6);
+            assert_eq!(program.get(BUFFER + page * PAGE + to, 6).unwrap(), format!("page {page}").as_bytes());
+        }
+    };
+    let automatic = program.attach(&devices[0], first).unwrap();
+    assert_eq!(program.attach(&devices[1], first), Ok(automatic));
+    seen(0);
+    // The third is not attached, and goes along nevertheless: the bridge makes its requests.
+    program.attach(&devices[1], second).unwrap();
+    seen(1);
+    assert_eq!(program.destroy(iommu, automatic), Err(Errno::NOENT), "nobody has been left behind");
+    assert_eq!(program.destroy(iommu, first), Ok(()));
+    // Who joins comes to where the others are now.
+    assert_eq!(program.attach(&devices[2], third), Err(Errno::INVAL));
+    program.attach(&devices[2], second).unwrap();
+    let hwpt = program.hwpt(iommu, devices[0].id, third).unwrap();
+    assert_eq!(program.attach(&devices[2], hwpt), Ok(hwpt));
+    seen(2);
+    assert_eq!(program.destroy(iommu, second), Ok(()));
+    // What cannot be had by one changes nothing for any.
+    let other = program.bind_device(iommu, 3);
+    assert_eq!(program.attach(&devices[0], other.id), Err(Errno::INVAL));
+    seen(2);
+    // Each leaves for itself, by closing or detaching, and the table has a user until the last one has.
+    program.detach(&devices[2]).unwrap();
+    seen(2);
+    program.detach(&devices[2]).unwrap();
+    program.close(devices[0].fd).unwrap();
+    assert_eq!(program.destroy(iommu, hwpt), Err(Errno::BUSY));
+    program.detach(&devices[1]).unwrap();
+    assert_eq!(program.destroy(iommu, hwpt), Ok(()));
+    assert_eq!(program.destroy(iommu, third), Ok(()));
+}
+
+#[test]
 fn dma_is_coherent_if_every_table_says_so() {
     let server = machine(&["edu:table=vtd,no-snoop", "edu:table=x86-64,no-snoop", "edu:table=x86-64"]);
     let program = Program::of(&server);

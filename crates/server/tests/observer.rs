@@ -51,8 +51,12 @@ struct Machine {
 
 impl Machine {
     fn new() -> Machine {
+        Machine::of(["edu", "edu:table=vtd"])
+    }
+
+    fn of(devices: [&str; 2]) -> Machine {
         let notes = Arc::new(Notes::default());
-        let devices = vec!["edu".parse().unwrap(), "edu:table=vtd".parse().unwrap()];
+        let devices = devices.map(|device| device.parse().unwrap()).to_vec();
         let server = Server::with_observer(
             ServerOptions { devices, ..ServerOptions::default() },
             Arc::clone(&notes) as _,
@@ -113,6 +117,36 @@ fn spaces_without_devices_are_not_heard_of_until_one_comes() {
     assert!(m.program.map_fixed(m.iommu, ioas, BUFFER, PAGE, 0x21000).is_err());
     assert!(m.program.map_fixed(m.iommu, ioas, 0x1000, PAGE, 0x40000).is_err());
     m.heard(&[]);
+}
+
+/// Devices that share a requester ID: both are heard of when one is replaced.
+#[test]
+fn a_group_that_moves_is_heard_of_device_by_device() {
+    let m = Machine::of(["edu:bus=2", "edu:bus=2"]);
+    let [one, two] = [(); 2].map(|()| m.program.ioas(m.iommu));
+    m.map(one, 0, 1, 0x10000);
+    m.map(two, 1, 1, 0x20000);
+    let devices = [m.device(0), m.device(1)];
+    let names = ["02:01.0", "02:02.0"];
+    for (device, name) in devices.iter().zip(names) {
+        m.program.attach(device, one).unwrap();
+        m.heard(&[format!("{name} attached"), mapped(name, 0x10000, 1, 0)]);
+    }
+    m.program.attach(&devices[1], two).unwrap();
+    let moved = |name| {
+        [format!("{name} unmapped 0x10000+0x1000"), format!("{name} attached"), mapped(name, 0x20000, 1, 1)]
+    };
+    m.heard(&names.map(moved).concat());
+    // From now on both reach what is mapped there, and neither what is mapped elsewhere.
+    m.map(one, 2, 1, 0x30000);
+    m.map(two, 3, 1, 0x30000);
+    m.heard(&names.map(|name| mapped(name, 0x30000, 1, 3)));
+    m.program.detach(&devices[0]).unwrap();
+    m.heard(&[
+        format!("{} unmapped 0x20000+0x1000", names[0]),
+        format!("{} unmapped 0x30000+0x1000", names[0]),
+        format!("{} detached", names[0]),
+    ]);
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //! | `sequences` | all of it: two kinds of devices on tables of the machine beside those of other formats. In `threads` the space then has leaves of a page, and a refused change in place counts as not done |
 //! | `tables`, `deferred`, `slices` | the device `DERIVED` has such a table; the tests that need what Linux cannot do are left out, by name, below |
 //! | `dma` | no: its devices are programs that walk the double's tables, and the kernel's cannot be walked by a program. `under_run` has real devices do DMA instead. Races of DMA with unmaps have no counterpart here |
+//! | `groups` | no: Linux moves the devices of its groups itself, and none of this host's is in one with others |
 //! | `shuttle`, `loom` | no: models of schedules, in which no system call can be made |
 //! | `allocations`, `iova`, `ledger`, `pasids`, `snapshot`, `sources`, `spaces`, `vm_memory` | no: they have no derived tables of an IOMMU; `files_are_mapped_as_files_and_may_grow` in `under_run` is for `sources` |
 

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use search::CERTAINTY;
 
+pub(crate) mod connected;
 pub(crate) mod search;
 
 /// Where these tests are run for the machine's IOMMU, some of the tables are its own.
@@ -557,6 +558,8 @@ pub(crate) const NATIVE_TOO: Rid = Rid(2);
 /// Devices that share a derived table.
 pub(crate) const DERIVED: Rid = Rid(0x10);
 pub(crate) const DERIVED_TOO: Rid = Rid(0x11);
+/// One more, which takes no mappings in one more place.
+pub(crate) const PARTICULAR: Rid = Rid(0x12);
 /// A device with a derived table of another kind, without leaves of 1 GiB.
 pub(crate) const SMALL: Rid = Rid(0x20);
 
@@ -585,7 +588,7 @@ pub(crate) fn interrupts() -> IovaRange {
     IovaRange::new(0xfee0_0000, 0xfeef_ffff).unwrap()
 }
 
-/// Where a `SMALL` device takes no mappings either.
+/// Where a `SMALL` or `PARTICULAR` device takes no mappings either.
 pub(crate) fn also_reserved() -> IovaRange {
     IovaRange::new(0x2_8000, 0x2_bfff).unwrap()
 }
@@ -623,6 +626,7 @@ impl Double {
             (NATIVE_TOO, native),
             (DERIVED, of_variant(0)),
             (DERIVED_TOO, of_variant(0)),
+            (PARTICULAR, Requirements { reserved: vec![interrupts(), also_reserved()], ..of_variant(0) }),
             (WIDE, Requirements { aperture: IovaRange::ALL, reserved: Vec::new(), ..of_variant(2) }),
             (AMD, of_format("amdv1", 0)),
             (AMD_ALL_SIZES, of_format("amdv1", 1)),

@@ -1,70 +1,27 @@
 //! Groups of devices, fought over.
 
-use crate::double::{DERIVED, DERIVED_TOO, Double, NATIVE};
+use crate::double::connected::Connected;
+use crate::double::{Call, DERIVED, DERIVED_TOO, NATIVE, PARTICULAR};
 use crate::fixture::{World, check, others_may_run, random};
-use ioasid::pasid::{Limit, Owner, Pasid, PasidSystem, Spid};
-use ioasid::{
-    AttachError, Bus, DerivedTable, Device, DeviceError, DeviceOwner, DriverClaim, Iommu, PageSize,
-    Requirements, Rid, Space, Table, TableClass,
-};
+use ioasid::pasid::{Limit, Owner, PasidSystem, Spid};
+use ioasid::{AttachError, Device, DeviceError, DeviceOwner, DriverClaim, Iommu, Rid, Space, Table};
 use shuttle::thread;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// All of them are one group, and the last two have one requester ID.
 const MEMBERS: [Rid; 3] = [NATIVE, DERIVED, DERIVED_TOO];
+/// One group, too; the first two have one requester ID.
+const OF_ONE_KIND: [Rid; 3] = [DERIVED, DERIVED_TOO, PARTICULAR];
 
-/// The test double, as it is when its devices are connected like that.
-#[derive(Debug)]
-struct Connected(Arc<Double>);
-
-impl Iommu for Connected {
-    fn requirements(&self, device: Rid) -> Option<Requirements> {
-        self.0.requirements(device)
-    }
-
-    fn requester(&self, device: Rid) -> Rid {
-        if device == DERIVED_TOO { DERIVED } else { device }
-    }
-
-    fn group(&self, _device: Rid) -> Vec<Rid> {
-        MEMBERS.to_vec()
-    }
-
-    fn new_table(
-        &self,
-        class: TableClass,
-        largest_leaf: PageSize,
-        bus: &Arc<Bus>,
-    ) -> Result<Arc<dyn DerivedTable>, AttachError> {
-        self.0.new_table(class, largest_leaf, bus)
-    }
-
-    fn attach(&self, device: Rid, table: &Arc<Table>) -> Result<(), AttachError> {
-        others_may_run();
-        self.0.attach(self.requester(device), table)
-    }
-
-    fn block(&self, device: Rid) {
-        others_may_run();
-        self.0.block(self.requester(device));
-    }
-
-    fn attach_pasid(&self, device: Rid, pasid: Pasid, table: &Arc<Table>) -> Result<(), AttachError> {
-        others_may_run();
-        self.0.attach_pasid(device, pasid, table)
-    }
-
-    fn block_pasid(&self, device: Rid, pasid: Pasid) {
-        others_may_run();
-        self.0.block_pasid(device, pasid);
-    }
+fn connected(world: &World, members: &[Rid]) -> Arc<Connected> {
+    Connected::new(world.double.clone(), members, others_may_run)
 }
 
 /// Nobody has any device of the group, nor does one do DMA: somebody else can have all of them.
 fn all_are_free(iommu: &Arc<Connected>) {
     for requester in [NATIVE, DERIVED] {
-        assert!(iommu.0.table_of(requester).is_none(), "{requester} goes on");
+        assert!(iommu.table_of(requester).is_none(), "{requester} goes on");
     }
     let next = DeviceOwner::new("the next one");
     let devices = MEMBERS.map(|rid| Device::bind(iommu.clone(), rid, &next).unwrap());
@@ -93,7 +50,7 @@ impl Counts {
     /// Nothing goes where nobody attached it.
     fn check(&self, iommu: &Connected) {
         for requester in [NATIVE, DERIVED] {
-            let open = iommu.0.table_of(requester).is_some();
+            let open = iommu.table_of(requester).is_some();
             assert!(!open || self.routes(iommu, requester) > 0, "{requester} was not attached");
         }
     }
@@ -105,7 +62,7 @@ impl Counts {
 fn a_group_has_one_owner_and_no_dma_before_bind_and_attach() {
     check(1000, || {
         let world = World::new();
-        let iommu = Arc::new(Connected(world.double.clone()));
+        let iommu = connected(&world, &MEMBERS);
         let owners = ["one", "other"].map(DeviceOwner::new);
         let counts = Arc::new(Counts::default());
         let threads: Vec<_> = (0..3)
@@ -190,7 +147,7 @@ fn use_device(
 fn a_device_that_is_given_back_is_attached_by_nobody_who_still_looks_at_it() {
     check(1000, || {
         let world = World::new();
-        let iommu = Arc::new(Connected(world.double.clone()));
+        let iommu = connected(&world, &MEMBERS);
         let system = PasidSystem::new(8).unwrap();
         let set =
             Arc::new(system.create_set(Owner::Machine(1), 8, &Limit::new(&system, "all", None)).unwrap());
@@ -250,6 +207,55 @@ fn a_device_that_is_given_back_is_attached_by_nobody_who_still_looks_at_it() {
         assert_eq!(set.free(pasid).map(drop), Ok(()), "the binding has stayed");
         drop(device);
         all_are_free(&iommu);
+        world.finish();
+    });
+}
+
+/// Two threads have a device each that cannot be told from the other one, and a third one has another of the group. Each moves its
+/// own, and by that the others; one IOMMU call fails. All of the group is always in one space, whoever moved it, and none is ever
+/// nowhere that has not been detached.
+#[test]
+fn a_group_moves_as_one() {
+    check(1000, || {
+        let world = World::new();
+        let iommu = connected(&world, &OF_ONE_KIND);
+        let owner = DeviceOwner::new("one");
+        let devices = OF_ONE_KIND.map(|rid| Device::bind(iommu.clone(), rid, &owner).unwrap());
+        let spaces = [world.space.clone(), Space::new(&world.bus)];
+        let tables = spaces.each_ref().map(|space| Table::for_device(space, &devices[0]).unwrap());
+        let before: Vec<usize> = spaces.iter().map(|space| space.reserved_ranges().len()).collect();
+        devices.iter().for_each(|device| device.attach(&tables[0]).unwrap());
+        world.double.switches.fail(Call::Attach, 1 + random(12) as i64);
+        let threads = devices.map(|device| {
+            let (iommu, tables) = (iommu.clone(), tables.clone());
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    match device.attach(&tables[random(2) as usize]) {
+                        Ok(()) | Err(AttachError::Table(_)) => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                    others_may_run();
+                    assert!(iommu.table_of(device.rid()).is_some(), "it is nowhere");
+                }
+                if random(3) == 0 {
+                    device.detach();
+                }
+                device
+            })
+        });
+        let devices = threads.map(|thread| thread.join().unwrap());
+        let attached: Vec<_> = devices.iter().filter_map(|device| Some((device, device.table()?))).collect();
+        for (device, table) in &attached {
+            assert!(Arc::ptr_eq(table, &iommu.table_of(device.rid()).unwrap()), "the IOMMU has it elsewhere");
+            assert!(Arc::ptr_eq(table, &attached[0].1), "it was left behind");
+        }
+        drop(attached);
+        drop(devices);
+        drop(tables);
+        for (space, before) in spaces.iter().zip(before) {
+            assert!(space.reserved_ranges().len() <= before, "what has gone has left something reserved");
+        }
+        drop(spaces);
         world.finish();
     });
 }

@@ -4,17 +4,20 @@
 //! mock device that the test-only command has made ([`super::testing`]). Attaching is the same for both. A mock device
 //! can use tables of several classes, and the engine knows it as one device for each; at most one of them is attached.
 //!
-//! Requests with a PASID go their own ways ([`pasid`]).
+//! Requests without a PASID may go the same way as those of other devices ([`plain`]). Requests with a PASID go their own ways
+//! ([`pasid`]).
 
 mod pasid;
+mod plain;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use ioasid::{Device, Table};
+use ioasid::{Device, Rid, Table};
 use rustix::io::Errno;
 
 use self::pasid::PasidRoute;
+use self::plain::{Open, Watchers};
 use super::Context;
 use super::errno::attach_errno;
 use super::hwpt::Hwpt;
@@ -28,21 +31,17 @@ use crate::status::{DeviceStatus, Listing, PasidStatus};
 use crate::vfio::MachineDevice;
 
 pub(crate) use self::pasid::PasidAttach;
+pub(crate) use self::plain::PlainRoute;
 
 /// A device that is bound to a context.
 #[derive(Debug)]
 pub(crate) struct BoundDevice {
     users: Users,
     behind: Behind,
-    attached: Mutex<Attached>,
-}
-
-/// What a device is attached to.
-#[derive(Debug, Default)]
-struct Attached {
-    /// Its requests without a PASID.
-    plain: Option<Held<Hwpt>>,
-    pasids: BTreeMap<u32, PasidRoute>,
+    /// Where its requests go that have a PASID.
+    pasids: Mutex<BTreeMap<u32, PasidRoute>>,
+    /// Where those go that have none. Locked after the PASIDs.
+    plain: Arc<PlainRoute>,
 }
 
 /// What a bound device is.
@@ -61,16 +60,17 @@ impl Counted for BoundDevice {
 impl BoundDevice {
     /// A device of the machine, as the engine sees it.
     pub(crate) fn of_machine(machine: Arc<MachineDevice>, engine: Device) -> Self {
-        Self::new(Behind::Machine { machine, engine: Box::new(engine) })
+        let plain = Arc::clone(&machine.plain);
+        Self::new(Behind::Machine { machine, engine: Box::new(engine) }, plain)
     }
 
     /// A device that the test-only command has made.
     pub(crate) fn of_test(mock: MockDevice) -> Self {
-        Self::new(Behind::Mock(mock))
+        Self::new(Behind::Mock(mock), Arc::default())
     }
 
-    fn new(behind: Behind) -> Self {
-        Self { users: Users::default(), behind, attached: Mutex::default() }
+    fn new(behind: Behind, plain: Arc<PlainRoute>) -> Self {
+        Self { users: Users::default(), behind, pasids: Mutex::default(), plain }
     }
 
     /// The mock device, if it is one.
@@ -97,6 +97,10 @@ impl BoundDevice {
         }
     }
 
+    fn rid(&self) -> Rid {
+        self.engine().rid()
+    }
+
     /// Whether tables for the device can record what it writes.
     pub(crate) fn records_writes(&self) -> bool {
         self.engines().iter().any(Device::records_writes)
@@ -115,15 +119,15 @@ impl BoundDevice {
             Behind::Machine { machine, .. } => machine.status(),
             Behind::Mock(_) => DeviceStatus { path: "mock device".to_owned(), ..DeviceStatus::default() },
         };
-        let attached = lock(&self.attached);
-        let shown = listing.take(attached.pasids.len().min(DeviceStatus::PASIDS_SHOWN));
+        let pasids = lock(&self.pasids);
+        let shown = listing.take(pasids.len().min(DeviceStatus::PASIDS_SHOWN));
         let pasid =
             |(&pasid, route): (&u32, &PasidRoute)| PasidStatus { pasid, attached_to: route.hwpt().id() };
         DeviceStatus {
             id,
-            attached_to: attached.plain.as_ref().map(|hwpt| hwpt.id()),
-            pasid_count: attached.pasids.len(),
-            pasids: attached.pasids.iter().take(shown).map(pasid).collect(),
+            attached_to: self.plain.of(self.rid(), Hwpt::id),
+            pasid_count: pasids.len(),
+            pasids: pasids.iter().take(shown).map(pasid).collect(),
             ..status
         }
     }
@@ -153,24 +157,35 @@ impl BoundDevice {
         Ok(())
     }
 
-    /// Attaches to the object `id` of `context`, or replaces what it is attached to; returns the table's number.
+    /// Attaches to the object `id` of `context`, or replaces what it, and with it all that has its requester ID, is attached to; returns
+    /// the table's number.
     ///
     /// # Errors
-    /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use; the device
-    /// uses PASIDs, and the table is not for them. Those of [`Ioas::with_table`].
+    /// `ENOENT`: there is no such object. `EINVAL`: it is none to attach to, or a table that the device cannot use; another device
+    /// that cannot be told from it is attached to another one; the device uses PASIDs, and the table is not for them. Those of
+    /// [`Ioas::with_table`].
     pub(crate) fn attach(&self, context: &Context, id: u32) -> Result<u32, Errno> {
-        let mut attached = lock(&self.attached);
-        let uses_pasids = !attached.pasids.is_empty();
-        let watched = self.watched();
-        // Until the observer has heard of all that changes.
-        let _changing = watched.map(|watched| watched.changing());
+        let pasids = lock(&self.pasids);
+        let uses_pasids = !pasids.is_empty();
+        let mut route = self.plain.lock();
+        let moving = match &*route {
+            Some(open) if open.devices.contains_key(&self.rid()) => open.devices.clone(),
+            _ => Watchers::from([(self.rid(), self.watched().cloned())]),
+        };
+        let joins = route.as_ref().filter(|open| !open.devices.contains_key(&self.rid()));
+        let attach = |hwpt: &Arc<Hwpt>, table: &Arc<Table>| match joins {
+            Some(open) if !Arc::ptr_eq(open.hwpt.arc(), hwpt) => Err(Errno::INVAL),
+            _ => self.attach_engine(table),
+        };
+        // Until observers have heard of all that changes.
+        let _changing: Vec<_> = moving.values().flatten().map(|watched| watched.changing()).collect();
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => {
                 if !self.suits(&hwpt) || (uses_pasids && !hwpt.is_for_pasids()) {
                     return Err(Errno::INVAL);
                 }
                 let table = hwpt.table().ok_or(Errno::NOENT)?;
-                self.attach_engine(&table)?;
+                attach(hwpt.arc(), &table)?;
                 hwpt
             }
             // The tables that it makes by itself are not for PASIDs.
@@ -187,7 +202,7 @@ impl BoundDevice {
                             (Held::new(&hwpt).ok_or(Errno::NOENT)?, Some((reservation, hwpt)))
                         }
                     };
-                    self.attach_engine(&table)?;
+                    attach(hwpt.arc(), &table)?;
                     if let Some((reservation, hwpt)) = new {
                         reservation.install(Object::Hwpt(hwpt));
                     }
@@ -201,9 +216,20 @@ impl BoundDevice {
         };
         let number = hwpt.id();
         let ioas = hwpt.ioas();
-        let before = attached.plain.replace(hwpt);
-        if let Some(watched) = watched {
-            tell_moved(watched, before.as_ref().and_then(|hwpt| hwpt.ioas()), ioas);
+        let joins = joins.is_some();
+        let before = match &mut *route {
+            None => {
+                *route = Some(Open { hwpt, devices: moving.clone() });
+                None
+            }
+            Some(open) if joins => {
+                open.devices.extend(moving.clone());
+                None
+            }
+            Some(open) => Some(std::mem::replace(&mut open.hwpt, hwpt)),
+        };
+        for watched in moving.values().flatten() {
+            tell_moved(watched, before.as_ref().and_then(|hwpt| hwpt.ioas()), ioas.clone());
         }
         if let Some(before) = before {
             context.put_hwpt(before);
@@ -219,18 +245,21 @@ impl BoundDevice {
         self.engines().iter().for_each(Device::unbind);
     }
 
-    /// Blocks the device's requests without a PASID and lets go of their table.
+    /// Blocks the device's requests without a PASID, unless they may be those of another one that is attached, and lets go of their
+    /// table.
     pub(crate) fn detach(&self, context: &Context) {
-        let mut attached = lock(&self.attached);
-        if let Some(hwpt) = attached.plain.take() {
-            let watched = self.watched();
-            let _changing = watched.map(|watched| watched.changing());
-            for engine in self.engines() {
-                engine.detach();
-            }
-            if let Some(watched) = watched {
-                tell_moved(watched, hwpt.ioas(), None);
-            }
+        let mut route = self.plain.lock();
+        let Some(open) = &mut *route else { return };
+        let Some(watched) = open.devices.remove(&self.rid()) else { return };
+        let changing = watched.as_ref().map(|watched| watched.changing());
+        for engine in self.engines() {
+            engine.detach();
+        }
+        if let Some(watched) = &watched {
+            tell_moved(watched, open.hwpt.ioas(), None);
+        }
+        drop(changing);
+        if let Some(Open { hwpt, .. }) = route.take_if(|open| open.devices.is_empty()) {
             context.put_hwpt(hwpt);
         }
     }

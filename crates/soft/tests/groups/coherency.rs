@@ -1,10 +1,10 @@
 //! Devices whose requests can bypass the CPU's caches, and tables that do not let them.
 
-use super::{AT, Machine, PAGE, SOUND, table};
+use super::{AT, DISK, Machine, NETWORK, PAGE, SOUND, table};
 use ioasid::pagetable::{AmdV1, Format, VtdSecondStage};
 use ioasid::{
-    Account, AttachError, Attributes, Backing, Coherency, Device, Iova, IovaRange, Leaf, Memory, Oa,
-    Permissions, RadixTable, Rid, Space, Table,
+    Account, AttachError, Attributes, Backing, Coherency, Device, DeviceOwner, Iova, IovaRange, Leaf, Memory,
+    Oa, Permissions, RadixTable, Rid, Space, Table,
 };
 use ioasid_soft::iommu::{Port, Snooping, SoftIommu, TableKind};
 use proptest::prelude::*;
@@ -42,6 +42,26 @@ fn leaves_of<F: Format>(table: &Table) -> Option<Vec<Leaf>> {
 /// All leaves of a table, with their attributes.
 fn leaves(table: &Table) -> Vec<Leaf> {
     leaves_of::<VtdSecondStage>(table).or_else(|| leaves_of::<AmdV1>(table)).unwrap()
+}
+
+/// What one device of a group can use need not be for those that would go along.
+#[test]
+fn a_group_does_not_move_where_one_of_it_would_be_incoherent() {
+    let machine = Machine::new();
+    machine.iommu.add_device(DISK, TableKind::VtdSecondStage).unwrap();
+    let port = machine.iommu.add_no_snoop_device(NETWORK, TableKind::VtdSecondStage).unwrap();
+    let guest = DeviceOwner::new("the guest");
+    let [disk, network] = [DISK, NETWORK].map(|rid| machine.bind(rid, &guest).unwrap());
+    let spaces = [machine.space(), machine.space()];
+    let enforcing = table(&spaces[0], &network);
+    [&disk, &network].iter().for_each(|device| device.attach(&enforcing).unwrap());
+    // Requests of the disk snoop anyhow, so its own table need not have them do so.
+    let refused = disk.attach(&table(&spaces[1], &disk)).unwrap_err();
+    assert!(matches!(refused, AttachError::Incoherent(NETWORK)), "{refused}");
+    assert!([&disk, &network].iter().all(|device| Arc::ptr_eq(&device.table().unwrap(), &enforcing)));
+    disk.attach(&table(&spaces[1], &network)).unwrap();
+    assert!(Arc::ptr_eq(network.table().unwrap().space(), &spaces[1]));
+    assert_eq!(bypasses(&port), [Snooping::Enforced; 2]);
 }
 
 #[test]

@@ -230,11 +230,16 @@ fn devices_that_reach_each_other_share_a_space_unless_their_owner_accepts_otherw
         assert!(refused.to_string().contains("reach each other past the IOMMU"));
         // Another table of the same space is no other space, and a device alone may move.
         network.attach(&Table::new(&spaces[0], &network).unwrap()).unwrap();
+        // It is no other one's way, either, so that neither takes the other along.
+        assert!(matches!(attach(&disk, &spaces[1]), Err(AttachError::NotIsolated { .. })));
+        assert!(Arc::ptr_eq(disk.table().unwrap().space(), &spaces[0]));
         network.detach();
         attach(&disk, &spaces[1]).unwrap();
         attach(&network, &spaces[1]).unwrap();
-        assert!(matches!(attach(&disk, &spaces[0]), Err(AttachError::NotIsolated { .. })));
-        assert!(Arc::ptr_eq(disk.table().unwrap().space(), &spaces[1]));
+        // On one table they move together.
+        attach(&disk, &spaces[0]).unwrap();
+        assert!(Arc::ptr_eq(network.table().unwrap().space(), &spaces[0]));
+        assert_eq!((write(&disk_port, 5), read(&network_port)), (Ok(()), Ok(5)));
     }
     let guest = DeviceOwner::accepting_peers("the daring guest");
     let (disk, network) = (machine.bind(DISK, &guest).unwrap(), machine.bind(NETWORK, &guest).unwrap());
@@ -280,7 +285,11 @@ fn behind_a_bridge_the_first_attach_is_everybodys() {
     attach(&sound, &spaces[1]).unwrap();
     assert_eq!((read(&modem_port), read(&sound_port)), (Ok(0), Ok(0)));
     attach(&modem, &spaces[1]).unwrap();
-    assert!(matches!(attach(&sound, &spaces[0]), Err(AttachError::SharedRequester { other: MODEM, .. })));
+    // And so does each of them when both are attached.
+    attach(&sound, &spaces[0]).unwrap();
+    assert_eq!((read(&modem_port), read(&sound_port)), (Ok(7), Ok(7)));
+    attach(&modem, &spaces[1]).unwrap();
+    assert!(Arc::ptr_eq(sound.table().unwrap().space(), &spaces[1]));
 
     // The route stays until the last has left it.
     sound.detach();

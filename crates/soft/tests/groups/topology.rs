@@ -153,7 +153,8 @@ proptest! {
     }
 
     /// Owners bind, attach, detach and unbind as they like. A device is bound exactly if nobody else has one of its group, and
-    /// its DMA passes exactly if somebody has attached a device with its requester ID.
+    /// its DMA passes exactly if somebody has attached a device with its requester ID. What is attached of a group is attached to one
+    /// space, and moves as one.
     #[test]
     fn nobody_gets_past_his_group(
         tree in tree(),
@@ -188,11 +189,19 @@ proptest! {
                 1 | 2 => {
                     let others = group.iter().filter(|member| **member != chosen);
                     let elsewhere = others.filter_map(|member| bound[*member].as_ref()?.2).any(|space| space != choice);
-                    let Some((_, device, attached)) = &mut bound[chosen] else { continue };
+                    let Some((_, device, attached)) = &bound[chosen] else { continue };
                     let result = device.attach(&Table::for_device(&spaces[choice], device).unwrap());
-                    prop_assert_eq!(result.is_ok(), !elsewhere);
+                    prop_assert_eq!(result.is_ok(), attached.is_some() || !elsewhere);
                     if result.is_ok() {
-                        *attached = Some(choice);
+                        for member in &group {
+                            if let Some((_, device, attached)) = &mut bound[*member] {
+                                if *member == chosen || attached.is_some() {
+                                    *attached = Some(choice);
+                                }
+                                let there = device.table().map(|table| table.space().id());
+                                prop_assert_eq!(there, attached.map(|space| spaces[space].id()));
+                            }
+                        }
                     }
                 }
                 _ if choice == 0 => {

@@ -75,14 +75,14 @@ impl BoundDevice {
         id: u32,
         wanted: PasidAttach,
     ) -> Result<u32, Errno> {
-        let mut attached = lock(&self.attached);
+        let mut pasids = lock(&self.pasids);
         let hwpt = match context.objects().hold(id)? {
             HeldObject::Hwpt(hwpt) => Some(hwpt),
             // The tables that it would make are not for PASIDs.
             HeldObject::Ioas(_) => None,
             _ => return Err(Errno::INVAL),
         };
-        let before = attached.pasids.get(&number);
+        let before = pasids.get(&number);
         match (wanted, before) {
             (PasidAttach::Attach, Some(_)) => return Err(Errno::BUSY),
             (PasidAttach::Replace, None) => return Err(Errno::INVAL),
@@ -92,11 +92,11 @@ impl BoundDevice {
         if before.is_some_and(|route| Arc::ptr_eq(route.hwpt.arc(), hwpt.arc())) {
             return Ok(id);
         }
-        let plain_allows = attached.plain.as_ref().is_none_or(|plain| plain.is_for_pasids());
+        let plain_allows = self.plain.of(self.rid(), Hwpt::is_for_pasids).unwrap_or(true);
         let pasid = self.pasid(number).filter(|_| plain_allows && hwpt.is_for_pasids());
         let pasid = pasid.filter(|_| self.suits(&hwpt)).ok_or(Errno::INVAL)?;
         let table = hwpt.table().ok_or(Errno::NOENT)?;
-        match attached.pasids.get_mut(&number) {
+        match pasids.get_mut(&number) {
             Some(route) => {
                 let _changing = route.watched.as_ref().map(|watched| watched.changing());
                 self.attach_engine_pasid(&route.used, pasid, &table)?;
@@ -116,7 +116,7 @@ impl BoundDevice {
                     tell_moved(watched, None, hwpt.ioas());
                 }
                 drop(changing);
-                attached.pasids.insert(number, PasidRoute { hwpt, watched, used, _share: share });
+                pasids.insert(number, PasidRoute { hwpt, watched, used, _share: share });
             }
         }
         Ok(id)
@@ -141,16 +141,16 @@ impl BoundDevice {
 
     /// Blocks the device's requests with a PASID and lets go of its table. Nothing happens if they are not attached.
     pub(crate) fn detach_pasid(&self, number: u32) {
-        let mut attached = lock(&self.attached);
-        if let Some(route) = attached.pasids.remove(&number) {
+        let mut pasids = lock(&self.pasids);
+        if let Some(route) = pasids.remove(&number) {
             self.end_route(number, route);
         }
     }
 
     /// The same for all PASIDs.
     pub(super) fn detach_pasids(&self) {
-        let mut attached = lock(&self.attached);
-        while let Some((number, route)) = attached.pasids.pop_first() {
+        let mut pasids = lock(&self.pasids);
+        while let Some((number, route)) = pasids.pop_first() {
             self.end_route(number, route);
         }
     }
@@ -172,10 +172,9 @@ impl BoundDevice {
 
     /// The number of the page table that requests with a PASID, or with 0 those without, are attached to.
     pub(crate) fn table_of(&self, number: u32) -> Option<u32> {
-        let attached = lock(&self.attached);
         match number {
-            0 => attached.plain.as_ref().map(|hwpt| hwpt.id()),
-            _ => attached.pasids.get(&number).map(|route| route.hwpt.id()),
+            0 => self.plain.of(self.rid(), Hwpt::id),
+            _ => lock(&self.pasids).get(&number).map(|route| route.hwpt.id()),
         }
     }
 
