@@ -263,6 +263,10 @@ impl Nesting {
                 if state.is_stale(walk.number) {
                     return Err(Interrupted::Stale);
                 }
+                // Somebody was quicker, and may be using it.
+                if self.shadow.walk(walk.iova).is_ok_and(|leaf| leaf.attributes.contains(wanted)) {
+                    return Ok(());
+                }
                 let second = match space.settled_leaf(address) {
                     Some(Some(second)) if second.attributes.contains(wanted) => Some(second),
                     // Somebody is at work there. A leaf that is being changed in place translates on; one that does not is

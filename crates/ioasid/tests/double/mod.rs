@@ -10,8 +10,8 @@
 use ioasid::pagetable::{AmdV1, Format, Native, RiscV, VtdSecondStage, X86_64};
 use ioasid::pasid::Pasid;
 use ioasid::{
-    AttachError, Attributes, Bus, Change, DerivedTable, Device, Iommu, IovaRange, Leaf, Oa, PageSize,
-    RadixTable, Requirements, Rid, Runs, Space, Table, TableClass, TableError,
+    AttachError, Attributes, Bus, Change, DerivedTable, Device, FirstStage, Iommu, IovaRange, Leaf, Oa,
+    PageSize, RadixTable, Requirements, Rid, Runs, Space, Table, TableClass, TableError,
 };
 use std::any::Any;
 use std::collections::HashMap;
@@ -674,6 +674,10 @@ impl Double {
 impl Iommu for Double {
     fn requirements(&self, device: Rid) -> Option<Requirements> {
         self.devices.get(&device).cloned()
+    }
+
+    fn first_stages(&self, device: Rid) -> &'static [FirstStage] {
+        if device == NATIVE || device == NATIVE_TOO { &[FirstStage::X86_64] } else { &[] }
     }
 
     fn new_table(

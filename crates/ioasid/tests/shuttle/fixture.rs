@@ -211,13 +211,13 @@ impl World {
 
 /// Where a device finds an address by the table it is attached to, and what it may do there.
 pub(crate) fn translate(table: &Table, section: &epoch::DmaSection, iova: u64) -> Option<(Oa, Attributes)> {
-    match table.derived() {
+    match table.derived().filter(|_| table.nesting().is_none()) {
         Some(derived) => {
             let derived = derived.as_any().downcast_ref::<DoubleTable>().unwrap();
             derived.walk(iova).map(|(oa, attributes)| (Oa::new(oa), attributes))
         }
         None => {
-            let leaf = table.space().walk_for_dma(section, iova, &mut CachedWalk::new()).ok()?;
+            let leaf = table.native(section).walk_cached(iova, &mut CachedWalk::new()).ok()?;
             Some((leaf.output(iova), leaf.attributes))
         }
     }

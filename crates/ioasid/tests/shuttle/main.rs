@@ -30,6 +30,7 @@ mod groups;
 mod held;
 mod iova;
 mod ledger;
+mod nested;
 mod release;
 mod routing;
 mod unmap;
