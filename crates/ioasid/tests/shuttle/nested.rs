@@ -25,10 +25,10 @@ const TABLES_LENT: u64 = 100;
 /// The words of the guest's tables: one page for each level, the root first.
 fn words(marks: u64) -> [[u64; 512]; 4] {
     let mut words = [[0; 512]; 4];
-    for level in 0..3 {
-        words[level][0] = (TABLES + 1 + level as u64) * PAGE | ENTRY | marks;
+    for (level, table) in words.iter_mut().enumerate().take(3) {
+        table[0] = ((TABLES + 1 + level as u64) * PAGE) | ENTRY | marks;
     }
-    words[3][AT as usize] = DATA * PAGE | ENTRY | marks;
+    words[3][AT as usize] = (DATA * PAGE) | ENTRY | marks;
     words
 }
 
@@ -89,7 +89,12 @@ fn read_for(world: &World, rid: Rid, access: Permissions) -> Result<Seen, Nestin
 fn readers(world: &Arc<World>, rids: &[Rid], times: usize) -> Vec<thread::JoinHandle<()>> {
     let reader = |rid: &Rid| {
         let (world, rid) = (world.clone(), *rid);
-        thread::spawn(move || (0..times).for_each(|_| drop(read(&world, rid))))
+        thread::spawn(move || {
+            for _ in 0..times {
+                // What it comes to depends on who was quicker.
+                let _ = read(&world, rid);
+            }
+        })
     };
     rids.iter().map(reader).collect()
 }
@@ -167,7 +172,7 @@ fn what_the_guest_has_invalidated_is_used_no_more() {
         let (device, table) = attached(&world, NATIVE);
         let threads = readers(&world, &[NATIVE, NATIVE], 2);
         // Another page. The first one is the guest's own again when it has said so.
-        guest.set(3, AT, (DATA + 1) * PAGE | ENTRY | MARKS);
+        guest.set(3, AT, ((DATA + 1) * PAGE) | ENTRY | MARKS);
         others_may_run();
         table.nesting().unwrap().invalidate(page(AT));
         world.lent.take_back([0]);
@@ -193,9 +198,9 @@ fn a_page_of_tables_is_marked_no_more_when_it_was_invalidated() {
         guest.set(2, 0, 0);
         others_may_run();
         table.nesting().unwrap().invalidate(IovaRange::ALL);
-        guest.set(3, AT, DATA * PAGE | ENTRY);
+        guest.set(3, AT, (DATA * PAGE) | ENTRY);
         join(threads);
-        assert_eq!(guest.word(3, AT), DATA * PAGE | ENTRY, "somebody has marked what is no table any more");
+        assert_eq!(guest.word(3, AT), (DATA * PAGE) | ENTRY, "somebody has marked what is no table any more");
         drop((device, table));
         drop(guest);
         world.finish();
